@@ -1,0 +1,96 @@
+"""Runtimes: one file each behind the `Runtime` protocol, in an explicit table.
+
+A new runtime is one file plus one line in the table. Importing this needs none of the libraries.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from calib_data.errors import MissingDependencyError, UserError
+from deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
+from deploy.runtimes.interface import Arrays, BatchProfile, BuildOptions, Engine, Missing, Runtime, Session
+from deploy.runtimes.onnxruntime_ import CPU, CUDA, open_onnx
+from deploy.runtimes.tensorrt import TENSORRT
+from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+
+__all__ = [
+    "BUILD_RECORD",
+    "RUNTIMES",
+    "Arrays",
+    "BatchProfile",
+    "BuildOptions",
+    "Engine",
+    "LeftOut",
+    "Missing",
+    "Runtime",
+    "RuntimeChoice",
+    "Session",
+    "open_onnx",
+    "read_engine",
+    "resolve_runtimes",
+    "runtime_named",
+]
+
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (CPU, CUDA, TENSORRT_RTX, TENSORRT)}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A runtime that `auto` left out, why, and how to get it."""
+
+    name: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeChoice:
+    """The runtimes to build for, and those left out."""
+
+    runtimes: tuple[Runtime, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of this name.
+
+    Raises:
+        UserError: there is none; near names and the whole list are given.
+    """
+    if name in RUNTIMES:
+        return RUNTIMES[name]
+    near = difflib.get_close_matches(name.lower(), RUNTIMES, n=2, cutoff=0.5)
+    raise UserError(
+        f"unknown runtime {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        fix=f"Runtimes: {', '.join(RUNTIMES)}, or auto for all that this machine can build.",
+    )
+
+
+def resolve_runtimes(spec: str = "auto") -> RuntimeChoice:
+    """The runtimes that a setting stands for.
+
+    Args:
+        spec: "auto" for everything that this machine can build, or names separated by commas.
+
+    Returns:
+        The runtimes in the order of the table or of `spec`. Only "auto" leaves any out.
+
+    Raises:
+        UserError: a name is unknown, or there is none.
+        MissingDependencyError: a runtime that was asked for by name cannot be built for here.
+    """
+    if spec.strip().lower() == "auto":
+        missing = {name: runtime.missing_to_build() for name, runtime in RUNTIMES.items()}
+        return RuntimeChoice(
+            runtimes=tuple(RUNTIMES[name] for name, lack in missing.items() if lack is None),
+            left_out=tuple(LeftOut(name, lack.why, lack.fix) for name, lack in missing.items() if lack is not None),
+        )
+    names = list(dict.fromkeys(part.strip() for part in spec.split(",") if part.strip()))
+    if not names:
+        raise UserError("no runtime was named", fix=f"Runtimes: {', '.join(RUNTIMES)}, or auto.")
+    chosen = tuple(runtime_named(name) for name in names)
+    for runtime in chosen:
+        lack = runtime.missing_to_build()
+        if lack is not None:
+            raise MissingDependencyError(f"{runtime.name} cannot build engines here", why=lack.why, fix=lack.fix)
+    return RuntimeChoice(chosen, ())

@@ -1,0 +1,176 @@
+"""Engine folders: what every runtime does before and after it builds.
+
+An engine folder holds one engine file and `build.json`, which is written last: without it there is no engine.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from onnx import ModelProto
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from calib_data.errors import BuildError, MissingDependencyError, UserError
+from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
+from deploy.graph import load_model
+from deploy.runtimes.interface import BatchProfile, BuildOptions, Engine, Missing, Runtime
+
+BUILD_RECORD = "build.json"
+_REBUILD = "Build it again with `upvits-deploy engine`."
+
+
+class _BuildRecord(BaseModel):
+    """`build.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    runtime: str
+    precision: str
+    targets: tuple[str, ...]
+    file: str
+    bytes: int
+    seconds: float
+    sha256: str
+    library: str
+    library_version: str
+    onnx_sha256: str
+    batch: BatchProfile
+    settings: dict[str, bool | int | str]
+
+
+def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: BuildOptions) -> ModelProto:
+    """Refuse everything that can be refused before a build, and read the model.
+
+    Raises:
+        UserError: the precision is not one of the runtime's, the folder holds something else, or the file is no ONNX model.
+        MissingDependencyError: the machine lacks what the runtime needs to build.
+    """
+    if options.precision not in runtime.precisions:
+        raise UserError(
+            f"{runtime.name} does not build {options.precision!r}",
+            fix=f"Precisions of {runtime.name}: {', '.join(runtime.precisions)}.",
+        )
+    require(runtime.missing_to_build(), f"{runtime.name} cannot build engines here")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", fix="Choose another folder for the engine.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / BUILD_RECORD).is_file():
+        raise UserError(
+            f"{folder} is not empty and is not an engine folder",
+            why=f"It holds files but no {BUILD_RECORD}; writing there could overwrite something of yours.",
+            fix="Choose another folder for the engine.",
+        )
+    return load_model(onnx_path)
+
+
+def require(missing: Missing | None, what: str) -> None:
+    """Raise MissingDependencyError when something is missing."""
+    if missing is not None:
+        raise MissingDependencyError(what, why=missing.why, fix=missing.fix)
+
+
+def save_engine(
+    runtime: Runtime,
+    folder: Path,
+    file: str,
+    content: bytes | memoryview,
+    *,
+    options: BuildOptions,
+    targets: tuple[str, ...],
+    seconds: float,
+    library: str,
+    library_version: str,
+    onnx_path: Path,
+    settings: Mapping[str, str | int | bool],
+) -> Engine:
+    """Write the engine file, then `build.json`; each appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    record = _BuildRecord(
+        runtime=runtime.name,
+        precision=options.precision,
+        targets=targets,
+        file=file,
+        bytes=len(content),
+        seconds=round(seconds, 3),
+        sha256=hashlib.sha256(content).hexdigest(),
+        library=library,
+        library_version=library_version,
+        onnx_sha256=file_digest(onnx_path),
+        batch=options.batch,
+        settings=dict(settings),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # An interrupted replacement must not leave a new engine under an old record.
+        (folder / BUILD_RECORD).unlink(missing_ok=True)
+        atomic_write(folder / file, content)
+        atomic_write(folder / BUILD_RECORD, (record.model_dump_json(indent=2) + "\n").encode())
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full_error(folder, f"the {runtime.name} engine could not be saved") from error
+        raise unwritable_error(folder, error) from error
+    return _engine(record, folder)
+
+
+def read_engine(folder: Path, runtime: str | None = None) -> Engine:
+    """The engine in a folder, checked: its record is readable, its file is whole and it is of this runtime.
+
+    Raises:
+        UserError: it is none of that.
+    """
+    path = folder / BUILD_RECORD
+    try:
+        record = _BuildRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        why = f"It has no readable {BUILD_RECORD} ({error.strerror})."
+        raise UserError(f"{folder} is not an engine folder", why=why, fix=_REBUILD) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}."
+        raise UserError(f"{path} is damaged", why=why, fix=_REBUILD) from error
+    if runtime is not None and record.runtime != runtime:
+        raise UserError(
+            f"{folder} holds an engine of {record.runtime}, not of {runtime}",
+            fix=f"Open it with {record.runtime}, or build one for {runtime}.",
+        )
+    file = folder / record.file
+    if file.parent != folder or not file.is_file():
+        raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {record.file!r}.", fix=_REBUILD)
+    digest = file_digest(file)
+    if digest != record.sha256:
+        raise UserError(
+            f"{file} is damaged",
+            why=f"Its sha256 is {digest[:12]}..., {BUILD_RECORD} says {record.sha256[:12]}...: it was cut or changed.",
+            fix=_REBUILD,
+        )
+    return _engine(record, folder)
+
+
+def build_failed(runtime: str, onnx_path: Path, reason: str, *, node: str = "") -> BuildError:
+    """The error for a model that a runtime refused, with the node that it stumbled over when it is known."""
+    return BuildError(
+        f"{runtime} cannot build {onnx_path.name}" + (f": node {node}" if node else ""),
+        why=reason,
+        fix="No engine was written. Another runtime or precision may take this model.",
+    )
+
+
+def _engine(record: _BuildRecord, folder: Path) -> Engine:
+    return Engine(
+        runtime=record.runtime,
+        precision=record.precision,
+        targets=record.targets,
+        path=folder / record.file,
+        bytes=record.bytes,
+        seconds=record.seconds,
+        sha256=record.sha256,
+        library=record.library,
+        library_version=record.library_version,
+        onnx_sha256=record.onnx_sha256,
+        batch=record.batch,
+        settings=record.settings,
+    )

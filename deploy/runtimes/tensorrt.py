@@ -1,0 +1,95 @@
+"""TensorRT 10.9 to 11.x: engines built on, and for, the GPU of this machine."""
+
+import importlib.util
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib_data.errors import UserError
+from deploy.precision import PRECISIONS, convert
+from deploy.runtimes.cuda import compute_capability, missing_gpu
+from deploy.runtimes.engine_folder import check_request, read_engine, require, save_engine
+from deploy.runtimes.interface import BuildOptions, Engine, Missing
+from deploy.runtimes.nvinfer import NvinferSession, check_version, compile_engine
+
+_OLDEST = (10, 9)
+_TOO_NEW = (12, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRt:
+    """Builds and runs where there is a GPU."""
+
+    name: str = "tensorrt"
+    precisions: tuple[str, ...] = PRECISIONS
+
+    def missing_to_build(self) -> Missing | None:
+        if importlib.util.find_spec("tensorrt") is None:
+            return Missing(
+                "The package tensorrt is not installed.",
+                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's own package index, "
+                "so the network must allow that)",
+            )
+        # Before the import: without a driver the library can do nothing anyway.
+        return missing_gpu() or _unusable_version()
+
+    def missing_to_run(self) -> Missing | None:
+        return self.missing_to_build()
+
+    def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
+        model = check_request(self, onnx_path, folder, options)
+        import tensorrt as trt
+
+        major, minor = compute_capability() or (0, 0)
+        device = f"sm{major}{minor}"
+        if options.targets not in ((), (device,)):
+            raise UserError(
+                f"TensorRT cannot build for {', '.join(options.targets)} here",
+                why=f"It builds for the GPU of this machine, which is {device}.",
+                fix="Leave the targets out, or use the runtime tensorrt-rtx, which builds for other GPUs.",
+            )
+        started = time.perf_counter()
+        plan = compile_engine(
+            trt,
+            self.name,
+            convert(model, options.precision),
+            onnx_path,
+            batch=options.batch,
+            workspace_mib=options.workspace_mib,
+        )
+        return save_engine(
+            self,
+            folder,
+            "engine.plan",
+            plan,
+            options=options,
+            targets=(device,),
+            seconds=time.perf_counter() - started,
+            library="tensorrt",
+            library_version=trt.__version__,
+            onnx_path=onnx_path,
+            settings={"tf32": False, "strongly_typed": True},
+        )
+
+    def open(self, folder: Path) -> NvinferSession:
+        engine = read_engine(folder, self.name)
+        require(self.missing_to_run(), f"{self.name} engines cannot run here")
+        import tensorrt as trt
+
+        check_version(engine, trt.__version__)
+        return NvinferSession(trt, engine)
+
+
+def _unusable_version() -> Missing | None:
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        return Missing(f"tensorrt is installed but does not load: {error}", "Reinstall tensorrt.")
+    found = tuple(int(part) for part in re.findall(r"\d+", tensorrt.__version__)[:2])
+    if not _OLDEST <= found < _TOO_NEW:
+        return Missing(f"TensorRT {tensorrt.__version__} is not supported.", "pip install 'tensorrt>=10.9,<12'")
+    return None
+
+
+TENSORRT = TensorRt()

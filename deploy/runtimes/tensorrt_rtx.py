@@ -1,0 +1,105 @@
+"""TensorRT for RTX: engines built ahead of time, without a GPU, for several GPU generations in one file."""
+
+import difflib
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib_data.errors import UserError
+from deploy.precision import PRECISIONS, convert
+from deploy.runtimes.cuda import compute_capability, missing_gpu
+from deploy.runtimes.engine_folder import check_request, read_engine, require, save_engine
+from deploy.runtimes.interface import BuildOptions, Engine, Missing
+from deploy.runtimes.nvinfer import NvinferSession, check_version, compile_engine
+
+DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtRtx:
+    """Builds on any machine; runs on a GPU of one of the targets."""
+
+    name: str = "tensorrt-rtx"
+    precisions: tuple[str, ...] = PRECISIONS
+
+    def missing_to_build(self) -> Missing | None:
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            return Missing("The package tensorrt-rtx is not installed.", "pip install 'upvits-deploy[tensorrt-rtx]'")
+        try:
+            import tensorrt_rtx  # noqa: F401
+        except (ImportError, OSError) as error:
+            return Missing(f"tensorrt-rtx is installed but does not load: {error}", "Reinstall tensorrt-rtx.")
+        return None
+
+    def missing_to_run(self) -> Missing | None:
+        # Asked before the library is: on a machine without a driver it could only return an empty engine.
+        return self.missing_to_build() or missing_gpu()
+
+    def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
+        model = check_request(self, onnx_path, folder, options)
+        import tensorrt_rtx as trt
+
+        targets = options.targets or _default_targets(trt)
+        capabilities = [_capability(trt, target) for target in targets]
+
+        def for_targets(config: Any) -> None:
+            config.num_compute_capabilities = len(capabilities)
+            for index, capability in enumerate(capabilities):
+                config.set_compute_capability(capability, index)
+
+        started = time.perf_counter()
+        plan = compile_engine(
+            trt,
+            self.name,
+            convert(model, options.precision),
+            onnx_path,
+            batch=options.batch,
+            workspace_mib=options.workspace_mib,
+            configure=for_targets,
+        )
+        return save_engine(
+            self,
+            folder,
+            "engine.plan",
+            plan,
+            options=options,
+            targets=tuple(target.lower() for target in targets),
+            seconds=time.perf_counter() - started,
+            library="tensorrt-rtx",
+            library_version=trt.__version__,
+            onnx_path=onnx_path,
+            settings={"tf32": False, "strongly_typed": True},
+        )
+
+    def open(self, folder: Path) -> NvinferSession:
+        engine = read_engine(folder, self.name)
+        require(self.missing_to_run(), f"{self.name} engines cannot run here")
+        import tensorrt_rtx as trt
+
+        check_version(engine, trt.__version__)
+        return NvinferSession(trt, engine)
+
+
+def _default_targets(trt: Any) -> tuple[str, ...]:
+    """The usual ones, and this machine's GPU when the library can build for it."""
+    capability = compute_capability()
+    own = f"sm{capability[0]}{capability[1]}" if capability else ""
+    known = hasattr(trt.ComputeCapability, own.upper()) if own else False
+    return (*DEFAULT_TARGETS, own) if known and own not in DEFAULT_TARGETS else DEFAULT_TARGETS
+
+
+def _capability(trt: Any, target: str) -> Any:
+    known = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    if target.lower() not in known:
+        near = difflib.get_close_matches(target.lower(), known, n=1, cutoff=0.5)
+        raise UserError(
+            f"TensorRT-RTX has no target {target!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            why="It builds for GeForce and RTX workstation GPUs, not for data centre GPUs such as the H100 (sm90).",
+            fix=f"Targets: {', '.join(known)}.",
+        )
+    return getattr(trt.ComputeCapability, target.upper())
+
+
+TENSORRT_RTX = TensorRtRtx()

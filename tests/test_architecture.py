@@ -1,0 +1,169 @@
+"""The rooms of the design hold: who imports whom, what is optional, what is never used."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("calib_data", "toolchain", "detection", "deploy")  # each may import those before it
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+# What may be missing on a user's machine. One file each may import it, inside a function.
+OPTIONAL = (
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+    "openvino",
+    "modelopt",
+    "pynvml",
+    "mmcv",
+    "mmdet",
+    "mmengine",
+)
+# These three are one library in three packages, at home in one file.
+SAME_HOME = {"mmcv": "mmdet", "mmengine": "mmdet"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything that is imported anywhere below a node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def imported_when_loaded(tree: ast.Module) -> Iterator[str]:
+    """Names imported by just importing the module: outside functions and `if TYPE_CHECKING`."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported(node)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def test_there_is_something_to_check() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    reached = {name.split(".")[0] for name in imported(tree_of(path))}
+    assert reached.isdisjoint({*ROOMS, "benchmarks", "tests"} - set(allowed))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_relative_import_never_hides_where_it_goes(path: Path) -> None:
+    relative = [n.lineno for n in ast.walk(tree_of(path)) if isinstance(n, ast.ImportFrom) and n.level]
+    assert relative == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_optional_libraries_are_imported_inside_functions(path: Path) -> None:
+    reached = {name.split(".")[0] for name in imported_when_loaded(tree_of(path))}
+    assert reached.isdisjoint(OPTIONAL)
+
+
+def test_every_optional_library_is_at_home_in_one_file() -> None:
+    homes: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for name in imported(tree_of(path)):
+            library = name.split(".")[0]
+            if library in OPTIONAL:
+                homes.setdefault(SAME_HOME.get(library, library), set()).add(name_of(path))
+    assert {library: files for library, files in homes.items() if len(files) > 1} == {}
+
+
+IMPORT_ALL = """
+import sys
+from importlib import import_module
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+blocked, modules = sys.argv[1].split(","), sys.argv[2].split(",")
+sys.meta_path.insert(0, Blocked())
+for name in modules:
+    import_module(name)
+print(len(modules), "imported;", sorted(set(blocked) & {m.split(".")[0] for m in sys.modules}))
+"""
+
+
+def test_every_module_imports_without_the_optional_libraries() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in SOURCES
+        if path.name != "__main__.py"
+    ]
+    result = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", IMPORT_ALL, ",".join(OPTIONAL), ",".join(modules)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{len(modules)} imported; []"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_is_pickled(path: Path) -> None:
+    tree = tree_of(path)
+    assert {name.split(".")[0] for name in imported(tree)}.isdisjoint({"cloudpickle", "dill", "shelve", "joblib"})
+    used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "pickle"}
+    assert used <= {"pickle.UnpicklingError"}  # the error that torch raises for a file with code in it
+    assert "pickle" not in {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        if called == "torch.load":
+            safe = [k for k in call.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+            assert safe, f"{name_of(path)}:{call.lineno}: torch.load without weights_only=True runs code from the file"
+        assert called not in ("torch.save", "numpy.save", "np.save"), f"{name_of(path)}:{call.lineno}: use safetensors"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+    functions = [n for n in ast.walk(tree_of(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {f.name: length for f in functions if (length := body_lines(f)) > 75}
+    assert long == {}
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function after its docstring."""
+    first = function.body[1] if ast.get_docstring(function) is not None and len(function.body) > 1 else function.body[0]
+    return (function.end_lineno or 0) - first.lineno + 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(tree_of(path))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_types_are_shipped(room: str) -> None:
+    assert (ROOT / room / "__init__.py").is_file()
+    assert (ROOT / room / "py.typed").is_file()

@@ -1,0 +1,106 @@
+"""Model families: which timm architectures can be pruned, in one explicit table.
+
+A family is a module of plain functions (see `Family`). To add one, write a file next to `vit.py` and add a line to
+`FAMILIES`; the contract tests then run over it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from calib_data.errors import UserError
+from toolchain.families import pvt_v2, vit
+from toolchain.groups import ChannelGroup, Widths, narrowed_shapes
+from toolchain.layers import resize_leaf
+
+
+class Family(Protocol):
+    """What the toolchain asks of a family. Each family is a module with these functions."""
+
+    __name__: str
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether `model` is an instance of one of this family's timm classes."""
+
+    def unsupported(self, model: nn.Module) -> str | None:
+        """What in this model cannot be pruned (e.g. "gated MLPs"), or None."""
+
+    def groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
+        """The prunable groups, with every parameter slice that they own."""
+
+    def attention(self, old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
+        """An attention module like `old` with other sizes; parameters keep timm's names."""
+
+    def refresh(self, model: nn.Module) -> None:
+        """Update the sizes that timm keeps as attributes of the model after submodules were replaced."""
+
+    def constructor_args(self, model: nn.Module) -> dict[str, Any]:
+        """timm arguments that describe how `model` was built, apart from its prunable widths."""
+
+    def uniform_args(self, model: nn.Module) -> dict[str, Any] | None:
+        """timm arguments for the widths of `model`, or None when stock timm cannot build them."""
+
+
+FAMILIES: dict[str, Family] = {"vit": vit, "pvt_v2": pvt_v2}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a timm model.
+
+    Raises:
+        UserError: no family supports the model; says which part stands in the way.
+    """
+    for family in FAMILIES.values():
+        if family.matches(model):
+            reason = family.unsupported(model)
+            if reason is None:
+                return family
+            raise UserError(
+                f"This {type(model).__name__} cannot be pruned: it has {reason}.",
+                why="Cutting channels there would change the function in ways that are not handled yet.",
+                fix="Supported: timm VisionTransformer with standard attention and MLP (ViT, DeiT, DeiT-III, DINOv2, "
+                "CLIP image towers) and PVTv2 (b0 to b5, b2_li). See `upvits-deploy models`.",
+            )
+    raise UserError(
+        f"Models of type {type(model).__name__} are not supported.",
+        why="Structured pruning needs to know which tensors belong together.",
+        fix="Supported are timm's VisionTransformer and PyramidVisionTransformerV2. See `upvits-deploy models`.",
+    )
+
+
+def groups_of(model: nn.Module) -> tuple[ChannelGroup, ...]:
+    """All prunable groups of a timm model."""
+    return family_of(model).groups(model)
+
+
+def narrow(model: nn.Module, widths: Widths) -> nn.Module:
+    """The same architecture with other widths, its parameters on the meta device (no memory, no values).
+
+    Submodules are rebuilt through their own constructors; nothing is patched and parameter names stay timm's. Load
+    weights with `load_state_dict(..., strict=True, assign=True)`.
+    """
+    family = family_of(model)
+    groups = family.groups(model)
+    shapes = narrowed_shapes({name: tensor.shape for name, tensor in model.state_dict().items()}, groups, widths)
+    result = copy.deepcopy(model).to("meta")
+    with torch.device("meta"):
+        for group in groups:
+            if group.kind == "attention":
+                heads = widths.num_heads.get(group.name, group.num_heads)
+                head_dim = widths.channels.get(group.name, group.size) // heads
+                dim = shapes[group.queries[0]][1]
+                attention = family.attention(result.get_submodule(group.name), dim, heads, head_dim)
+                result.set_submodule(group.name, attention)
+        for name in {name.rpartition(".")[0] for name in shapes} - {""}:
+            module = result.get_submodule(name)
+            own = {key: shapes[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
+            if any(list(module.get_parameter(key).shape) != shape for key, shape in own.items()):
+                result.set_submodule(name, resize_leaf(module, own))
+        for key, _ in list(result.named_parameters(recurse=False)):
+            setattr(result, key, nn.Parameter(torch.empty(shapes[key])))
+    family.refresh(result)
+    return result.train(model.training)

@@ -1,0 +1,199 @@
+"""timm's PyramidVisionTransformerV2: b0 to b5 and the linear b2_li."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from timm.models.pvt_v2 import Attention, MlpWithDepthwiseConv, PyramidVisionTransformerV2
+from torch import Tensor, nn
+
+from toolchain.groups import ChannelGroup, MaskPoint, Slice
+from toolchain.layers import mlp_ratio
+
+
+class NarrowAttention(Attention):  # type: ignore[misc]
+    """PVTv2 attention whose heads don't fill the stage width.
+
+    timm's own reshapes the heads' output to the stage width, which only works while
+    `num_heads * head_dim == dim`. Parameters have the same names and meaning.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int, sr_ratio: int, linear_attn: bool, qkv_bias: bool
+    ) -> None:
+        super().__init__(dim, num_heads=1, sr_ratio=sr_ratio, linear_attn=linear_attn, qkv_bias=qkv_bias)
+        attn_dim = num_heads * head_dim
+        self.num_heads, self.head_dim, self.scale = num_heads, head_dim, head_dim**-0.5
+        self.q = nn.Linear(dim, attn_dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * attn_dim, bias=qkv_bias)
+        self.proj = nn.Linear(attn_dim, dim)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        """Attend within a feature map; x is [B, H * W, dim], feat_size (H, W)."""
+        batch, tokens, _ = x.shape
+        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        kv = self.kv(self._reduce(x, feat_size))
+        k, v = kv.reshape(batch, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            out = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
+        return cast(Tensor, self.proj_drop(self.proj(out)))
+
+    def _reduce(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        """Spatially reduced tokens that keys and values read, [B, M, dim]."""
+        if self.sr is None:
+            return x
+        feature_map = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], feat_size[0], feat_size[1])
+        if self.pool is not None:
+            feature_map = self.pool(feature_map)
+        tokens = self.norm(self.sr(feature_map).flatten(2).transpose(1, 2))
+        return cast(Tensor, tokens if self.act is None else self.act(tokens))
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether `model` is a timm PVTv2."""
+    return isinstance(model, PyramidVisionTransformerV2)
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """The first part of this PVTv2 that the adapter cannot prune, or None."""
+    if type(model) is not PyramidVisionTransformerV2:
+        return f"a forward of its own ({type(model).__name__})"
+    for stage in model.stages:
+        for block in stage.blocks:
+            if type(block.attn) not in (Attention, NarrowAttention) or type(block.mlp) is not MlpWithDepthwiseConv:
+                return "custom attention or FFN modules"
+            if not isinstance(block.norm1, nn.LayerNorm):
+                return "norms that are not LayerNorm"
+    return None
+
+
+def groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
+    """A width group per stage; attention dims, heads and FFN units per block."""
+    pvt = cast(PyramidVisionTransformerV2, model)
+    names = {name for name, _ in pvt.named_parameters()}
+    result = []
+    for index in range(len(pvt.stages)):
+        result.append(_stage_group(pvt, index, names))
+        for block_index, block in enumerate(pvt.stages[index].blocks):
+            result += _block_groups(f"stages.{index}.blocks.{block_index}", block, index, names)
+    return tuple(result)
+
+
+def _stage_group(pvt: PyramidVisionTransformerV2, index: int, names: set[str]) -> ChannelGroup:
+    stage = f"stages.{index}"
+    embed = "patch_embed" if index == 0 else f"{stage}.downsample"
+    axes = [(f"{embed}.proj.weight", 0), (f"{embed}.proj.bias", 0)]
+    norms = [f"{embed}.norm", f"{stage}.norm"]
+    for block_index in range(len(pvt.stages[index].blocks)):
+        block = f"{stage}.blocks.{block_index}"
+        norms += [f"{block}.norm1", f"{block}.norm2", f"{block}.attn.norm"]
+        axes += [(f"{block}.attn.sr.weight", 1), (f"{block}.attn.sr.weight", 0), (f"{block}.attn.sr.bias", 0)]
+        axes += [(f"{block}.{reader}.weight", 1) for reader in ("attn.q", "attn.kv", "mlp.fc1")]
+        axes += [(f"{block}.{writer}.{kind}", 0) for writer in ("attn.proj", "mlp.fc2") for kind in ("weight", "bias")]
+    last = index + 1 == len(pvt.stages)
+    axes.append(("head.weight" if last else f"stages.{index + 1}.downsample.proj.weight", 1))
+    axes += [(f"{norm}.{kind}", 0) for norm in norms for kind in ("weight", "bias")]
+    return ChannelGroup(
+        name=stage,
+        kind="embed",
+        size=(pvt.patch_embed if index == 0 else pvt.stages[index].downsample).proj.out_channels,
+        slices=tuple(Slice(name, axis) for name, axis in axes if name in names),
+        masks=tuple(MaskPoint(norm, "norm") for norm in norms if f"{norm}.weight" in names),
+        stage=index,
+    )
+
+
+def _block_groups(name: str, block: nn.Module, stage: int, names: set[str]) -> list[ChannelGroup]:
+    attn = cast(Attention, block.attn)
+    queries = tuple(q for q in (f"{name}.attn.q.weight", f"{name}.attn.q.bias") if q in names)
+    values = tuple(kv for kv in (f"{name}.attn.kv.weight", f"{name}.attn.kv.bias") if kv in names)
+
+    def attention_slices(unit: int) -> tuple[Slice, ...]:
+        return (
+            *(Slice(q, 0, unit=unit) for q in queries),
+            *(Slice(kv, 0, repeat=2, unit=unit) for kv in values),
+            Slice(f"{name}.attn.proj.weight", 1, unit=unit),
+        )
+
+    ffn = {"fc1.weight": 0, "fc1.bias": 0, "dwconv.weight": 0, "dwconv.bias": 0, "fc2.weight": 1}
+    return [
+        ChannelGroup(
+            name=f"{name}.attn",
+            kind="attention",
+            size=attn.num_heads * attn.head_dim,
+            slices=attention_slices(1),
+            masks=(MaskPoint(f"{name}.attn.q", "output"), MaskPoint(f"{name}.attn.kv", "output", (0, 1))),
+            stage=stage,
+            num_heads=attn.num_heads,
+            queries=queries,
+        ),
+        ChannelGroup(
+            name=f"{name}.attn.heads",
+            kind="heads",
+            size=attn.num_heads,
+            slices=attention_slices(attn.head_dim),
+            masks=(MaskPoint(f"{name}.attn.kv", "output", (0, 1), unit=attn.head_dim),),
+            stage=stage,
+            num_heads=attn.num_heads,
+        ),
+        ChannelGroup(
+            name=f"{name}.mlp",
+            kind="ffn",
+            size=cast(MlpWithDepthwiseConv, block.mlp).fc1.out_features,
+            slices=tuple(Slice(f"{name}.mlp.{key}", axis) for key, axis in ffn.items()),
+            masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+            stage=stage,
+        ),
+    ]
+
+
+def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
+    """timm's own attention when the heads fill the stage width, else the small subclass above."""
+    old = cast(Attention, old)
+    sr_ratio = old.sr.stride[0] if old.sr is not None else 1
+    linear, qkv_bias = old.pool is not None, old.q.bias is not None
+    new: Attention
+    if num_heads * head_dim == dim:
+        new = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, linear_attn=linear, qkv_bias=qkv_bias)
+    else:
+        new = NarrowAttention(dim, num_heads, head_dim, sr_ratio, linear, qkv_bias)
+    new.attn_drop, new.proj_drop, new.fused_attn = old.attn_drop, old.proj_drop, old.fused_attn
+    return new
+
+
+def refresh(model: nn.Module) -> None:
+    """Set `num_features` and the feature channels to the stage widths."""
+    pvt = cast(PyramidVisionTransformerV2, model)
+    dims = _embed_dims(pvt)
+    pvt.num_features = pvt.head_hidden_size = dims[-1]
+    pvt.feature_info = [{**info, "num_chs": dim} for info, dim in zip(pvt.feature_info, dims, strict=True)]
+
+
+def _embed_dims(pvt: PyramidVisionTransformerV2) -> list[int]:
+    return [stage.norm.normalized_shape[0] for stage in pvt.stages]
+
+
+def constructor_args(model: nn.Module) -> dict[str, Any]:
+    """Depths and pooling; the architecture name fixes the rest."""
+    return {"depths": list(model.depths), "global_pool": model.global_pool}
+
+
+def uniform_args(model: nn.Module) -> dict[str, Any] | None:
+    """`embed_dims`, `num_heads` and `mlp_ratios` when the blocks of each stage agree and heads fill its width."""
+    pvt = cast(PyramidVisionTransformerV2, model)
+    dims = _embed_dims(pvt)
+    num_heads, mlp_ratios = [], []
+    for stage, dim in zip(pvt.stages, dims, strict=True):
+        shapes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in stage.blocks}
+        if len(shapes) != 1:
+            return None
+        heads, head_dim, hidden = shapes.pop()
+        if heads * head_dim != dim:
+            return None
+        num_heads.append(heads)
+        mlp_ratios.append(mlp_ratio(hidden, dim))
+    return {"embed_dims": dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios}

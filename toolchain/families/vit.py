@@ -1,0 +1,184 @@
+"""timm's VisionTransformer with standard attention and MLP: ViT, DeiT, DeiT-III, DINOv2, CLIP image towers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.layers import Attention, Mlp, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from toolchain.groups import ChannelGroup, MaskPoint, Slice
+from toolchain.layers import mlp_ratio
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether `model` is a timm VisionTransformer (plain or with a distillation token)."""
+    return isinstance(model, VisionTransformer)
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """The first part of this VisionTransformer that the adapter cannot prune, or None."""
+    vit = cast(VisionTransformer, model)
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+        return f"a forward of its own ({type(vit).__name__})"
+    if type(vit.patch_embed) is not PatchEmbed:
+        return f"a {type(vit.patch_embed).__name__} patch embedding (hybrid or custom stem)"
+    if vit.attn_pool is not None:
+        return "attention pooling"
+    norms = (vit.patch_embed.norm, vit.norm_pre, vit.norm, vit.fc_norm)
+    if not all(_is_norm_or_none(norm) for norm in norms):
+        return "norms that are not LayerNorm"
+    for block in vit.blocks:
+        reason = _unsupported_block(block)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _is_norm_or_none(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.LayerNorm) and module.elementwise_affine)
+
+
+def _unsupported_block(block: nn.Module) -> str | None:
+    if type(block) is not Block:
+        return f"{type(block).__name__} blocks (parallel, post-norm or custom)"
+    attn, mlp = cast(nn.Module, block.attn), cast(nn.Module, block.mlp)
+    if type(attn) is not Attention:
+        return f"{type(attn).__name__} (rotary, differential or custom attention)"
+    if not isinstance(attn.q_norm, nn.Identity):
+        return "qk-norm"
+    if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
+        return "normalised or gated attention outputs"
+    if type(mlp) is not Mlp:
+        return f"{type(mlp).__name__} (gated MLPs)"
+    if not isinstance(mlp.norm, nn.Identity):
+        return "a norm inside the MLP"
+    if not (_is_norm_or_none(cast(nn.Module, block.norm1)) and _is_norm_or_none(cast(nn.Module, block.norm2))):
+        return "norms that are not LayerNorm"
+    return None
+
+
+def groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
+    """One embedding group for the whole network; attention dims, heads and FFN units per block."""
+    vit = cast(VisionTransformer, model)
+    names = {name for name, _ in vit.named_parameters()}
+    result = [_embed_group(vit, names)]
+    for index, block in enumerate(vit.blocks):
+        result += _block_groups(f"blocks.{index}", cast(Block, block), names)
+    return tuple(result)
+
+
+def _embed_group(vit: VisionTransformer, names: set[str]) -> ChannelGroup:
+    axes = {
+        "cls_token": -1,
+        "reg_token": -1,
+        "dist_token": -1,
+        "pos_embed": -1,
+        "patch_embed.proj.weight": 0,
+        "patch_embed.proj.bias": 0,
+        "head.weight": 1,
+        "head_dist.weight": 1,
+    }
+    norms = ["patch_embed.norm", "norm_pre", "norm", "fc_norm"]
+    for index in range(len(vit.blocks)):
+        block = f"blocks.{index}"
+        norms += [f"{block}.norm1", f"{block}.norm2"]
+        axes |= {f"{block}.attn.qkv.weight": 1, f"{block}.mlp.fc1.weight": 1}
+        for writer in ("attn.proj", "mlp.fc2"):
+            axes |= {f"{block}.{writer}.weight": 0, f"{block}.{writer}.bias": 0}
+        axes |= {f"{block}.ls1.gamma": 0, f"{block}.ls2.gamma": 0}
+    axes |= {f"{norm}.{kind}": 0 for norm in norms for kind in ("weight", "bias")}
+    return ChannelGroup(
+        name="embed",
+        kind="embed",
+        size=vit.embed_dim,
+        slices=tuple(Slice(name, axis) for name, axis in axes.items() if name in names),
+        masks=tuple(MaskPoint(norm, "norm") for norm in norms if f"{norm}.weight" in names),
+    )
+
+
+def _block_groups(name: str, block: Block, names: set[str]) -> list[ChannelGroup]:
+    attn = cast(Attention, block.attn)
+    qkv = [f"{name}.attn.qkv.weight", f"{name}.attn.qkv.bias"]
+    queries = tuple(parameter for parameter in qkv if parameter in names)
+
+    def attention_slices(unit: int) -> tuple[Slice, ...]:
+        return (*(Slice(q, 0, repeat=3, unit=unit) for q in queries), Slice(f"{name}.attn.proj.weight", 1, unit=unit))
+
+    ffn = {f"{name}.mlp.fc1.weight": 0, f"{name}.mlp.fc1.bias": 0, f"{name}.mlp.fc2.weight": 1}
+    return [
+        ChannelGroup(
+            name=f"{name}.attn",
+            kind="attention",
+            size=attn.num_heads * attn.head_dim,
+            slices=attention_slices(1),
+            masks=(MaskPoint(f"{name}.attn.qkv", "output", (1, 0, 1)),),
+            num_heads=attn.num_heads,
+            queries=queries,
+        ),
+        ChannelGroup(
+            name=f"{name}.attn.heads",
+            kind="heads",
+            size=attn.num_heads,
+            slices=attention_slices(attn.head_dim),
+            masks=(MaskPoint(f"{name}.attn.qkv", "output", (0, 0, 1), unit=attn.head_dim),),
+            num_heads=attn.num_heads,
+        ),
+        ChannelGroup(
+            name=f"{name}.mlp",
+            kind="ffn",
+            size=cast(nn.Linear, block.mlp.fc1).out_features,
+            slices=tuple(Slice(key, axis) for key, axis in ffn.items() if key in names),
+            masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+        ),
+    ]
+
+
+def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
+    """timm's own Attention with `attn_head_dim`, which frees the head width from the embedding width."""
+    old = cast(Attention, old)
+    new = Attention(
+        dim,
+        num_heads=num_heads,
+        attn_head_dim=head_dim,
+        qkv_bias=old.qkv.bias is not None,
+        proj_bias=old.proj.bias is not None,
+        attn_drop=old.attn_drop.p,
+        proj_drop=old.proj_drop.p,
+    )
+    new.fused_attn = old.fused_attn
+    return new
+
+
+def refresh(model: nn.Module) -> None:
+    """Set `embed_dim`, `num_features` and the feature channels to the width of the patch embedding."""
+    vit = cast(VisionTransformer, model)
+    dim = vit.patch_embed.proj.out_channels
+    vit.embed_dim = vit.num_features = vit.head_hidden_size = dim
+    vit.feature_info = [{**info, "num_chs": dim} for info in vit.feature_info]
+
+
+def constructor_args(model: nn.Module) -> dict[str, Any]:
+    """Image size, depth and pooling, which users change most often; the architecture name fixes the rest."""
+    vit = cast(VisionTransformer, model)
+    args: dict[str, Any] = {"img_size": list(vit.patch_embed.img_size), "depth": len(vit.blocks)}
+    if type(vit) is VisionTransformer:
+        args["global_pool"] = vit.global_pool
+    if vit.dynamic_img_size:
+        args["dynamic_img_size"] = True
+    return args
+
+
+def uniform_args(model: nn.Module) -> dict[str, Any] | None:
+    """`embed_dim`, `num_heads` and `mlp_ratio` when all blocks agree and heads fill the embedding."""
+    vit = cast(VisionTransformer, model)
+    shapes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in vit.blocks}
+    if len(shapes) != 1:
+        return None
+    num_heads, head_dim, hidden = shapes.pop()
+    if num_heads * head_dim != vit.embed_dim:
+        return None
+    return {"embed_dim": vit.embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio(hidden, vit.embed_dim)}
+

@@ -1,0 +1,30 @@
+"""How big a network is: multiply-accumulates and parameters, counted rather than derived."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one forward pass of one image, attention products included.
+
+    Counted by torch's FlopCounterMode (matrix products and convolutions; norms, activations and softmax are not in
+    it) on the meta device, so it costs neither memory nor arithmetic.
+
+    Args:
+        model: any network.
+        input_size: (channels, height, width) in pixels.
+    """
+    meta = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        meta(torch.empty(1, *input_size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())

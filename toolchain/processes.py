@@ -1,0 +1,98 @@
+"""One process or several: the device this process works on, its share of the data, sums over all processes.
+
+Started by hand there is one process; started by `torchrun` there are WORLD_SIZE of them, which share every batch.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from calib_data.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """This process among its equals; only the main one writes files and shows progress."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def training_share(self, dataset: Dataset[Any], seed: int, epoch: int) -> Dataset[Any]:
+        """This process's part of the epoch: another random split each epoch, of equal size everywhere.
+
+        Equal sizes keep the processes in step; up to `world_size - 1` images sit out an epoch.
+        """
+        if self.world_size == 1:
+            return dataset
+        num_images = len(dataset)  # type: ignore[arg-type]
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        share = num_images // self.world_size
+        return Subset(dataset, order[self.rank * share : (self.rank + 1) * share])
+
+    def validation_share(self, dataset: Dataset[Any]) -> Dataset[Any]:
+        """Every `world_size`-th image: each image is in exactly one share."""
+        if self.world_size == 1:
+            return dataset
+        return Subset(dataset, range(self.rank, len(dataset), self.world_size))  # type: ignore[arg-type]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is this process's GPU when there is one, else the CPU; any torch device name is taken as it is.
+
+    Raises:
+        UserError: CUDA was asked for and is not there, or the name means nothing to torch.
+    """
+    if name == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Unknown device {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but torch sees no GPU.", fix="Use auto or cpu.")
+    return device
+
+
+@contextmanager
+def join_processes(device: str = "auto") -> Iterator[Process]:
+    """Joins the other processes that `torchrun` started (nccl on CUDA, else gloo); leaves the group at the end.
+
+    A group that the caller already set up is used and left alone.
+
+    Raises:
+        UserError: see `pick_device`.
+    """
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    owner = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if owner:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        joined = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        yield Process(rank, world_size, chosen)
+    finally:
+        if owner:
+            dist.destroy_process_group()
+
+
+CPU = torch.device("cpu")

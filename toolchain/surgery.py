@@ -1,0 +1,51 @@
+"""Cutting the planned units out of a network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from toolchain.families import groups_of, narrow
+from toolchain.groups import cut
+from toolchain.layers import adopt_parameters
+from toolchain.plan import PruningPlan
+
+
+def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The network that `plan` describes, with the weights of the kept units.
+
+    Softmax logits keep their scale: a narrower head divides by the root of its own head_dim, so sqrt(new / old) is
+    folded into the query weights. Without that, attention gets sharper with every cut.
+
+    Args:
+        model: the dense network; it is not changed.
+        plan: made for this network.
+
+    Returns:
+        A network of the same timm class with its own weights.
+
+    Example:
+        >>> import timm, toolchain
+        >>> dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+        >>> scores = toolchain.score(dense, method="magnitude")
+        >>> small = toolchain.prune(dense, toolchain.plan(dense, scores, ratio=0.5))
+        >>> small.embed_dim, small.blocks[0].attn.head_dim, small.blocks[0].mlp.fc1.out_features
+        (96, 32, 384)
+    """
+    groups = groups_of(model)
+    keep = {name: torch.tensor(units) for name, units in plan.keep.items()}
+    state = cut(model.state_dict(), groups, keep)
+    for group in groups:
+        if group.kind == "attention" and group.name in keep:
+            head_dim = len(plan.keep[group.name]) // plan.num_heads[group.name]
+            if head_dim != group.head_dim:
+                rows = slice(0, len(plan.keep[group.name]))
+                for name in group.queries:
+                    state[name] = state[name].clone()
+                    state[name][rows] *= math.sqrt(head_dim / group.head_dim)
+    pruned = narrow(model, plan.widths)
+    if plan.architecture is not None:
+        pruned.pretrained_cfg = {**model.pretrained_cfg, "architecture": plan.architecture}
+    return adopt_parameters(pruned, state)
