@@ -25,6 +25,9 @@ TEXTURES = ("plain", "striped", "checkered")
 CLASS_NAMES = tuple(f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES)
 """A class is a pair: neither the shape nor the texture alone decides, and colours say nothing."""
 
+MAX_TILT = 0.45
+"""Objects lean up to this many radians to either side."""
+
 _SPLITS = {"train": 0, "val": 1}
 _MAX_PLACING_ATTEMPTS = 30
 
@@ -84,7 +87,7 @@ def draw_labelled(seed: int, split: str, index: int, size: int) -> tuple[NDArray
     radius = dice.between(0.22, 0.45)
     reach = max(0.5 - 0.85 * radius, 0.0)
     pose = _Pose(
-        0.5 + dice.between(-reach, reach), 0.5 + dice.between(-reach, reach), radius, dice.between(0, 2 * math.pi)
+        0.5 + dice.between(-reach, reach), 0.5 + dice.between(-reach, reach), radius, dice.between(-MAX_TILT, MAX_TILT)
     )
     _draw_object(canvas, dice, label, pose, background)
     _draw_lines(canvas, dice, dice.below(2), width=dice.between(0.008, 0.014))
@@ -112,9 +115,8 @@ def _place_apart(dice: _Dice, count: int) -> list[_Pose]:
     poses: list[_Pose] = []
     for _ in range(_MAX_PLACING_ATTEMPTS):
         radius = dice.between(0.09, 0.24)
-        pose = _Pose(
-            dice.between(radius, 1 - radius), dice.between(radius, 1 - radius), radius, dice.between(0, 2 * math.pi)
-        )
+        x, y = dice.between(radius, 1 - radius), dice.between(radius, 1 - radius)
+        pose = _Pose(x, y, radius, dice.between(-MAX_TILT, MAX_TILT))
         if all(math.hypot(pose.x - p.x, pose.y - p.y) > pose.radius + p.radius for p in poses):
             poses.append(pose)
         if len(poses) == count:
@@ -127,15 +129,15 @@ def _grid(size: int) -> tuple[Array, Array]:
     return centres[None, :], centres[:, None]
 
 
-def _colour(dice: _Dice) -> Array:
-    return np.array([dice.between(0, 1), dice.between(0, 1), dice.between(0, 1)], dtype=np.float32)
+def _colour(dice: _Dice, low: float = 0.0, high: float = 1.0) -> Array:
+    return np.array([dice.between(low, high) for _ in range(3)], dtype=np.float32)
 
 
-def _colour_far_from(dice: _Dice, others: list[Array], distance: float) -> Array:
+def _colour_far_from(dice: _Dice, others: list[Array], distance: float, low: float, high: float) -> Array:
     """A colour that the eye can tell from `others`; the farthest of a few tries when none is far enough."""
-    best, best_distance = _colour(dice), -1.0
+    best, best_distance = others[0], -1.0
     for _ in range(12):
-        candidate = _colour(dice)
+        candidate = _colour(dice, low, high)
         gap = min(float(np.abs(candidate - other).sum()) for other in others)
         if gap > best_distance:
             best, best_distance = candidate, gap
@@ -151,7 +153,7 @@ def _blend(canvas: Array, colour: Array, alpha: Array) -> None:
 def _draw_background(dice: _Dice, size: int) -> tuple[Array, Array]:
     """A gradient, blobs, a patch with some texture, and lines. Returns the canvas and the background's mean colour."""
     x, y = _grid(size)
-    base = _colour(dice)
+    base = _colour(dice, 0.0, 0.5)
     angle = dice.between(0, 2 * math.pi)
     slope = (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)
     tint = (_colour(dice) - 0.5) * 0.5
@@ -159,7 +161,11 @@ def _draw_background(dice: _Dice, size: int) -> tuple[Array, Array]:
     for _ in range(1 + dice.below(3)):
         spread = dice.between(0.04, 0.16)
         squared = (x - dice.between(0, 1)) ** 2 + (y - dice.between(0, 1)) ** 2
-        _blend(canvas, base + (_colour(dice) - 0.5) * 0.7, 0.8 * np.exp(-squared / (2 * spread * spread)))
+        _blend(
+            canvas,
+            base + (_colour(dice) - 0.5) * 0.6,
+            (0.8 * np.exp(-squared / (2 * spread * spread))).astype(np.float32),
+        )
     if dice.chance(0.4):
         _draw_patch(canvas, dice, base)
     _draw_lines(canvas, dice, dice.below(3), width=dice.between(0.01, 0.025))
@@ -172,7 +178,8 @@ def _draw_patch(canvas: Array, dice: _Dice, base: Array) -> None:
     x, y = _grid(size)
     angle = dice.between(0, 2 * math.pi)
     side = (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle) - dice.between(-0.2, 0.3)
-    pattern = _texture(TEXTURES[dice.below(len(TEXTURES))], dice, x - 0.5, y - 0.5, period=dice.between(0.08, 0.16), size=size)
+    texture = TEXTURES[dice.below(len(TEXTURES))]
+    pattern = _texture(texture, dice, x - 0.5, y - 0.5, period=dice.between(0.08, 0.16), size=size)
     _blend(canvas, base + (_colour(dice) - 0.5) * 0.4, pattern * np.clip(0.5 + side * size, 0, 1))
 
 
@@ -183,15 +190,15 @@ def _draw_lines(canvas: Array, dice: _Dice, count: int, width: float) -> None:
         angle = dice.between(0, math.pi)
         offset = dice.between(-0.5, 0.5)
         distance = np.abs((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle) - offset)
-        _blend(canvas, _colour(dice), np.clip(0.5 + (width / 2 - distance) * size, 0, 1))
+        _blend(canvas, _colour(dice, 0.0, 0.7), np.clip(0.5 + (width / 2 - distance) * size, 0, 1))
 
 
 def _draw_object(canvas: Array, dice: _Dice, label: int, pose: _Pose, background: Array) -> NDArray[np.bool_]:
     """Draws one object in place. Returns the mask [size, size] of the pixels that it covers by half or more."""
     size = canvas.shape[0]
     shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-    first = _colour_far_from(dice, [background], 0.9)
-    second = _colour_far_from(dice, [background, first], 0.9)
+    first = _colour_far_from(dice, [background], 1.2, 0.45, 1.0)
+    second = _colour_far_from(dice, [background, first], 0.9, 0.0, 1.0)
     # Only the window around the object is computed: scenes are larger than their objects.
     left, right = (int(np.clip(round((pose.x + s * pose.radius) * size) + s, 0, size)) for s in (-1, 1))
     top, bottom = (int(np.clip(round((pose.y + s * pose.radius) * size) + s, 0, size)) for s in (-1, 1))

@@ -1,1 +1,23 @@
-"""Make it run: ONNX, precision, engines, runtimes, measurements, the report, and the command line that drives it all."""
+"""Make it run: export, precision, engines, runtimes, measurements, report; the pipeline and the command line.
+
+    from deploy import build
+    report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}})
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deploy.pipeline import build
+
+__all__ = ["build"]
+
+
+def __getattr__(name: str) -> object:
+    # torch takes seconds to import; `upvits-deploy --help` should not wait for it
+    if name == "build":
+        from deploy.pipeline import build
+
+        return build
+    raise AttributeError(f"module 'deploy' has no attribute {name!r}")

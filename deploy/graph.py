@@ -6,7 +6,6 @@ fully understand and leave everything else as it was.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,9 @@ def load_model(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise UserError(f"cannot read {path}", why=f"The system says: {error.strerror}.") from error
     except DecodeError as error:
-        raise UserError(f"{path} is not an ONNX model", why="It is cut off, damaged or another format.", fix=again) from error
+        raise UserError(
+            f"{path} is not an ONNX model", why="It is cut off, damaged or another format.", fix=again
+        ) from error
     if not model.graph.node or not model.opset_import:
         raise UserError(f"{path} is not an ONNX model", why="It holds no graph.", fix=again)
     if any(uses_external_data(tensor) for tensor in model.graph.initializer):
@@ -80,7 +81,9 @@ def add_uint8_input(graph: gs.Graph, mean: Sequence[float], std: Sequence[float]
     pixels = gs.Variable(name, dtype=np.dtype(np.uint8), shape=[batch, height, width, channels])
     deviation = 255.0 * np.asarray(std, np.float64)
     scale = gs.Constant(f"{PREPROCESS}scale", (1.0 / deviation).astype(np.float32))
-    shift = gs.Constant(f"{PREPROCESS}shift", (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32))
+    shift = gs.Constant(
+        f"{PREPROCESS}shift", (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
+    )
     as_float, scaled, shifted = (_variable(f"{PREPROCESS}{step}_out") for step in ("cast", "scale", "shift"))
     graph.nodes = [
         gs.Node("Cast", f"{PREPROCESS}cast", {"to": int(onnx.TensorProto.FLOAT)}, [pixels], [as_float]),
@@ -156,11 +159,15 @@ def _match_ffn(conv: gs.Node, protected: set[int]) -> _Ffn | None:
     while (before := _producer(inner[0].inputs[0], protected)) is not None and before.op in _UNARY:
         inner.insert(0, before)
     to_image, to_tokens = before, _consumer(conv.outputs[0], protected)
-    if not (_reshapes(to_image, rank=4, channels=hidden) and _reshapes(to_tokens, rank=3, channels=hidden)):
+    if to_image is None or not _reshapes(to_image, rank=4, channels=hidden):
+        return None
+    if to_tokens is None or not _reshapes(to_tokens, rank=3, channels=hidden):
         return None
     to_channels_first = _producer(to_image.inputs[0], protected)
     to_channels_last = _consumer(to_tokens.outputs[0], protected)
-    if not (_swaps_tokens_and_channels(to_channels_first) and _swaps_tokens_and_channels(to_channels_last)):
+    if to_channels_first is None or not _swaps_tokens_and_channels(to_channels_first):
+        return None
+    if to_channels_last is None or not _swaps_tokens_and_channels(to_channels_last):
         return None
     activations: list[gs.Node] = []
     after = _consumer(to_channels_last.outputs[0], protected)
@@ -205,7 +212,12 @@ def _rewrite_ffn(graph: gs.Graph, ffn: _Ffn) -> None:
 
 def _producer(tensor: gs.Tensor, protected: set[int]) -> gs.Node | None:
     """The node that made a tensor which nothing else reads."""
-    if isinstance(tensor, gs.Constant) or len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or id(tensor) in protected:
+    if (
+        isinstance(tensor, gs.Constant)
+        or len(tensor.inputs) != 1
+        or len(tensor.outputs) != 1
+        or id(tensor) in protected
+    ):
         return None
     return tensor.inputs[0]
 
@@ -217,8 +229,8 @@ def _consumer(tensor: gs.Tensor, protected: set[int]) -> gs.Node | None:
     return tensor.outputs[0]
 
 
-def _reshapes(node: gs.Node | None, *, rank: int, channels: int) -> bool:
-    if node is None or node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
+def _reshapes(node: gs.Node, *, rank: int, channels: int) -> bool:
+    if node.op != "Reshape" or not isinstance(node.inputs[1], gs.Constant):
         return False
     shape = node.inputs[1].values
     return len(shape) == rank and int(shape[1]) == channels and all(int(size) > 0 for size in shape[2:])
@@ -230,8 +242,8 @@ def _resize_channels(reshape: gs.Node, channels: int) -> None:
     reshape.inputs[1] = gs.Constant(f"{reshape.name}_shape", shape)
 
 
-def _swaps_tokens_and_channels(node: gs.Node | None) -> bool:
-    return node is not None and node.op == "Transpose" and list(node.attrs.get("perm", ())) == _CHANNELS_LAST_TO_FIRST
+def _swaps_tokens_and_channels(node: gs.Node) -> bool:
+    return node.op == "Transpose" and list(node.attrs.get("perm", ())) == _CHANNELS_LAST_TO_FIRST
 
 
 def _weight_and_bias(matmul: gs.Node, add: gs.Node | None) -> tuple[np.ndarray, np.ndarray | None] | None:

@@ -17,8 +17,26 @@ PRECISIONS = ("fp32", "fp16")
 
 # Reductions lose the most in half precision; the other operators make tensors of a type that they state themselves.
 _KEPT_IN_FP32 = frozenset(
-    "LayerNormalization GroupNormalization InstanceNormalization Softmax LogSoftmax ReduceMean ReduceSum Pow Sqrt "
-    "Constant ConstantOfShape Range EyeLike RandomNormal RandomUniform Resize QuantizeLinear DequantizeLinear".split()
+    {
+        "LayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "Softmax",
+        "LogSoftmax",
+        "ReduceMean",
+        "ReduceSum",
+        "Pow",
+        "Sqrt",
+        "Constant",
+        "ConstantOfShape",
+        "Range",
+        "EyeLike",
+        "RandomNormal",
+        "RandomUniform",
+        "Resize",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
 )
 _MAX_FP16 = float(np.finfo(np.float16).max)
 
@@ -66,7 +84,7 @@ class _Fp16Conversion:
         self.floats = {value.name for value in typed if value.type.tensor_type.elem_type == TensorProto.FLOAT}
         self.floats |= {name for name, tensor in self.weights.items() if tensor.data_type == TensorProto.FLOAT}
         # Names under which a float tensor of the original graph exists now.
-        self.as_fp32 = {name: name for name in self.floats}
+        self.as_fp32: dict[str, str] = {name: name for name in self.floats}
         self.as_fp16: dict[str, str] = {}
         self.nodes: list[NodeProto] = []
 
@@ -74,7 +92,9 @@ class _Fp16Conversion:
         for node in self.graph.node:
             self._convert(node)
         for name in [name for name in self.outputs if name in self.floats and name not in self.as_fp32]:
-            self.nodes.append(onnx.helper.make_node("Cast", [self.as_fp16[name]], [name], f"{name}_cast", to=TensorProto.FLOAT))
+            self.nodes.append(
+                onnx.helper.make_node("Cast", [self.as_fp16[name]], [name], f"{name}_cast", to=TensorProto.FLOAT)
+            )
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
         del self.graph.value_info[:]
@@ -97,8 +117,7 @@ class _Fp16Conversion:
         for index, name in enumerate(node.output):
             if name in self.floats and not stays:
                 # An output of the graph keeps its name for the cast to fp32 at the end.
-                node.output[index] = f"{name}_fp16" if name in self.outputs else name
-                self.as_fp16[name] = node.output[index]
+                node.output[index] = self.as_fp16[name] = f"{name}_fp16" if name in self.outputs else name
                 del self.as_fp32[name]
         if node.op_type == "Cast" and not stays:
             for attribute in node.attribute:

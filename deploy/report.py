@@ -1,23 +1,25 @@
 """The report of a run: `report.json` is authoritative, everything that people read is derived from it.
 
-Units: latency in milliseconds, accuracy in percent, MACs per image, memory in MB (10**6 bytes), time in seconds;
-`agreement` is a share of images (0 to 1).
+Units: latency in milliseconds, accuracy and agreement in percent, MACs per image, memory in MB (10**6 bytes), time in
+seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import UserError
-from deploy.artifacts import StageRecord, atomic_write
+from deploy.artifacts import StageRecord
+from deploy.bench import LatencyReport, LatencyStats
+from deploy.runtimes.interface import Engine
 
 REPORT = "report.json"
-UNSTABLE_CV = 0.025
+_GPU_RUNTIMES = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class _Document(BaseModel):
@@ -30,7 +32,7 @@ class _OpenDocument(_Document):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class Latency(_OpenDocument):
+class Latency(_Document):
     """One timed model at one batch size, in ms per batch. `cv` is standard deviation over mean, `n` the repetitions."""
 
     min: float
@@ -44,8 +46,22 @@ class Latency(_OpenDocument):
 
 
 # runtime -> precision -> "b<batch>" -> value
-Latencies = Mapping[str, Mapping[str, Mapping[str, Latency]]]
-Speedups = dict[str, dict[str, dict[str, float]]]
+Latencies: TypeAlias = dict[str, dict[str, dict[str, Latency]]]
+Speedups: TypeAlias = dict[str, dict[str, dict[str, float]]]
+
+
+class Bench(_Document):
+    """Latencies of both models and how many times faster the pruned one is, as they go into the report.
+
+    `speedup` is the median over rounds of the ratio of medians within a round, `speedup_low` and `speedup_high` the
+    10th and 90th percentile over rounds.
+    """
+
+    dense: Latencies = {}
+    pruned: Latencies = {}
+    speedup: Speedups = {}
+    speedup_low: Speedups = {}
+    speedup_high: Speedups = {}
 
 
 class ModelFigures(_Document):
@@ -54,11 +70,11 @@ class ModelFigures(_Document):
     params: int
     macs: int
     top1: float | None
-    latency_ms: dict[str, dict[str, dict[str, Latency]]] = {}
+    latency_ms: Latencies = {}
 
 
 class PrunedFigures(ModelFigures):
-    """`top1_after_prune`: before fine-tuning. `agreement`: share of images on which it says what the dense one says."""
+    """`top1_after_prune`: before fine-tuning. `agreement`: images with the dense model's top-1, in percent."""
 
     top1_after_prune: float | None
     agreement: float | None
@@ -81,15 +97,15 @@ class PlanFigures(_Document):
 
 
 class Parity(_OpenDocument):
-    """One gate: outputs of `candidate` against those of `reference` on real images. `cosine` is the worst image's."""
+    """One gate: outputs of `candidate` against those of `reference` on real images."""
 
     model: Literal["dense", "pruned"]
     reference: str
     candidate: str
     images: int
     max_abs: float
-    cosine: float
-    agreement: float
+    min_cosine: float
+    top1_agreement: float
     passed: bool
 
 
@@ -116,6 +132,8 @@ class Report(_Document):
     dense: ModelFigures
     pruned: PrunedFigures
     speedup: Speedups = {}
+    speedup_low: Speedups = {}
+    speedup_high: Speedups = {}
     parity: list[Parity] = []
     engines: list[EngineFigures] = []
     stages: list[StageRecord] = []
@@ -127,7 +145,7 @@ class Report(_Document):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Dense against pruned in one runtime, precision and batch size; `speedup` is of the medians."""
+    """Dense against pruned in one runtime, precision and batch size; `low` to `high` is the speed-up's range."""
 
     runtime: str
     precision: str
@@ -135,27 +153,58 @@ class Comparison:
     dense: Latency
     pruned: Latency
     speedup: float
+    low: float | None
+    high: float | None
 
 
-def speedups(dense: Latencies, pruned: Latencies) -> Speedups:
-    """Return dense median / pruned median wherever both were measured."""
-    result: Speedups = {}
-    for runtime, precision, batch, latency in _flat(pruned):
-        before = dense.get(runtime, {}).get(precision, {}).get(batch)
-        if before is not None:
-            by_batch = result.setdefault(runtime, {}).setdefault(precision, {})
-            by_batch[batch] = round(before.median / latency.median, 3)
-    return result
+def bench_figures(reports: Mapping[tuple[str, str], LatencyReport]) -> Bench:
+    """Arrange measurements for the report.
+
+    Args:
+        reports: by runtime and precision; each measured the sessions `dense` (the reference) and `pruned` in turns.
+    """
+    figures = Bench()
+    for (runtime, precision), report in reports.items():
+        for tree, stats in ((figures.dense, report.stats["dense"]), (figures.pruned, report.stats["pruned"])):
+            tree.setdefault(runtime, {})[precision] = {f"b{batch}": _latency(value) for batch, value in stats.items()}
+        for name, table in (("median", figures.speedup), ("low", figures.speedup_low), ("high", figures.speedup_high)):
+            table.setdefault(runtime, {})[precision] = {
+                f"b{batch}": round(getattr(value, name), 3) for batch, value in report.speedup["pruned"].items()
+            }
+    return figures
+
+
+def engine_figures(model: Literal["dense", "pruned"], engine: Engine, run_dir: Path) -> EngineFigures:
+    """Describe a built engine for the report."""
+    return EngineFigures(
+        model=model,
+        runtime=engine.runtime,
+        precision=engine.precision,
+        target=", ".join(engine.targets) or "any",
+        path=engine.path.relative_to(run_dir).as_posix(),
+        bytes=engine.bytes,
+        seconds=engine.seconds,
+    )
 
 
 def comparisons(report: Report) -> list[Comparison]:
     """Return every pair of measurements, in the report's order of runtimes and precisions, small batches first."""
     found = []
-    for runtime, precision, batch, latency in _flat(report.pruned.latency_ms):
-        speedup = report.speedup.get(runtime, {}).get(precision, {}).get(batch)
-        if speedup is not None:
-            dense = report.dense.latency_ms[runtime][precision][batch]
-            found.append(Comparison(runtime, precision, int(batch.removeprefix("b")), dense, latency, speedup))
+    for runtime, by_precision in report.speedup.items():
+        for precision, by_batch in by_precision.items():
+            for name in sorted(by_batch, key=lambda name: int(name.removeprefix("b"))):
+                found.append(
+                    Comparison(
+                        runtime=runtime,
+                        precision=precision,
+                        batch=int(name.removeprefix("b")),
+                        dense=report.dense.latency_ms[runtime][precision][name],
+                        pruned=report.pruned.latency_ms[runtime][precision][name],
+                        speedup=by_batch[name],
+                        low=report.speedup_low.get(runtime, {}).get(precision, {}).get(name),
+                        high=report.speedup_high.get(runtime, {}).get(precision, {}).get(name),
+                    )
+                )
     return found
 
 
@@ -178,10 +227,10 @@ def verdict(report: Report) -> str:
 def device_of(report: Report) -> str:
     """Name what the headline was measured on: the GPU of a GPU runtime, otherwise the processor."""
     best = headline(report)
-    environment = report.environment
-    on_gpu = best is not None and not best.runtime.endswith("cpu") and best.runtime != "onnxruntime"
-    name = environment.get("gpu") if on_gpu else None
-    return str(name or environment.get("cpu") or "")
+    gpus = report.environment.get("gpus")
+    if best is not None and best.runtime in _GPU_RUNTIMES and gpus:
+        return str(gpus[0]["name"])
+    return str(report.environment.get("cpu", ""))
 
 
 def shortfall(report: Report) -> str | None:
@@ -200,15 +249,6 @@ def shortfall(report: Report) -> str | None:
     if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
         text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
     return text
-
-
-def save_report(run_dir: Path, report: Report) -> None:
-    """Write report.json, and report.md and report.html derived from it. Each file is replaced as a whole."""
-    from deploy.report_views import html, markdown  # the views import the document
-
-    atomic_write(run_dir / REPORT, (report.model_dump_json(indent=2) + "\n").encode())
-    atomic_write(run_dir / "report.md", markdown(report).encode())
-    atomic_write(run_dir / "report.html", html(report).encode())
 
 
 def load_report(run_dir: Path) -> Report:
@@ -235,11 +275,17 @@ def load_report(run_dir: Path) -> Report:
         ) from error
 
 
-def _flat(latencies: Latencies) -> Iterator[tuple[str, str, str, Latency]]:
-    for runtime, by_precision in latencies.items():
-        for precision, by_batch in by_precision.items():
-            for batch in sorted(by_batch, key=lambda name: int(name.removeprefix("b"))):
-                yield runtime, precision, batch, by_batch[batch]
+def _latency(stats: LatencyStats) -> Latency:
+    return Latency(
+        min=stats.min,
+        median=stats.median,
+        mean=stats.mean,
+        p90=stats.p90,
+        p99=stats.p99,
+        cv=stats.cv,
+        images_per_s=stats.images_per_second,
+        n=stats.iterations,
+    )
 
 
 def _speed_part(best: Comparison | None) -> list[str]:
@@ -257,7 +303,9 @@ def _accuracy_part(report: Report) -> list[str]:
         change = pruned - dense
         if abs(change) < 0.005:
             return [f"top-1 unchanged ({pruned:.2f} %)"]
-        return [f"{abs(change):.2f} points of top-1 {'lost' if change < 0 else 'gained'} ({dense:.2f} to {pruned:.2f} %)"]
+        return [
+            f"{abs(change):.2f} points of top-1 {'lost' if change < 0 else 'gained'} ({dense:.2f} to {pruned:.2f} %)"
+        ]
     if report.pruned.agreement is not None:
-        return [f"the same top-1 as the dense model on {100 * report.pruned.agreement:.1f} % of the unlabelled images"]
+        return [f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images"]
     return ["accuracy not measured"]

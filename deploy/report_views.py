@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
@@ -16,7 +17,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deploy.report import UNSTABLE_CV, Report, comparisons, shortfall, verdict
+from deploy.artifacts import atomic_write
+from deploy.bench import UNSTABLE_CV
+from deploy.report import REPORT, Report, comparisons, shortfall, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,13 @@ class Section:
     remarks: tuple[str, ...] = ()
     text_columns: tuple[int, ...] = (0,)
     terminal: tuple[int, ...] | None = None
+
+
+def save_report(run_dir: Path, report: Report) -> None:
+    """Write report.json, and report.md and report.html derived from it. Each file is replaced as a whole."""
+    atomic_write(run_dir / REPORT, (report.model_dump_json(indent=2) + "\n").encode())
+    atomic_write(run_dir / "report.md", markdown(report).encode())
+    atomic_write(run_dir / "report.html", html(report).encode())
 
 
 def sections(report: Report) -> list[Section]:
@@ -110,7 +120,7 @@ def _result(report: Report) -> Section:
         ("top-1 after fine-tuning, %", _percent(dense.top1), _percent(pruned.top1), _points(dense.top1, pruned.top1)),
     ]  # fmt: skip
     if pruned.agreement is not None:
-        rows.append(("same top-1 as dense, %", "", _percent(100 * pruned.agreement), ""))
+        rows.append(("same top-1 as dense, %", "", _percent(pruned.agreement), ""))
     gap = shortfall(report)
     return Section(
         "Result",
@@ -130,6 +140,7 @@ def _latency(report: Report) -> Section:
             _ms(c.dense.median),
             _ms(c.pruned.median),
             f"{c.speedup:.2f}x",
+            "" if c.low is None or c.high is None else f"{c.low:.2f} to {c.high:.2f}",
             f"{c.pruned.images_per_s:,.0f}",
             f"{_ms(c.dense.p90)} / {_ms(c.pruned.p90)}",
             f"{_ms(c.dense.p99)} / {_ms(c.pruned.p99)}",
@@ -143,10 +154,10 @@ def _latency(report: Report) -> Section:
     remark = f"Unstable (spread above {100 * UNSTABLE_CV:g} %), something else was running: {', '.join(unstable)}."
     return Section(
         "Latency",
-        ("runtime", "batch", "dense ms", "pruned ms", "faster", "images/s", "p90 ms", "p99 ms", "CV %"),
+        ("runtime", "batch", "dense ms", "pruned ms", "faster", "range", "images/s", "p90 ms", "p99 ms", "CV %"),
         rows,
         remarks=(remark,) if unstable else (),
-        terminal=(0, 1, 2, 3, 4, 5),
+        terminal=(0, 1, 2, 3, 4, 6),
     )
 
 
@@ -161,8 +172,8 @@ def _parity(report: Report) -> Section:
                 p.reference,
                 f"{p.images}",
                 f"{p.max_abs:.1e}",
-                f"{p.cosine:.6f}",
-                _percent(100 * p.agreement),
+                f"{p.min_cosine:.6f}",
+                _percent(p.top1_agreement),
                 "passed" if p.passed else "failed",
             )
             for p in report.parity

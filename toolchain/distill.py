@@ -179,7 +179,7 @@ def _prepare(
     optimizer = create_optimizer_v2(
         learner, "adamw", settings.lr * settings.batch_size / 256, settings.weight_decay, fused=True
     )
-    steps_per_epoch = -(-len(data.train) // settings.batch_size)
+    steps_per_epoch = max(len(data.train) // settings.batch_size, 1)  # as `batches` does: only whole ones
     module: nn.Module = learner
     if process.world_size > 1:
         # Without a loss on the logits the head gets no gradient, and DDP would wait for it.

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +36,7 @@ from toolchain.checkpoints import (
 from toolchain.families import family_of, groups_of, narrow
 from toolchain.groups import Widths, widths_of
 from toolchain.layers import adopt_parameters
-from toolchain.names import canonical_name
+from toolchain.names import candidates, canonical_name
 
 FORMAT = 1
 _PREPROCESS_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -127,6 +129,17 @@ def _check_architecture(model: nn.Module, architecture: str, weights: str) -> No
     found = model.pretrained_cfg["architecture"]
     if found != architecture.partition(".")[0]:
         raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f"Give --model {found}.")
+
+
+def supported(pattern: str = "") -> Iterator[str]:
+    """Names of the timm models that can be pruned, those that contain `pattern`; each is built without weights."""
+    for name in candidates():
+        if pattern in name:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            with suppress(UserError):
+                family_of(model)
+                yield name
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:

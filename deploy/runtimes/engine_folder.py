@@ -44,7 +44,8 @@ def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: Buil
     """Refuse everything that can be refused before a build, and read the model.
 
     Raises:
-        UserError: the precision is not one of the runtime's, the folder holds something else, or the file is no ONNX model.
+        UserError: the precision is not one of the runtime's, the folder holds something else, or the file is no
+            ONNX model.
         MissingDependencyError: the machine lacks what the runtime needs to build.
     """
     if options.precision not in runtime.precisions:

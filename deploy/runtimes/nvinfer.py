@@ -71,8 +71,8 @@ def compile_engine(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = "\n".join(log.errors[-2:]) or "The builder gave no reason."
-        node = _NODE.search(reason)
-        raise build_failed(runtime, onnx_path, reason, node=node[1] if node else "")
+        named = _NODE.search(reason)
+        raise build_failed(runtime, onnx_path, reason, node=named[1] if named else "")
     return memoryview(plan)
 
 
@@ -104,7 +104,7 @@ class NvinferSession:
         self.settings: Mapping[str, str | int | bool] = {"device": torch.cuda.get_device_name(0)}
         self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self._batch = engine.batch
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         if self._context is None:

@@ -198,8 +198,14 @@ def _load_errors() -> tuple[type[Exception], ...]:
     """Everything that creating a session raises for a model that it cannot take."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = "Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NotImplemented RuntimeException".split()
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+    return (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.RuntimeException,
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,50 @@
+"""What every reader returns: two labelled datasets with the names of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+UNLABELLED = -1
+
+
+class Images(Dataset[tuple[Image.Image, int]]):
+    """Pictures by position: `images[i]` is (PIL image in RGB, label), the label -1 when there is none.
+
+    `labels` are known without reading a picture; `read(i)` gives the picture.
+    """
+
+    def __init__(self, labels: Sequence[int], read: Callable[[int], Image.Image]) -> None:
+        self.labels = tuple(labels)
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        label = self.labels[index]  # raises IndexError past the end, which ends plain iteration
+        return self._read(index), label
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """An opened image set.
+
+    Attributes:
+        spec: what it was opened with.
+        class_names: by label; None when the pictures carry no labels.
+        train: pictures for scoring, calibration and training.
+        val: pictures that accuracy is measured on.
+        digest: sha256 over what the set contains; equal digests mean equal data.
+        skipped: unreadable files that were left out.
+    """
+
+    spec: str
+    class_names: tuple[str, ...] | None
+    train: Images
+    val: Images
+    digest: str
+    skipped: tuple[str, ...] = ()

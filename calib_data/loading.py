@@ -1,0 +1,145 @@
+"""From pictures to batches: timm's transforms, in an order and with random changes fixed by seed and epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from calib_data.datasets import DataSource, Images
+
+Transform = Callable[[Image.Image], Tensor]
+
+_MIN_CROP_SCALE = 0.5
+"""Smallest share of the picture in a training crop. ImageNet's 0.08 is for training from scratch, not fine-tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """How a model wants its pictures; the fields are those of timm's pretrained configuration.
+
+    Attributes:
+        input_size: (channels, height, width).
+        mean: per channel, for pixels in 0..1.
+        std: per channel, for pixels in 0..1.
+        interpolation: "bilinear", "bicubic", ...
+        crop_pct: share of the resized shorter side that the central crop keeps.
+        crop_mode: "center", "squash" or "border".
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def eval_transform(self) -> Transform:
+        """timm's evaluation transform: PIL image to float32 [3, H, W], normalised."""
+        return cast(
+            Transform,
+            create_transform(
+                self.input_size,
+                interpolation=self.interpolation,
+                mean=self.mean,
+                std=self.std,
+                crop_pct=self.crop_pct,
+                crop_mode=self.crop_mode,
+            ),
+        )
+
+    def train_transform(self) -> Transform:
+        """timm's random resized crop and horizontal flip: PIL image to float32 [3, H, W], normalised."""
+        return cast(
+            Transform,
+            create_transform(
+                self.input_size,
+                is_training=True,
+                scale=(_MIN_CROP_SCALE, 1.0),
+                color_jitter=0.0,
+                interpolation=self.interpolation,
+                mean=self.mean,
+                std=self.std,
+            ),
+        )
+
+
+class _Prepared(Dataset[tuple[Tensor, int]]):
+    """Transformed pictures. With a `stream`, each one's random changes depend on (stream, index) alone."""
+
+    def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Transform, stream: int | None) -> None:
+        self._images, self._transform, self._stream = images, transform, stream
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._images[index]
+        if self._stream is None:
+            return self._transform(image), label
+        # timm's transforms draw from Python's and torch's global generators: seed both, and put them back.
+        state = random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            seed = random.Random(f"{self._stream}/{index}").getrandbits(63)
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            tensor = self._transform(image)
+        random.setstate(state)
+        return tensor, label
+
+
+def batches(
+    dataset: Images,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    train: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    workers: int = 0,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches (images [B, 3, H, W] float32, labels [B] int64).
+
+    For evaluation all pictures in order. With `train`, random crops and flips in a random order, without the last
+    incomplete batch (unless it is the only one); the same (seed, epoch) gives the same batches whatever the number of
+    workers, so that a continued run sees what the uninterrupted one would have seen.
+    """
+    generator = torch.Generator().manual_seed(_stream(seed, epoch))
+    order = torch.randperm(len(dataset), generator=generator).tolist() if train else list(range(len(dataset)))
+    transform = preprocess.train_transform() if train else preprocess.eval_transform()
+    return DataLoader(
+        _Prepared(dataset, transform, _stream(seed, epoch) if train else None),
+        batch_size=batch_size,
+        sampler=order,
+        drop_last=train and len(dataset) >= batch_size,
+        num_workers=workers,
+        generator=generator,  # otherwise the loader takes a number from the global generator
+    )
+
+
+def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> Tensor:
+    """`num_images` random training pictures at evaluation transforms, [N, 3, H, W]; all when there are fewer.
+
+    Classes take turns, so that their numbers differ by one at most as long as each has enough pictures
+    (the proxy set of UP-ViTs, arXiv 2111.15127: random training images, evenly over the classes).
+    """
+    generator = torch.Generator().manual_seed(_stream(seed, 0))
+    turns: dict[int, int] = {}
+    ranked: list[tuple[int, int]] = []
+    for position, index in enumerate(torch.randperm(len(source.train), generator=generator).tolist()):
+        label = source.train.labels[index]
+        turn = position if label < 0 else turns.get(label, 0)
+        turns[label] = turn + 1
+        ranked.append((turn, index))
+    ranked.sort(key=lambda pair: pair[0])  # stable: within a turn the random order stays
+    transform = preprocess.eval_transform()
+    return torch.stack([transform(source.train[index][0]) for _, index in ranked[:num_images]])
+
+
+def _stream(seed: int, epoch: int) -> int:
+    """One number for the pair; consecutive seeds and epochs don't meet."""
+    return random.Random(f"{seed}/{epoch}").getrandbits(63)

@@ -1,0 +1,118 @@
+"""The main job, on one screen: from a trained vision transformer to a smaller one that is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import toolchain
+from calib_data import Preprocess, open_source
+from deploy import stages
+from deploy.checks import check_classes, check_engine_request, like_model, pick_device, with_names
+from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
+from deploy.report import Report
+from deploy.report_views import save_report
+from deploy.run_dir import open_run
+from deploy.runtimes import resolve_runtimes
+from deploy.stages import Job
+from deploy.summary import Artifacts, summarise
+from toolchain.scores import model_digest
+
+STAGES = ("score", "prune", "distill", "export", "engine", "bench", "report")
+
+
+def build(recipe: Recipe | dict[str, Any], out: Path | None = None, *, until: str = "report", quiet: bool = True) -> Report | None:
+    """Run the main job, or continue it: stages that are whole and still answer the recipe are skipped.
+
+    Args:
+        recipe: a recipe or its values; `{"model": "pvtv2_b0", "plan": {"ratio": 0.5}}` is enough.
+        out: run directory; by default `runs/` and a name made of model and ratio.
+        until: the last stage to run.
+        quiet: no progress bars.
+
+    Returns:
+        The report, or None when the run ends at an earlier stage.
+
+    Raises:
+        UserError: something in the request, the weights or the data is wrong (see its exit code).
+
+    Example:
+        >>> report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}}, Path("runs/example"))  # doctest: +SKIP
+        >>> report.speedup["onnxruntime"]["fp32"]["b8"]  # doctest: +SKIP
+        2.3
+    """
+    job = prepare(recipe if isinstance(recipe, Recipe) else make_recipe(recipe), out, quiet=quiet)
+    return run_job(job, until)
+
+
+def run_job(job: Job, until: str) -> Report | None:
+    """Run the stages of a prepared job in its directory, which no other process can enter meanwhile."""
+    with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
+        done = run_stages(job, until)
+        if until != "report":
+            return None
+        report = summarise(job, done)
+        save_report(job.folder, report)
+    return report
+
+
+def preview(recipe: Recipe) -> toolchain.PruningPlan:
+    """What a recipe would cut. Widths depend on the request alone, so nothing is scored, and nothing is written."""
+    job = prepare(recipe, None, quiet=True)
+    return random_plan(job.recipe, job.dense, job.like, job.preprocess)
+
+
+def run_stages(job: Job, until: str) -> Artifacts:
+    """The stages in order, each run or found whole, up to the one named `until`."""
+    scored = stages.score(job)
+    if until == "score":
+        return Artifacts(scored)
+    pruned = stages.prune(job, scored)
+    if until == "prune":
+        return Artifacts(scored, pruned)
+    tuned = stages.distill(job, pruned)
+    if until == "distill":
+        return Artifacts(scored, pruned, tuned)
+    exported = stages.export(job, tuned)
+    if until == "export":
+        return Artifacts(scored, pruned, tuned, exported)
+    engines = stages.engines(job, exported)
+    if until == "engine":
+        return Artifacts(scored, pruned, tuned, exported, tuple(engines))
+    return Artifacts(scored, pruned, tuned, exported, tuple(engines), stages.bench(job, engines))
+
+
+def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
+    """Load the network and the data, and check the whole request before anything is written.
+
+    Raises:
+        UserError: a part of the request cannot work, or the parts do not fit each other.
+    """
+    runtimes = resolve_runtimes(recipe.engine.runtime)
+    check_engine_request(recipe.engine, runtimes.runtimes)
+    recipe = with_names(recipe)
+    source = open_source(recipe.data)
+    dense = toolchain.create_model(recipe.model, weights=str(recipe.weights), image_size=recipe.image_size)
+    check_classes(dense, source, recipe)
+    recipe = resolve(recipe, dense, source)
+    preprocess = toolchain.preprocess_of(dense)
+    like = like_model(recipe, dense, preprocess.input_size[1])
+    random_plan(recipe, dense, like, preprocess)
+    return Job(
+        recipe=recipe,
+        folder=(out or Path("runs") / run_name(recipe)).absolute(),
+        dense=dense.to(pick_device(recipe.device)),
+        like=like,
+        dense_digest=model_digest(dense),
+        source=source,
+        preprocess=preprocess,
+        runtimes=runtimes,
+        quiet=quiet,
+    )
+
+
+def random_plan(recipe: Recipe, dense: nn.Module, like: nn.Module | None, preprocess: Preprocess) -> toolchain.PruningPlan:
+    """The plan with random scores: its widths are those of any scores, so it tells now whether a request can be met."""
+    return stages.make_plan(recipe, dense, like, toolchain.score(dense, method="random"), preprocess)

@@ -1,0 +1,167 @@
+"""The recipe: everything that decides a result, in one document that is written next to the results.
+
+A command line (or a TOML file) gives a few values; `resolve` fills in the rest from the model and the data. What is
+written to `recipe.toml` is the resolved recipe: running it again gives the same result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from calib_data import DataSource
+from calib_data.errors import UserError
+from deploy.run_dir import read_recipe
+from toolchain.distill import DistillSettings
+from toolchain.families import FAMILIES, family_of
+from toolchain.plan import DEFAULT_COMPONENTS, Component
+from toolchain.scores import Method
+
+IDENTITY = ("model", "weights", "data", "image_size", "plan")
+"""What makes a run this run: another value belongs into another directory."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScoreRecipe(_Part):
+    """How units are scored: on `num_images` training images, class by class."""
+
+    method: Method = "fisher"
+    num_images: int = Field(512, ge=1)
+    batch_size: int = Field(16, ge=1)
+
+
+class PlanRecipe(_Part):
+    """How much is cut: exactly one of the first four."""
+
+    ratio: float | None = None
+    target_macs: float | None = None
+    target_params: float | None = None
+    like: str | None = None
+    align: int = 8
+    components: tuple[Component, ...] = DEFAULT_COMPONENTS
+
+
+class DistillRecipe(_Part):
+    """Fine-tuning against the dense parent; what is None is resolved from the model and the data."""
+
+    epochs: int | None = Field(None, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(1e-3, ge=0)
+    cutmix: float = Field(0.5, ge=0)
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    label_weight: float = Field(1.0, ge=0)
+    logit_weight: float = Field(6.4, ge=0)
+    feature_weight: float | None = Field(None, ge=0)
+    workers: int = Field(0, ge=0)
+
+
+class ExportRecipe(_Part):
+    """How the ONNX files are written."""
+
+    opset: int = Field(20, ge=18, le=23)
+    uint8_input: bool = False
+    parity_images: int = Field(64, ge=1)
+
+
+class EngineRecipe(_Part):
+    """What is built: every runtime in every precision that it has."""
+
+    runtime: str = "auto"
+    precision: str = "auto"
+    batch: str = "1:8:32"
+    targets: tuple[str, ...] = ()
+    workspace_mib: int | None = Field(None, ge=1)
+
+
+class BenchRecipe(_Part):
+    """How latency is measured; `seconds` is the time per batch size for dense and pruned together."""
+
+    batches: tuple[int, ...] = (1, 8)
+    seconds: float = Field(6.0, gt=0)
+    warmup: int = Field(5, ge=1)
+    rounds: int = Field(10, ge=2)
+
+
+class Recipe(_Part):
+    """One run of the main job."""
+
+    model: str
+    weights: str | None = None
+    data: str = "demo"
+    image_size: int | None = Field(None, ge=16, le=4096)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    score: ScoreRecipe = ScoreRecipe()
+    plan: PlanRecipe = PlanRecipe()
+    distill: DistillRecipe = DistillRecipe()
+    export: ExportRecipe = ExportRecipe()
+    engine: EngineRecipe = EngineRecipe()
+    bench: BenchRecipe = BenchRecipe()
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Validate plain values.
+
+    Raises:
+        UserError: a value is out of range, of the wrong type, or unknown.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4])
+        raise UserError(f"The recipe is not valid: {faults}.", fix="`upvits-deploy build --help` explains the options.") from error
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Values of a recipe in TOML, such as the recipe.toml of another run."""
+    return read_recipe(path)
+
+
+def run_name(recipe: Recipe) -> str:
+    """Default name of the run's directory, e.g. `pvt_v2_b0-r0.50`."""
+    plan = recipe.plan
+    if plan.like is not None:
+        cut = f"like-{plan.like}"
+    elif plan.target_macs is not None:
+        cut = f"macs{plan.target_macs:.2f}"
+    elif plan.target_params is not None:
+        cut = f"params{plan.target_params:.2f}"
+    else:
+        cut = f"r{plan.ratio:.2f}"
+    return f"{recipe.model}-{cut}"
+
+
+def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
+    """Fill in what depends on the model and the data.
+
+    PVTv2 learns from the dense parent's penultimate features (weight 20), a ViT from its logits alone. Small data
+    sets get small batches, so that an epoch still has enough steps.
+    """
+    distill = recipe.distill
+    images = len(source.train)
+    demo = source.spec == "demo"
+    batch_size = 64 if images < 20_000 else 256
+    features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
+    filled = {
+        "epochs": 14 if demo else 30,
+        "batch_size": max(1, min(batch_size, images)),
+        "lr": 4e-3 if demo else 1e-3,
+        "drop_path": 0.0 if images < 20_000 else 0.1,
+        "feature_weight": 20.0 if features else 0.0,
+    }
+    distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
+    score = recipe.score.model_copy(update={"num_images": min(recipe.score.num_images, images)})
+    return recipe.model_copy(update={"distill": distill, "score": score})
+
+
+def distill_settings(recipe: Recipe) -> DistillSettings:
+    """The distillation of a resolved recipe."""
+    return DistillSettings(**recipe.distill.model_dump(), seed=recipe.seed)

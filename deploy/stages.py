@@ -1,0 +1,352 @@
+"""The stages of a run: each takes artifacts, does one thing, and returns an artifact.
+
+A stage's settings are the part of the recipe that decides its result; its inputs are the digests of what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import toolchain
+from calib_data import DataSource, Preprocess, batches, proxy_images
+from calib_data.errors import UserError
+from deploy.artifacts import Artifact, atomic_write, run_stage
+from deploy.bench import BenchSettings, interleave
+from deploy.environment import environment
+from deploy.export import export_onnx
+from deploy.parity import TOLERANCES, Parity, check_parity, model_outputs, session_outputs
+from deploy.precision import convert
+from deploy.recipe import Recipe, distill_settings
+from deploy.runtimes import (
+    BatchProfile,
+    BuildOptions,
+    Engine,
+    Runtime,
+    RuntimeChoice,
+    open_onnx,
+    read_engine,
+    runtime_named,
+)
+from toolchain.distill import distill as distill_model
+from toolchain.evaluate import Accuracy, evaluate
+from toolchain.models import label_names_of
+from toolchain.scores import Scores
+
+MODELS = ("dense", "pruned")
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all stages of a run share.
+
+    Attributes:
+        recipe: resolved.
+        folder: the run directory, held by this process.
+        dense: the network to prune, in eval mode on the device of the run.
+        like: the published model whose widths are wanted, or None.
+        dense_digest: sha256 of its weights.
+        runtimes: what engines are built for, and what was left out.
+    """
+
+    recipe: Recipe
+    folder: Path
+    dense: nn.Module
+    like: nn.Module | None
+    dense_digest: str
+    source: DataSource
+    preprocess: Preprocess
+    runtimes: RuntimeChoice
+    quiet: bool
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the network, the data and the preprocessing."""
+        preprocess = json.dumps(asdict(self.preprocess), sort_keys=True)
+        return {"dense": self.dense_digest, "data": self.source.digest, "preprocess": preprocess}
+
+
+def score(job: Job) -> Artifact:
+    """1-score: the importance of every unit of the dense network."""
+    recipe = job.recipe.score
+
+    def work(folder: Path) -> None:
+        images = None
+        if recipe.method in ("fisher", "kl"):
+            images = proxy_images(job.source, job.preprocess, recipe.num_images, job.recipe.seed)
+        scores = toolchain.score(
+            job.dense,
+            images,
+            method=recipe.method,
+            batch_size=recipe.batch_size,
+            seed=job.recipe.seed,
+            quiet=job.quiet,
+        )
+        scores.save(folder)
+
+    settings = {**recipe.model_dump(), "seed": job.recipe.seed}
+    return _stage(job, "1-score", settings, job.inputs, work)
+
+
+def prune(job: Job, scored: Artifact) -> Artifact:
+    """2-prune: the plan, the network that it leaves, and what that costs before any training."""
+
+    def work(folder: Path) -> None:
+        plan = make_plan(job.recipe, job.dense, job.like, Scores.load(scored.folder), job.preprocess)
+        (folder / "plan.json").write_text(plan.to_json())
+        pruned = toolchain.prune(job.dense, plan)
+        toolchain.save(pruned, folder / "model")
+        dense = _accuracy(job, job.dense, "dense")
+        save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
+        accuracy = {"dense": dense, "after_prune": _accuracy(job, pruned, "pruned", dense.predictions)}
+        _write_accuracy(folder, accuracy)
+
+    return _stage(
+        job, "2-prune", job.recipe.plan.model_dump(), {**job.inputs, "scores": scored.digest}, work
+    )
+
+
+def make_plan(
+    recipe: Recipe, dense: nn.Module, like: nn.Module | None, scores: Scores, preprocess: Preprocess
+) -> toolchain.PruningPlan:
+    """The plan that a recipe asks for."""
+    wanted = recipe.plan
+    return toolchain.plan(
+        dense,
+        scores,
+        ratio=wanted.ratio,
+        target_macs=wanted.target_macs,
+        target_params=wanted.target_params,
+        like=like,
+        align=wanted.align,
+        components=wanted.components,
+        input_size=preprocess.input_size,
+    )
+
+
+def distill(job: Job, pruned: Artifact) -> Artifact:
+    """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
+    settings = distill_settings(job.recipe)
+
+    def work(folder: Path) -> None:
+        if not (folder / "model").exists():
+            student = toolchain.load(pruned.folder / "model")
+            result = distill_model(
+                student, job.dense, job.source, job.preprocess, settings, folder, device=job.recipe.device, quiet=job.quiet
+            )
+            toolchain.save(result.model.cpu(), folder / "model")
+        tuned = toolchain.load(folder / "model").to(_device(job.dense))
+        reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
+        _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, "fine-tuned", reference)})
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    return _stage(
+        job, "3-distill", asdict(settings), {**job.inputs, "pruned": pruned.digest}, work, resumable=True
+    )
+
+
+def export(job: Job, tuned: Artifact) -> Artifact:
+    """4-export: both networks as ONNX, held against PyTorch on real images (exit code 4 when they differ)."""
+    recipe = job.recipe.export
+
+    def work(folder: Path) -> None:
+        images = _parity_images(job)
+        models = {"dense": job.dense, "pruned": toolchain.load(tuned.folder / "model")}
+        reports, parities, reference = {}, {}, {}
+        for name, model in models.items():
+            path = folder / name / "model.onnx"
+            report = export_onnx(
+                model,
+                path,
+                job.preprocess,
+                opset=recipe.opset,
+                uint8_input=recipe.uint8_input,
+                metadata=_metadata(job, name, tuned),
+            )
+            reports[name] = {**asdict(report), "path": f"{name}/model.onnx"}
+            outputs = model_outputs(model, images.split(8))
+            with open_onnx(path) as session:
+                candidate = session_outputs(session, _session_inputs(job, images))
+            parities[name] = check_parity(outputs, candidate, candidate_name="ONNX Runtime (CPU)", inputs=images)
+            reference[name] = torch.from_numpy(outputs)
+        save_file(reference, folder / "reference.safetensors")
+        _write_json(folder / "export.json", {name: {k: v for k, v in r.items() if k != "seconds"} for name, r in reports.items()})
+        _write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
+
+    return _stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": tuned.digest}, work)
+
+
+def _metadata(job: Job, name: str, tuned: Artifact) -> dict[str, str]:
+    labels = job.source.class_names or label_names_of(job.dense)
+    digest = job.dense_digest if name == "dense" else tuned.digest
+    found = {"architecture": str(job.dense.pretrained_cfg["architecture"]), "variant": name, "model_digest": digest}
+    return found if labels is None else {**found, "labels": json.dumps(list(labels))}
+
+
+def engines(job: Job, exported: Artifact) -> list[Artifact]:
+    """5-engine: an engine of both networks for every runtime and precision; checked where it can run here."""
+    return [
+        _engine(job, exported, runtime, precision)
+        for runtime in job.runtimes.runtimes
+        for precision in precisions_for(runtime, job.recipe.engine.precision)
+    ]
+
+
+def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
+    """Precisions to build: those asked for; by default fp32 on CPUs and fp16 elsewhere."""
+    if spec == "auto":
+        return ("fp32",) if runtime.name == "onnxruntime" else ("fp16",)
+    return tuple(name for name in spec.split(",") if name in runtime.precisions)
+
+
+def _engine(job: Job, exported: Artifact, runtime: Runtime, precision: str) -> Artifact:
+    recipe = job.recipe.engine
+    smallest, tuned_for, largest = (int(part) for part in recipe.batch.split(":"))
+    options = BuildOptions(
+        precision=precision,
+        batch=BatchProfile(smallest, tuned_for, largest),
+        targets=recipe.targets if runtime.name.startswith("tensorrt") else (),
+        workspace_mib=recipe.workspace_mib,
+    )
+
+    def work(folder: Path) -> None:
+        images = _parity_images(job)
+        reference = load_file(exported.folder / "reference.safetensors")
+        parities = {}
+        for name in MODELS:
+            onnx_path = exported.folder / name / "model.onnx"
+            runtime.build(onnx_path, folder / name, options)
+            parities[name] = _engine_parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
+        _write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
+
+    settings = {"runtime": runtime.name, **asdict(options)}
+    inputs = {"onnx": exported.digest, **_builder(runtime)}
+    return _stage(job, f"5-engine/{runtime.name}-{precision}", settings, inputs, work)
+
+
+def _builder(runtime: Runtime) -> dict[str, str]:
+    """What makes an engine invalid elsewhere: library version, and the device where it is built for the one at hand."""
+    here = environment()
+    library = "tensorrt" if runtime.name.startswith("tensorrt") else "onnxruntime"
+    versions = {name: version for name, version in here.libraries.items() if name.startswith(library)}
+    device = here.cpu if runtime.name == "onnxruntime" else ", ".join(gpu.name for gpu in here.gpus)
+    return {"library": json.dumps(versions, sort_keys=True), "device": device}
+
+
+def _engine_parity(
+    job: Job, runtime: Runtime, precision: str, folder: Path, onnx_path: Path, images: Tensor, reference: Tensor
+) -> Parity:
+    """The engine against PyTorch; where it cannot run here, the graph that it was built from on ONNX Runtime."""
+    if runtime.missing_to_run() is None:
+        name = f"{runtime.name} {precision}"
+        with runtime.open(folder) as session:
+            outputs = session_outputs(session, _session_inputs(job, images))
+    else:
+        name = f"{precision} graph for {runtime.name} (run by ONNX Runtime on the CPU)"
+        converted = folder / "graph.onnx"
+        onnx.save(convert(onnx.load(onnx_path), precision), converted)
+        with open_onnx(converted) as session:
+            outputs = session_outputs(session, _session_inputs(job, images))
+        converted.unlink()
+    return check_parity(reference.numpy(), outputs, tolerance=TOLERANCES[precision], candidate_name=name)
+
+
+def bench(job: Job, built: Sequence[Artifact]) -> Artifact:
+    """6-bench: latency of dense and pruned in turns, on every runtime that runs here."""
+    recipe = job.recipe.bench
+
+    def work(folder: Path) -> None:
+        largest = max(recipe.batches)
+        images = _parity_images(job)
+        images = images[torch.arange(largest) % len(images)]
+        measured: dict[str, dict[str, Any]] = {}
+        for artifact in built:
+            engine = engine_of(artifact, "dense")
+            runtime = runtime_named(engine.runtime)
+            if runtime.missing_to_run() is not None:
+                continue
+            with runtime.open(artifact.folder / "dense") as dense, runtime.open(artifact.folder / "pruned") as pruned:
+                feeds = {b: {dense.input_names[0]: _session_inputs(job, images[:b], b)[0]} for b in recipe.batches}
+                settings = BenchSettings(seconds=recipe.seconds, warmup=recipe.warmup, rounds=recipe.rounds)
+                report = interleave({"dense": dense, "pruned": pruned}, feeds, settings, quiet=job.quiet)
+            measured.setdefault(engine.runtime, {})[engine.precision] = report.as_json()
+        _write_json(folder / "latency.json", measured)
+        _write_json(folder / "environment.json", environment().as_json())
+
+    inputs = {artifact.manifest.stage: artifact.digest for artifact in built}
+    here = environment()
+    device = {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
+    return _stage(job, "6-bench", recipe.model_dump(), {**inputs, **device}, work)
+
+
+def _stage(
+    job: Job,
+    name: str,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, str],
+    work: Callable[[Path], None],
+    *,
+    resumable: bool = False,
+) -> Artifact:
+    """`run_stage` in the job's directory, with a line about it on the terminal."""
+    artifact = run_stage(job.folder, name, settings, inputs, work, resumable=resumable)
+    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
+    Console(stderr=True, quiet=job.quiet).print(f"{name}: {took}", highlight=False)
+    return artifact
+
+
+def engine_of(artifact: Artifact, name: str) -> Engine:
+    """The record of one engine of an engine artifact."""
+    return read_engine(artifact.folder / name)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _accuracy(job: Job, model: nn.Module, name: str, reference: Tensor | None = None) -> Accuracy:
+    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers)
+    total = -(-len(job.source.val) // EVAL_BATCH)
+    model = model.to(_device(job.dense))
+    return evaluate(model, images, reference=reference, quiet=job.quiet, total=total)
+
+
+def _write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
+    document = {
+        name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()
+    }
+    _write_json(folder / "accuracy.json", document)
+
+
+def _write_json(path: Path, document: object) -> None:
+    atomic_write(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _parity_images(job: Job) -> Tensor:
+    """The first validation images [N, 3, H, W], as the network sees them."""
+    wanted = min(job.recipe.export.parity_images, len(job.source.val))
+    if wanted == 0:
+        raise UserError("The data have no validation images.", fix="Parity and latency are measured on real images.")
+    first = torch.utils.data.Subset(job.source.val, range(wanted))
+    return torch.cat([images for images, _ in batches(first, job.preprocess, EVAL_BATCH)])
+
+
+def _session_inputs(job: Job, images: Tensor, size: int = 8) -> list[np.ndarray[Any, np.dtype[Any]]]:
+    """Batches as the exported model takes them: normalised, or raw pixels with `uint8_input`."""
+    if not job.recipe.export.uint8_input:
+        return [batch.numpy() for batch in images.split(size)]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (job.preprocess.mean, job.preprocess.std))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return [batch.contiguous().numpy() for batch in pixels.split(size)]

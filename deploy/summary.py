@@ -1,0 +1,171 @@
+"""From the artifacts of a run to its report: everything in it is read from files that the stages wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts import Artifact
+from deploy.report import EngineFigures, Latency, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, speedups
+from deploy.stages import MODELS, Job, engine_of
+from toolchain.plan import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """What the stages of a run made, as far as it went."""
+
+    scored: Artifact
+    pruned: Artifact | None = None
+    tuned: Artifact | None = None
+    exported: Artifact | None = None
+    engines: tuple[Artifact, ...] = ()
+    benched: Artifact | None = None
+
+    @property
+    def all(self) -> list[Artifact]:
+        """In the order of the stages."""
+        found = (self.scored, self.pruned, self.tuned, self.exported, *self.engines, self.benched)
+        return [artifact for artifact in found if artifact is not None]
+
+
+def summarise(job: Job, done: Artifacts) -> Report:
+    """The report of a whole run."""
+    assert done.pruned and done.tuned and done.exported and done.benched
+    plan = PruningPlan.load(done.pruned.folder / "plan.json")
+    before = _read(done.pruned.folder / "accuracy.json")
+    after = _read(done.tuned.folder / "accuracy.json")["after_distill"]
+    latency = _read(done.benched.folder / "latency.json")
+    dense_ms, pruned_ms = (_latencies(latency, name) for name in MODELS)
+    agreement = after["agreement"]
+    return Report(
+        model=job.recipe.model,
+        ratio=job.recipe.plan.ratio,
+        data=job.recipe.data,
+        weights=str(job.recipe.weights),
+        dense=ModelFigures(
+            params=plan.before.params, macs=plan.before.macs, top1=before["dense"]["top1"], latency_ms=dense_ms
+        ),
+        pruned=PrunedFigures(
+            params=plan.after.params,
+            macs=plan.after.macs,
+            top1=after["top1"],
+            latency_ms=pruned_ms,
+            top1_after_prune=before["after_prune"]["top1"],
+            agreement=None if agreement is None else agreement / 100,
+        ),
+        speedup=speedups(dense_ms, pruned_ms),
+        parity=_parities(done),
+        engines=[_engine(job.folder, artifact, name) for artifact in done.engines for name in MODELS],
+        stages=[artifact.record for artifact in done.all],
+        plan=_plan_figures(plan),
+        measurement=_measurement(job, latency, after["images"]),
+        environment=_environment(_read(done.benched.folder / "environment.json")),
+        notes=[*_skipped_images(job), *(f"{o.name} was left out: {o.why} {o.fix}" for o in job.runtimes.left_out), *_unopened(job)],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def _latencies(latency: dict[str, Any], name: str) -> dict[str, dict[str, dict[str, Latency]]]:
+    return {
+        runtime: {
+            precision: {batch: _latency(values) for batch, values in report["stats"][name].items()}
+            for precision, report in by_precision.items()
+        }
+        for runtime, by_precision in latency.items()
+    }
+
+
+def _latency(values: dict[str, Any]) -> Latency:
+    return Latency(
+        **{key: values[key] for key in ("min", "median", "mean", "p90", "p99", "cv")},
+        images_per_s=values["images_per_second"],
+        n=values["iterations"],
+    )
+
+
+def _parities(done: Artifacts) -> list[Parity]:
+    folders = [done.exported.folder if done.exported else None, *(artifact.folder for artifact in done.engines)]
+    return [
+        Parity(
+            model=name,
+            reference=values["reference"],
+            candidate=values["candidate"],
+            images=values["images"],
+            max_abs=values["max_abs"],
+            cosine=values["min_cosine"],
+            agreement=values["top1_agreement"] / 100,
+            passed=values["passed"],
+        )
+        for folder in folders
+        if folder is not None
+        for name, values in _read(folder / "parity.json").items()
+    ]
+
+
+def _engine(run_dir: Path, artifact: Artifact, name: str) -> EngineFigures:
+    engine = engine_of(artifact, name)
+    return EngineFigures(
+        model=name,  # type: ignore[arg-type]
+        runtime=engine.runtime,
+        precision=engine.precision,
+        target=", ".join(engine.targets) or "this machine",
+        path=engine.path.relative_to(run_dir).as_posix(),
+        bytes=engine.bytes,
+        seconds=round(engine.seconds, 3),
+    )
+
+
+def _plan_figures(plan: PruningPlan) -> PlanFigures:
+    after = plan.widths
+    return PlanFigures(
+        asked=dict(plan.asked),
+        got={
+            "macs_share": round(plan.after.macs / plan.before.macs, 4),
+            "params_share": round(plan.after.params / plan.before.params, 4),
+        },
+        widths=[
+            Width(group=name, before=size, after=after.channels[name]) for name, size in plan.dense_widths.channels.items()
+        ],
+    )
+
+
+def _measurement(job: Job, latency: dict[str, Any], images: int) -> dict[str, Any]:
+    recipe = job.recipe
+    return {
+        "accuracy": f"top-1 on {images} validation images, by PyTorch in fp32",
+        "scores": f"{recipe.score.method} on {recipe.score.num_images} training images",
+        "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, batch {recipe.distill.batch_size}",
+        "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
+        f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
+        "sessions": {
+            f"{runtime} {precision}": report["sessions"]["pruned"]
+            for runtime, by_precision in latency.items()
+            for precision, report in by_precision.items()
+        },
+    }
+
+
+def _environment(values: dict[str, Any]) -> dict[str, Any]:
+    gpus = ", ".join(gpu["name"] for gpu in values.get("gpus", ()))
+    return {**values, **({"gpu": gpus} if gpus else {})}
+
+
+def _skipped_images(job: Job) -> list[str]:
+    skipped = job.source.skipped
+    return [f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:5])}"] if skipped else []
+
+
+def _unopened(job: Job) -> list[str]:
+    notes = []
+    for runtime in job.runtimes.runtimes:
+        missing = runtime.missing_to_run()
+        if missing is not None:
+            notes.append(f"{runtime.name} engines were built but not run here: {missing.why} {missing.fix}")
+    return notes
