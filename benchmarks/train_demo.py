@@ -45,7 +45,7 @@ class Settings:
     epochs: int = 14
     warmup_steps: int = 150
     batch_size: int = 48
-    lr: float = 1e-3
+    lr: float = 5e-4
     weight_decay: float = 0.02
     clip_grad: float = 1.0
     ema_decay: float = 0.998
@@ -223,6 +223,7 @@ def train(settings: Settings, folder: Path) -> None:
         "linear_baseline_top1": round(linear_baseline(train_set, val_set, settings.seed), 3),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
+    write_json(folder / "config.json", model_config(training.model, settings))
     write_json(folder / "train.json", report)
     print(report)
 
@@ -236,6 +237,30 @@ def halved(model: nn.Module) -> nn.Module:
 def save_model(training: Training, path: Path) -> None:
     weights = {name: tensor.half().contiguous() for name, tensor in training.average.module.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def model_config(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """What timm's `local-dir:` source wants to know."""
+    return {
+        "architecture": MODEL_NAME,
+        "num_classes": len(CLASS_NAMES),
+        "num_features": model.num_features,
+        "model_args": {},
+        "pretrained_cfg": {
+            "num_classes": len(CLASS_NAMES),
+            "input_size": [3, settings.size, settings.size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+            "label_names": list(CLASS_NAMES),
+        },
+    }
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -161,11 +161,8 @@ def _draw_background(dice: _Dice, size: int) -> tuple[Array, Array]:
     for _ in range(1 + dice.below(3)):
         spread = dice.between(0.04, 0.16)
         squared = (x - dice.between(0, 1)) ** 2 + (y - dice.between(0, 1)) ** 2
-        _blend(
-            canvas,
-            base + (_colour(dice) - 0.5) * 0.6,
-            (0.8 * np.exp(-squared / (2 * spread * spread))).astype(np.float32),
-        )
+        glow = 0.8 * np.exp(-squared / (2 * spread * spread))
+        _blend(canvas, base + (_colour(dice) - 0.5) * 0.6, glow.astype(np.float32))
     if dice.chance(0.4):
         _draw_patch(canvas, dice, base)
     _draw_lines(canvas, dice, dice.below(3), width=dice.between(0.01, 0.025))

@@ -1,17 +1,17 @@
 """What this machine has, what is missing for which feature, and how to get it.
 
-Nothing is changed and nothing is asked of the network. Whether a library really loads is tried in a process of its
-own, so that a broken one cannot take the command down with it.
+Nothing is changed and nothing is asked of the network. Whether libraries really load is tried in another process, so
+that a broken one cannot take the command down with it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from rich.text import Text
 from deploy.environment import usable_cores
 
 Status = Literal["ok", "missing", "problem"]
-_SECONDS_TO_LOAD = 60
+_SECONDS_TO_LOAD = 180
 _DISK_GB, _RAM_GB = 2.0, 4.0  # what the main job on the demo needs at most
 
 
@@ -113,9 +113,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
         >>> torch.status
         'ok'
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        packages = list(pool.map(_package, _PACKAGES))
-    checks = [_python(), *packages, *_onnxruntime(), *_gpu(), *_machine(folder or Path.cwd())]
+    checks = [_python(), *_packages(_PACKAGES), *_onnxruntime(), *_gpu(), *_machine(folder or Path.cwd())]
     order: dict[Status, int] = {"problem": 0, "ok": 1, "missing": 2}
     return sorted(checks, key=lambda check: order[check.status])
 
@@ -155,15 +153,46 @@ def _python() -> Check:
     return Check("Python", "problem", version, "everything", "Use Python 3.10, 3.11, 3.12 or 3.13.")
 
 
-def _package(package: _Package) -> Check:
-    version = installed(package.name)
-    if version is None:
-        status: Status = "problem" if package.required else "missing"
-        return Check(package.name, status, "not installed", package.serves, package.fix)
-    _, trouble = _python_process(package.probe)
-    if trouble:
-        return Check(package.name, "problem", f"{version}, but: {trouble}", package.serves, package.fix)
-    return Check(package.name, "ok", version, package.serves)
+def _packages(packages: Sequence[_Package]) -> Iterator[Check]:
+    there = [package for package in packages if installed(package.name)]
+    troubles = _load(there)
+    for package in packages:
+        version = installed(package.name)
+        trouble = troubles.get(package.name)
+        if version is None:
+            status: Status = "problem" if package.required else "missing"
+            yield Check(package.name, status, "not installed", package.serves, package.fix)
+        elif trouble:
+            yield Check(package.name, "problem", f"{version}, but: {trouble}", package.serves, package.fix)
+        else:
+            yield Check(package.name, "ok", version, package.serves)
+
+
+_LOADER = """
+import json, sys
+for probe in json.loads(sys.argv[1]):
+    try:
+        exec(probe, {})
+        trouble = ""
+    except BaseException as error:
+        trouble = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    print("\\n" + json.dumps(trouble), flush=True)
+"""
+
+
+def _load(packages: Sequence[_Package]) -> dict[str, str]:
+    """Try packages in one process, which imports what they share once; return what is wrong, by name."""
+    troubles: dict[str, str] = {}
+    pending = list(packages)
+    while pending:
+        output, end = _python_process(_LOADER, json.dumps([package.probe for package in pending]))
+        answers = [json.loads(line) for line in output.splitlines() if line.startswith('"')]
+        troubles |= {package.name: answer for package, answer in zip(pending, answers, strict=False)}
+        # When the process ended early, the package that it was loading is to blame; the others get a new process.
+        pending = pending[len(answers) :]
+        if pending:
+            troubles[pending.pop(0).name] = end
+    return troubles
 
 
 def _onnxruntime() -> Iterator[Check]:
@@ -179,16 +208,9 @@ def _onnxruntime() -> Iterator[Check]:
             "then pip install onnxruntime-gpu",
         )
         return
-    yield _package(
-        _Package(
-            "onnxruntime" if cpu else "onnxruntime-gpu",
-            serves,
-            # With its folder half removed by another package it imports and is empty.
-            "import onnxruntime; onnxruntime.InferenceSession",
-            _CORE_FIX,
-            required=True,
-        )
-    )
+    # With its folder half removed by another package it imports and is empty.
+    probe = "import onnxruntime; onnxruntime.InferenceSession"
+    yield from _packages([_Package("onnxruntime" if cpu else "onnxruntime-gpu", serves, probe, _CORE_FIX, True)])
     if gpu and _driver() is None:
         yield Check(
             "onnxruntime on CUDA",
@@ -239,24 +261,23 @@ def _driver() -> str | None:
     return lines[0] if answer.returncode == 0 and lines else None
 
 
-def _python_process(code: str) -> tuple[str, str]:
-    """Run code in a Python of its own; return what it printed and, when it failed, why."""
+def _python_process(code: str, *arguments: str) -> tuple[str, str]:
+    """Run code in a Python of its own; return what it printed and, where it did not end well, how."""
     try:
         # Not from the current folder, where a file of the user's might be called like a library.
         result = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             timeout=_SECONDS_TO_LOAD,
             cwd=sys.prefix,
         )
-    except subprocess.TimeoutExpired:
-        return "", f"does not load within {_SECONDS_TO_LOAD} s"
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode(errors="replace"), f"does not load within {_SECONDS_TO_LOAD} s"
+    output = result.stdout.decode(errors="replace")
     if result.returncode < 0:
-        return result.stdout, f"crashes when it is loaded ({signal.Signals(-result.returncode).name})"
-    if result.returncode:
-        return result.stdout, (result.stderr.strip().splitlines() or ["fails without a message"])[-1][:200]
-    return result.stdout, ""
+        return output, f"crashes when it is loaded ({signal.Signals(-result.returncode).name})"
+    return output, f"ends the process with code {result.returncode}" if result.returncode else ""
 
 
 def _machine(folder: Path) -> Iterator[Check]:

@@ -106,7 +106,7 @@ def _container_limit() -> int | None:
         quota, period = _CGROUP_LIMIT.read_text().split()
     except (OSError, ValueError):
         return None
-    return None if quota == "max" else int(quota) // int(period)
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def _cpu_model() -> str:

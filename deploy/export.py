@@ -181,7 +181,8 @@ def _run_exporter(model: nn.Module, input_size: tuple[int, int, int], opset: int
 
 def _finish(graph: gs.Graph, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
     graph.name = "upvits-deploy"
-    proto = gs.export_onnx(graph.cleanup().toposort(), producer_name="upvits-deploy", producer_version=_own_version())
+    proto = gs.export_onnx(graph.cleanup().toposort())
+    proto.producer_name, proto.producer_version = "upvits-deploy", _own_version()
     found = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if found != opset:
         raise BuildError(f"the exporter made opset {found} instead of {opset}", fix=f"Ask for opset {found}.")

@@ -94,7 +94,10 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     check_engine_request(recipe.engine, runtimes.runtimes)
     recipe = with_names(recipe)
     source = open_source(recipe.data)
-    dense = toolchain.create_model(recipe.model, weights=str(recipe.weights), image_size=recipe.image_size)
+    classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
+    dense = toolchain.create_model(
+        recipe.model, weights=str(recipe.weights), num_classes=classes, image_size=recipe.image_size
+    )
     check_classes(dense, source, recipe)
     recipe = resolve(recipe, dense, source)
     preprocess = toolchain.preprocess_of(dense)

@@ -34,6 +34,8 @@ _KEPT_IN_FP32 = frozenset(
         "RandomNormal",
         "RandomUniform",
         "Resize",
+        "RoiAlign",
+        "NonMaxSuppression",
         "QuantizeLinear",
         "DequantizeLinear",
     }

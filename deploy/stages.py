@@ -23,12 +23,13 @@ import toolchain
 from calib_data import DataSource, Preprocess, batches, proxy_images
 from calib_data.errors import UserError
 from deploy.artifacts import Artifact, atomic_write, run_stage
-from deploy.bench import BenchSettings, interleave
+from deploy.bench import BenchSettings, LatencyReport, interleave
 from deploy.environment import environment
 from deploy.export import export_onnx
 from deploy.parity import TOLERANCES, Parity, check_parity, model_outputs, session_outputs
 from deploy.precision import convert
 from deploy.recipe import Recipe, distill_settings
+from deploy.report import bench_figures
 from deploy.runtimes import (
     BatchProfile,
     BuildOptions,
@@ -271,7 +272,7 @@ def bench(job: Job, built: Sequence[Artifact]) -> Artifact:
         largest = max(recipe.batches)
         images = _parity_images(job)
         images = images[torch.arange(largest) % len(images)]
-        measured: dict[str, dict[str, Any]] = {}
+        measured: dict[tuple[str, str], LatencyReport] = {}
         for artifact in built:
             engine = engine_of(artifact, "dense")
             runtime = runtime_named(engine.runtime)
@@ -280,9 +281,11 @@ def bench(job: Job, built: Sequence[Artifact]) -> Artifact:
             with runtime.open(artifact.folder / "dense") as dense, runtime.open(artifact.folder / "pruned") as pruned:
                 feeds = {b: {dense.input_names[0]: _session_inputs(job, images[:b], b)[0]} for b in recipe.batches}
                 settings = BenchSettings(seconds=recipe.seconds, warmup=recipe.warmup, rounds=recipe.rounds)
-                report = interleave({"dense": dense, "pruned": pruned}, feeds, settings, quiet=job.quiet)
-            measured.setdefault(engine.runtime, {})[engine.precision] = report.as_json()
-        _write_json(folder / "latency.json", measured)
+                sessions = {"dense": dense, "pruned": pruned}
+                measured[engine.runtime, engine.precision] = interleave(sessions, feeds, settings, quiet=job.quiet)
+        atomic_write(folder / "latency.json", bench_figures(measured).model_dump_json(indent=2).encode())
+        sessions_used = {" ".join(key): report.sessions["pruned"] for key, report in measured.items()}
+        _write_json(folder / "sessions.json", sessions_used)
         _write_json(folder / "environment.json", environment().as_json())
 
     inputs = {artifact.manifest.stage: artifact.digest for artifact in built}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import Artifact
-from deploy.report import EngineFigures, Latency, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, speedups
+from deploy.report import Bench, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, engine_figures
 from deploy.stages import MODELS, Job, engine_of
 from toolchain.plan import PruningPlan
 
@@ -31,37 +31,40 @@ class Artifacts:
         return [artifact for artifact in found if artifact is not None]
 
 
+_PARITY_KEYS = ("reference", "candidate", "images", "max_abs", "min_cosine", "top1_agreement", "passed")
+
+
 def summarise(job: Job, done: Artifacts) -> Report:
     """The report of a whole run."""
     assert done.pruned and done.tuned and done.exported and done.benched
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
     before = _read(done.pruned.folder / "accuracy.json")
     after = _read(done.tuned.folder / "accuracy.json")["after_distill"]
-    latency = _read(done.benched.folder / "latency.json")
-    dense_ms, pruned_ms = (_latencies(latency, name) for name in MODELS)
-    agreement = after["agreement"]
+    latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
     return Report(
         model=job.recipe.model,
         ratio=job.recipe.plan.ratio,
         data=job.recipe.data,
         weights=str(job.recipe.weights),
         dense=ModelFigures(
-            params=plan.before.params, macs=plan.before.macs, top1=before["dense"]["top1"], latency_ms=dense_ms
+            params=plan.before.params, macs=plan.before.macs, top1=before["dense"]["top1"], latency_ms=latency.dense
         ),
         pruned=PrunedFigures(
             params=plan.after.params,
             macs=plan.after.macs,
             top1=after["top1"],
-            latency_ms=pruned_ms,
+            latency_ms=latency.pruned,
             top1_after_prune=before["after_prune"]["top1"],
-            agreement=None if agreement is None else agreement / 100,
+            agreement=after["agreement"],
         ),
-        speedup=speedups(dense_ms, pruned_ms),
+        speedup=latency.speedup,
+        speedup_low=latency.speedup_low,
+        speedup_high=latency.speedup_high,
         parity=_parities(done),
-        engines=[_engine(job.folder, artifact, name) for artifact in done.engines for name in MODELS],
+        engines=[engine_figures(name, engine_of(a, name), job.folder) for a in done.engines for name in MODELS],
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan),
-        measurement=_measurement(job, latency, after["images"]),
+        measurement=_measurement(job, done.benched, after["images"]),
         environment=_environment(_read(done.benched.folder / "environment.json")),
         notes=[*_skipped_images(job), *(f"{o.name} was left out: {o.why} {o.fix}" for o in job.runtimes.left_out), *_unopened(job)],
     )
@@ -72,54 +75,14 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _latencies(latency: dict[str, Any], name: str) -> dict[str, dict[str, dict[str, Latency]]]:
-    return {
-        runtime: {
-            precision: {batch: _latency(values) for batch, values in report["stats"][name].items()}
-            for precision, report in by_precision.items()
-        }
-        for runtime, by_precision in latency.items()
-    }
-
-
-def _latency(values: dict[str, Any]) -> Latency:
-    return Latency(
-        **{key: values[key] for key in ("min", "median", "mean", "p90", "p99", "cv")},
-        images_per_s=values["images_per_second"],
-        n=values["iterations"],
-    )
-
-
 def _parities(done: Artifacts) -> list[Parity]:
     folders = [done.exported.folder if done.exported else None, *(artifact.folder for artifact in done.engines)]
     return [
-        Parity(
-            model=name,
-            reference=values["reference"],
-            candidate=values["candidate"],
-            images=values["images"],
-            max_abs=values["max_abs"],
-            cosine=values["min_cosine"],
-            agreement=values["top1_agreement"] / 100,
-            passed=values["passed"],
-        )
+        Parity(model=name, **{key: values[key] for key in _PARITY_KEYS})
         for folder in folders
         if folder is not None
         for name, values in _read(folder / "parity.json").items()
     ]
-
-
-def _engine(run_dir: Path, artifact: Artifact, name: str) -> EngineFigures:
-    engine = engine_of(artifact, name)
-    return EngineFigures(
-        model=name,  # type: ignore[arg-type]
-        runtime=engine.runtime,
-        precision=engine.precision,
-        target=", ".join(engine.targets) or "this machine",
-        path=engine.path.relative_to(run_dir).as_posix(),
-        bytes=engine.bytes,
-        seconds=round(engine.seconds, 3),
-    )
 
 
 def _plan_figures(plan: PruningPlan) -> PlanFigures:
@@ -136,7 +99,7 @@ def _plan_figures(plan: PruningPlan) -> PlanFigures:
     )
 
 
-def _measurement(job: Job, latency: dict[str, Any], images: int) -> dict[str, Any]:
+def _measurement(job: Job, benched: Artifact, images: int) -> dict[str, Any]:
     recipe = job.recipe
     return {
         "accuracy": f"top-1 on {images} validation images, by PyTorch in fp32",
@@ -144,11 +107,7 @@ def _measurement(job: Job, latency: dict[str, Any], images: int) -> dict[str, An
         "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, batch {recipe.distill.batch_size}",
         "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
-        "sessions": {
-            f"{runtime} {precision}": report["sessions"]["pruned"]
-            for runtime, by_precision in latency.items()
-            for precision, report in by_precision.items()
-        },
+        "sessions": _read(benched.folder / "sessions.json"),
     }
 
 

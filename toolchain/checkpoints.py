@@ -28,21 +28,26 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UserError(f"There is no checkpoint file {path}.", fix="Give a .safetensors, .pth or .pt file.")
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, and is not loaded.",
-            why="Such a pickle can run code on your machine when it is opened.",
-            fix="In the environment that made it, save `model.state_dict()` with safetensors.torch.save_file.",
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}).",
-            fix="Is the file complete? Expected is a state dict in safetensors or torch format.",
-        ) from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if _is_mapping(state) else {}
     if not tensors:
         raise UserError(f"{path} holds no tensors.", fix="Expected is a state dict in safetensors or torch format.")
     return as_fp32(tensors, str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    # torch raises UnpicklingError for a pickle with code in it; newer timm turns that into a RuntimeError
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return UserError(
+            f"{path} holds more than tensors, and is not loaded.",
+            why="Such a pickle can run code on your machine when it is opened.",
+            fix="In the environment that made it, save `model.state_dict()` with safetensors.torch.save_file.",
+        )
+    return UserError(
+        f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
+        fix="Is the file complete? Expected is a state dict in safetensors or torch format.",
+    )
 
 
 def _is_mapping(value: object) -> bool:

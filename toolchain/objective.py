@@ -1,6 +1,7 @@
 """What distillation computes for one batch: the mixed image, the outputs of both models, the three losses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tens
 
 def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, classes] and penultimate features [B, width] of a timm model, from one pass."""
-    maps = model.forward_features(images)
-    return model.forward_head(maps), model.forward_head(maps, pre_logits=True)
+    network: Any = model  # nn.Module does not know timm's methods
+    maps = network.forward_features(images)
+    return network.forward_head(maps), network.forward_head(maps, pre_logits=True)
 
 
 def losses(

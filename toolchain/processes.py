@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
+from calib_data import Images
 from calib_data.errors import UserError
 
 
@@ -35,23 +34,27 @@ class Process:
             dist.all_reduce(values)
         return values
 
-    def training_share(self, dataset: Dataset[Any], seed: int, epoch: int) -> Dataset[Any]:
+    def training_share(self, images: Images, seed: int, epoch: int) -> Images:
         """This process's part of the epoch: another random split each epoch, of equal size everywhere.
 
         Equal sizes keep the processes in step; up to `world_size - 1` images sit out an epoch.
         """
         if self.world_size == 1:
-            return dataset
-        num_images = len(dataset)  # type: ignore[arg-type]
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        share = num_images // self.world_size
-        return Subset(dataset, order[self.rank * share : (self.rank + 1) * share])
+            return images
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order: list[int] = torch.randperm(len(images), generator=generator).tolist()
+        share = len(images) // self.world_size
+        return _part(images, order[self.rank * share : (self.rank + 1) * share])
 
-    def validation_share(self, dataset: Dataset[Any]) -> Dataset[Any]:
+    def validation_share(self, images: Images) -> Images:
         """Every `world_size`-th image: each image is in exactly one share."""
         if self.world_size == 1:
-            return dataset
-        return Subset(dataset, range(self.rank, len(dataset), self.world_size))  # type: ignore[arg-type]
+            return images
+        return _part(images, list(range(self.rank, len(images), self.world_size)))
+
+
+def _part(images: Images, chosen: list[int]) -> Images:
+    return Images([images.labels[index] for index in chosen], lambda position: images[chosen[position]][0])
 
 
 def pick_device(name: str) -> torch.device:
@@ -61,7 +64,11 @@ def pick_device(name: str) -> torch.device:
         UserError: CUDA was asked for and is not there, or the name means nothing to torch.
     """
     if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -93,6 +100,3 @@ def join_processes(device: str = "auto") -> Iterator[Process]:
     finally:
         if owner:
             dist.destroy_process_group()
-
-
-CPU = torch.device("cpu")

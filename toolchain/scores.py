@@ -21,6 +21,7 @@ from typing import Literal, cast, get_args
 
 import torch
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -89,7 +90,7 @@ class Scores:
                 seed=document["seed"],
                 model_digest=document["model_digest"],
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{folder} holds no readable scores ({error}).",
                 fix="Give the folder that `upvits-deploy score --out` wrote (scores.safetensors and score.json).",

@@ -151,13 +151,22 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
     return _engine(record, folder)
 
 
-def build_failed(runtime: str, onnx_path: Path, reason: str, *, node: str = "") -> BuildError:
-    """The error for a model that a runtime refused, with the node that it stumbled over when it is known."""
+def build_failed(runtime: Runtime, onnx_path: Path, model: ModelProto, reason: str) -> BuildError:
+    """The error for a model that a runtime refused, with the node that its message speaks of."""
+    node = _node_named_in(reason, model)
     return BuildError(
-        f"{runtime} cannot build {onnx_path.name}" + (f": node {node}" if node else ""),
+        f"{runtime.name} cannot build {onnx_path.name}" + (f": node {node}" if node else ""),
         why=reason,
         fix="No engine was written. Another runtime or precision may take this model.",
     )
+
+
+def _node_named_in(reason: str, model: ModelProto) -> str:
+    """Name and operator of the node in a message; libraries differ in wording, but all quote names."""
+    named = [node for node in model.graph.node if node.name and node.name in reason]
+    typed = [node for node in model.graph.node if f"{node.domain}:{node.op_type}(" in reason]
+    found = max(named, key=lambda node: len(node.name), default=None) or next(iter(typed), None)
+    return f"{found.name or 'without a name'} ({found.op_type})" if found is not None else ""
 
 
 def _engine(record: _BuildRecord, folder: Path) -> Engine:

@@ -5,7 +5,6 @@ are strongly typed everywhere (TensorRT 11 knows nothing else), enums are found 
 between versions, and capabilities are probed with `hasattr`.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,31 +17,28 @@ from onnx import ModelProto
 from calib_data.errors import UserError
 from deploy.runtimes.cuda import compute_capability
 from deploy.runtimes.engine_folder import build_failed
-from deploy.runtimes.interface import Arrays, BatchProfile, Engine
+from deploy.runtimes.interface import Arrays, BatchProfile, BuildOptions, Engine, Runtime
 
-_NODE = re.compile(r"(?:node|layer) \{?(?:ForeignNode\[)?([\w./:-]+)", re.IGNORECASE)
 _MIB = 1 << 20
 
 
 def compile_engine(
     trt: Any,
-    runtime: str,
+    runtime: Runtime,
     model: ModelProto,
     onnx_path: Path,
-    *,
-    batch: BatchProfile,
-    workspace_mib: int | None,
+    options: BuildOptions,
     configure: Callable[[Any], None] = lambda config: None,
 ) -> memoryview:
     """Build a serialized engine.
 
     Args:
         trt: the imported library.
-        runtime: its name, for messages.
+        runtime: the runtime that builds, for messages.
         model: the model, in the precision that it shall run in.
         onnx_path: where it came from, for messages.
-        batch: sizes for axis 0 of inputs where that is dynamic; no other axis may be.
-        workspace_mib: limit of the workspace memory pool in MiB.
+        options: batch sizes for axis 0 of inputs where that is dynamic (no other axis may be), and the limit of the
+            workspace memory pool.
         configure: sets what is special to a library on the builder configuration.
 
     Raises:
@@ -54,11 +50,10 @@ def compile_engine(
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
-        reason, node = _parser_error(parser)
-        raise build_failed(runtime, onnx_path, reason, node=node)
+        raise build_failed(runtime, onnx_path, model, _parser_error(parser))
     config = builder.create_builder_config()
-    if workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib * _MIB)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if hasattr(trt.BuilderFlag, "TF32"):
         # On by default, and then what is called fp32 multiplies with 10 bits of mantissa.
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -66,13 +61,11 @@ def compile_engine(
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        _set_profile(profile, tensor.name, tuple(tensor.shape), batch)
+        _set_profile(profile, tensor.name, tuple(tensor.shape), options.batch)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reason = "\n".join(log.errors[-2:]) or "The builder gave no reason."
-        named = _NODE.search(reason)
-        raise build_failed(runtime, onnx_path, reason, node=named[1] if named else "")
+        raise build_failed(runtime, onnx_path, model, "\n".join(log.errors[-2:]) or "The builder gave no reason.")
     return memoryview(plan)
 
 
@@ -185,14 +178,14 @@ def _set_profile(profile: Any, name: str, shape: tuple[int, ...], batch: BatchPr
     profile.set_shape(name, *((size, *rest) for size in sizes))
 
 
-def _parser_error(parser: Any) -> tuple[str, str]:
-    """What the parser says about the first node that it refused, and that node's name."""
+def _parser_error(parser: Any) -> str:
+    """What the parser says about the first node that it refused."""
     if parser.num_errors == 0:
-        return "The parser gave no reason.", ""
+        return "The parser gave no reason."
     error = parser.get_error(0)
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    said = [line for line in error.desc().strip().splitlines() if "catchCudaError" not in line]  # no GPU: not the cause
     name = error.node_name() if hasattr(error, "node_name") else ""
-    return error.desc().strip(), f"{name} ({operator})" if name and operator else name or operator
+    return "\n".join([*([f"At node {name}:"] if name else []), *said])
 
 
 def _messages(trt: Any) -> Any:

@@ -29,7 +29,6 @@ from deploy.runtimes.interface import Arrays, BuildOptions, Engine, Missing
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
-_FAILED_NODE = re.compile(r"Node \(([^)]+)\)|[Nn]ode:? ?'?([\w./:-]+)'?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +54,12 @@ class OnnxRuntime:
         import onnxruntime
 
         started = time.perf_counter()
-        content = convert(model, options.precision).SerializeToString()
+        converted = convert(model, options.precision)
+        content = converted.SerializeToString()
         try:
             OnnxRuntimeSession(content, self.provider).close()
         except _load_errors() as error:
-            message = _reason(error)
-            node = _FAILED_NODE.search(message)
-            raise build_failed(self.name, onnx_path, message, node=(node[1] or node[2]) if node else "") from error
+            raise build_failed(self, onnx_path, converted, _reason(error)) from error
         return save_engine(
             self,
             folder,

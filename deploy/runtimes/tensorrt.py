@@ -50,14 +50,7 @@ class TensorRt:
                 fix="Leave the targets out, or use the runtime tensorrt-rtx, which builds for other GPUs.",
             )
         started = time.perf_counter()
-        plan = compile_engine(
-            trt,
-            self.name,
-            convert(model, options.precision),
-            onnx_path,
-            batch=options.batch,
-            workspace_mib=options.workspace_mib,
-        )
+        plan = compile_engine(trt, self, convert(model, options.precision), onnx_path, options)
         return save_engine(
             self,
             folder,

@@ -50,15 +50,7 @@ class TensorRtRtx:
                 config.set_compute_capability(capability, index)
 
         started = time.perf_counter()
-        plan = compile_engine(
-            trt,
-            self.name,
-            convert(model, options.precision),
-            onnx_path,
-            batch=options.batch,
-            workspace_mib=options.workspace_mib,
-            configure=for_targets,
-        )
+        plan = compile_engine(trt, self, convert(model, options.precision), onnx_path, options, for_targets)
         return save_engine(
             self,
             folder,

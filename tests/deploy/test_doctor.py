@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -52,25 +53,32 @@ def test_a_problem_is_shown_first_with_its_remedy() -> None:
     assert "The main job can run here" in "\n".join(lines(checks[1:]))
 
 
+def package(probe: str, name: str = "pytest") -> Any:
+    return module._Package(name, "tests", probe, "reinstall it")
+
+
 @pytest.mark.parametrize(
-    ("code", "trouble"),
+    ("probe", "trouble"),
     [
         ("raise ImportError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
         ("import os; os.kill(os.getpid(), 11)", "crashes when it is loaded (SIGSEGV)"),
-        ("import sys; sys.exit(3)", "fails without a message"),
+        ("import os; os._exit(3)", "ends the process with code 3"),
+        ("import sys; sys.exit('go away')", "SystemExit: go away"),
     ],
 )
-def test_a_package_that_does_not_load_is_a_problem(code: str, trouble: str) -> None:
-    check = module._package(module._Package("pytest", "tests", code, "reinstall it"))
-    assert check.status == "problem"
-    assert trouble in check.found
-    assert check.fix == "reinstall it"
+def test_a_package_that_does_not_load_is_a_problem_and_the_others_are_not(probe: str, trouble: str) -> None:
+    before, broken, after = module._packages(
+        [package("print('hello')", "rich"), package(probe), package("import numpy", "numpy")]
+    )
+    assert (before.status, broken.status, after.status) == ("ok", "problem", "ok")
+    assert trouble in broken.found
+    assert broken.fix == "reinstall it"
 
 
 def test_a_package_that_hangs_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS_TO_LOAD", 1)
-    check = module._package(module._Package("pytest", "tests", "import time; time.sleep(30)", "reinstall it"))
-    assert "does not load within 1 s" in check.found
+    monkeypatch.setattr(module, "_SECONDS_TO_LOAD", 2)
+    (check,) = module._packages([package("import time; time.sleep(30)")])
+    assert "does not load within 2 s" in check.found
 
 
 def test_a_file_of_the_user_named_like_a_library_does_not_confuse_it(
@@ -78,7 +86,8 @@ def test_a_file_of_the_user_named_like_a_library_does_not_confuse_it(
 ) -> None:
     (tmp_path / "pytest.py").write_text("raise RuntimeError('not the library')")
     monkeypatch.chdir(tmp_path)
-    assert module._package(module._Package("pytest", "tests", "import pytest", "")).status == "ok"
+    (check,) = module._packages([package("import pytest")])
+    assert check.status == "ok"
 
 
 def fake_distribution(folder: Path, name: str, version: str) -> None:
@@ -99,9 +108,8 @@ def test_both_onnxruntimes_at_once_are_a_conflict(tmp_path: Path, monkeypatch: p
 
 def test_a_required_package_that_is_not_there_is_a_problem() -> None:
     missing = module._Package("no-such-distribution", "everything", "", "install it", required=True)
-    assert module._package(missing) == Check(
-        "no-such-distribution", "problem", "not installed", "everything", "install it"
-    )
+    expected = Check("no-such-distribution", "problem", "not installed", "everything", "install it")
+    assert list(module._packages([missing])) == [expected]
 
 
 def nvidia_smi(folder: Path, script: str) -> None:
@@ -124,7 +132,7 @@ def test_the_driver_is_what_its_tool_says(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_torch_is_held_against_the_driver(monkeypatch: pytest.MonkeyPatch, printed: str, status: str) -> None:
     monkeypatch.setattr(module, "_driver", lambda: "Imaginary GPU, 599.1")
-    monkeypatch.setattr(module, "_python_process", lambda code: (printed + "\n", ""))
+    monkeypatch.setattr(module, "_python_process", lambda code, *_: (printed + "\n", ""))
     driver, torch = module._gpu()
     assert driver.status == "ok"
     assert torch.status == status

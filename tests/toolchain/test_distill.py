@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
-from calib_data import batches
+from calib_data import Images, batches
 from calib_data.errors import UserError
 from tests.toolchain.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from toolchain.distill import DistillSettings, distill
@@ -186,7 +187,7 @@ def test_drop_path_grows_with_depth_and_is_gone_from_the_result() -> None:
 
 def test_damaged_student_recovers_and_the_average_is_returned(teacher: nn.Module) -> None:
     data = source(192)
-    student = damaged(teacher, noise=1.0)
+    student = damaged(teacher, noise=4.0)
     before = evaluate(student, batches(data.val, preprocess(), 64)).top1
     copies = tiny_vit(), tiny_vit()
     copies[0].load_state_dict(student.state_dict())
@@ -226,7 +227,7 @@ def test_returned_weights_are_the_moving_average(monkeypatch: pytest.MonkeyPatch
 
 def test_without_labels_the_teacher_is_enough(teacher: nn.Module) -> None:
     data = source(192, labelled=False)
-    student = damaged(teacher, noise=1.0)
+    student = damaged(teacher, noise=4.0)
     reference = evaluate(teacher, batches(data.val, preprocess(), 64)).predictions
     before = evaluate(student, batches(data.val, preprocess(), 64), reference=reference).agreement
     result = distill(student, teacher, data, preprocess(), replace(SHORT, epochs=8), device="cpu")
@@ -430,12 +431,17 @@ def test_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shares_of_the_data_are_disjoint_and_complete() -> None:
-    data = source(10).train
-    parts = [Process(rank, 3, torch.device("cpu")).training_share(data, 0, 5) for rank in range(3)]
-    chosen = [index for part in parts for index in part.indices]  # type: ignore[attr-defined]
-    assert [len(part) for part in parts] == [3, 3, 3]  # type: ignore[arg-type]
-    assert len(set(chosen)) == 9
-    other = Process(0, 3, torch.device("cpu")).training_share(data, 0, 6)
-    assert parts[0].indices != other.indices  # type: ignore[attr-defined]
-    shares = [Process(rank, 3, torch.device("cpu")).validation_share(data) for rank in range(3)]
-    assert sorted(index for part in shares for index in part.indices) == list(range(10))  # type: ignore[attr-defined]
+    images = Images(range(100, 110), lambda index: Image.new("RGB", (1, 1), (index, 0, 0)))
+
+    def members(part: Images) -> list[int]:
+        labels = [part[position][1] for position in range(len(part))]
+        assert [part[position][0].getpixel((0, 0))[0] + 100 for position in range(len(part))] == labels
+        return labels
+
+    processes = [Process(rank, 3, torch.device("cpu")) for rank in range(3)]
+    parts = [members(process.training_share(images, 0, 5)) for process in processes]
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert len(set().union(*parts)) == 9
+    assert parts[0] != members(processes[0].training_share(images, 0, 6))
+    whole = [label for process in processes for label in members(process.validation_share(images))]
+    assert sorted(whole) == list(images.labels)

@@ -16,9 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import Dataset
 
-from calib_data import DataSource, Preprocess
+from calib_data import DataSource, Images, Preprocess
 from toolchain.distill import DistillResult, DistillSettings, distill
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (150, 150, 30))
@@ -31,26 +30,21 @@ class Plain(Preprocess):
         return self.eval_transform()
 
 
-class Colours(Dataset[tuple[Image.Image, int]]):
+class Colours(Images):
     """Noisy images of one colour each; calls `on_read` with the number of images read so far."""
 
-    def __init__(self, images: int, seed: int, labelled: bool = True, noise: int = 60) -> None:
-        rng = np.random.default_rng(seed)
-        self.labels = np.arange(images) % 4
-        spread = rng.integers(-noise, noise + 1, (images, 16, 16, 3))
-        pixels = np.array(COLOURS)[self.labels][:, None, None, :] + spread
-        self.pixels = pixels.clip(0, 255).astype(np.uint8)
-        self.labelled = labelled
+    def __init__(self, images: int, seed: int, labelled: bool = True) -> None:
+        classes = np.arange(images) % 4
+        spread = np.random.default_rng(seed).integers(-60, 61, (images, 16, 16, 3))
+        self.pixels = (np.array(COLOURS)[classes][:, None, None, :] + spread).clip(0, 255).astype(np.uint8)
         self.reads = 0
         self.on_read: Callable[[int], None] = lambda _reads: None
+        super().__init__(classes.tolist() if labelled else [-1] * images, self.draw)
 
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def draw(self, index: int) -> Image.Image:
         self.reads += 1
         self.on_read(self.reads)
-        return Image.fromarray(self.pixels[index]), int(self.labels[index]) if self.labelled else -1
+        return Image.fromarray(self.pixels[index])
 
 
 def preprocess(plain: bool = False, size: int = 16) -> Preprocess:
@@ -59,10 +53,10 @@ def preprocess(plain: bool = False, size: int = 16) -> Preprocess:
     return kind((3, size, size), mean=half, std=half, interpolation="bilinear", crop_pct=1.0, crop_mode="center")
 
 
-def source(images: int = 96, labelled: bool = True, noise: int = 60) -> DataSource:
+def source(images: int = 96, labelled: bool = True) -> DataSource:
     names = ("red", "green", "blue", "olive") if labelled else None
-    train, val = Colours(images, 0, labelled, noise), Colours(64, 1, labelled, noise)
-    return DataSource("colours", names, train, val, f"colours-{images}-{labelled}-{noise}", ())
+    train, val = Colours(images, 0, labelled), Colours(64, 1, labelled)
+    return DataSource("colours", names, train, val, f"colours-{images}-{labelled}")
 
 
 def tiny_vit(seed: int = 0, embed_dim: int = 32, num_classes: int = 4, **options: Any) -> VisionTransformer:
@@ -79,7 +73,7 @@ def damaged(model: nn.Module, noise: float) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in copy.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * parameter.std(unbiased=False) * noise
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std(unbiased=False) * noise)
     return copy
 
 

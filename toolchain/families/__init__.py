@@ -68,7 +68,7 @@ def family_of(model: nn.Module) -> Family:
     raise UserError(
         f"Models of type {type(model).__name__} are not supported.",
         why="Structured pruning needs to know which tensors belong together.",
-        fix="Supported are timm's VisionTransformer and PyramidVisionTransformerV2. See `upvits-deploy models`.",
+        fix="Supported are timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP) and PVTv2. See `upvits-deploy models`.",
     )
 
 

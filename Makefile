@@ -1,0 +1,61 @@
+# `make demo` runs the main job on the embedded data, `make test` the tests. Both set up $(VENV) first, once.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Named after the Python version, so that another interpreter gets an environment of its own.
+READY := $(VENV)/ready-$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format constraints clean
+
+help:
+	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
+	@echo "make test         set up $(VENV) and run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite the sources"
+	@echo "make constraints  resolve the newest versions into constraints.txt"
+	@echo "make clean        remove $(VENV) and caches; runs stay"
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints:
+	@$(FIND_UV); UV="$$uv" .ci/constraints
+
+clean:
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv from the PATH, or a private copy next to the environment.
+define FIND_UV
+if uv --version >/dev/null 2>&1; then uv=uv; else \
+	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv; }; uv=.uv/bin/uv; \
+fi
+endef
+
+$(READY): pyproject.toml constraints.txt
+	@case "$(VERSION)" in 3.10|3.11|3.12|3.13) ;; *) \
+		echo "Python 3.10 to 3.13 is needed; $(PYTHON) is '$(VERSION)'. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 2;; esac
+	@set -e; $(FIND_UV); rm -rf $(VENV); \
+	$$uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
+	$$uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
+		--editable '.[dev,tensorrt-rtx]'
+	@touch $@
