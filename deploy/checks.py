@@ -16,6 +16,9 @@ from deploy.runtimes import BatchProfile, Runtime
 from deploy.stages import precisions_for
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
+from toolchain.timm_config import num_classes_of
+
+CUTS = ("ratio", "target_macs", "target_params", "like")
 
 
 def with_names(recipe: Recipe) -> Recipe:
@@ -25,7 +28,12 @@ def with_names(recipe: Recipe) -> Recipe:
         UserError: a name is unknown, no cut or several cuts are asked for, or there are no weights to start from.
     """
     plan = recipe.plan
-    wanted = {"ratio": plan.ratio, "target-macs": plan.target_macs, "target-params": plan.target_params, "like": plan.like}
+    wanted = {
+        "ratio": plan.ratio,
+        "target-macs": plan.target_macs,
+        "target-params": plan.target_params,
+        "like": plan.like,
+    }
     given = [name for name, value in wanted.items() if value is not None]
     if len(given) != 1:
         raise UserError(
@@ -94,11 +102,14 @@ def check_engine_request(recipe: EngineRecipe, runtimes: Sequence[Runtime]) -> N
         raise UserError(f"Batch profile {recipe.batch!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
     BatchProfile(*(int(part) for part in parts))
     known = {name for runtime in runtimes for name in runtime.precisions}
+    choices = f"Choose from {', '.join(sorted(known))} or auto."
     unknown = [name for name in recipe.precision.split(",") if name not in known | {"auto"}]
     if unknown:
-        raise UserError(f"Unknown precision {', '.join(unknown)}.", fix=f"Choose from {', '.join(sorted(known))} or auto.")
+        raise UserError(
+            f"Unknown precision {', '.join(unknown)}.", fix=f"Choose from {', '.join(sorted(known))} or auto."
+        )
     if not any(precisions_for(runtime, recipe.precision) for runtime in runtimes):
-        raise UserError("No chosen runtime has this precision.", fix=f"Choose from {', '.join(sorted(known))} or auto.")
+        raise UserError("No chosen runtime has this precision.", fix=choices)
 
 
 def like_model(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module | None:
@@ -106,7 +117,7 @@ def like_model(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module |
     if recipe.plan.like is None:
         return None
     return toolchain.create_model(
-        recipe.plan.like, weights="random", num_classes=dense.num_classes, image_size=image_size
+        recipe.plan.like, weights="random", num_classes=num_classes_of(dense), image_size=image_size
     )
 
 

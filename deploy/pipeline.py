@@ -23,7 +23,9 @@ from toolchain.scores import model_digest
 STAGES = ("score", "prune", "distill", "export", "engine", "bench", "report")
 
 
-def build(recipe: Recipe | dict[str, Any], out: Path | None = None, *, until: str = "report", quiet: bool = True) -> Report | None:
+def build(
+    recipe: Recipe | dict[str, Any], out: Path | None = None, *, until: str = "report", quiet: bool = True
+) -> Report | None:
     """Run the main job, or continue it: stages that are whole and still answer the recipe are skipped.
 
     Args:
@@ -116,6 +118,8 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     )
 
 
-def random_plan(recipe: Recipe, dense: nn.Module, like: nn.Module | None, preprocess: Preprocess) -> toolchain.PruningPlan:
+def random_plan(
+    recipe: Recipe, dense: nn.Module, like: nn.Module | None, preprocess: Preprocess
+) -> toolchain.PruningPlan:
     """The plan with random scores: its widths are those of any scores, so it tells now whether a request can be met."""
     return stages.make_plan(recipe, dense, like, toolchain.score(dense, method="random"), preprocess)

@@ -116,8 +116,12 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4])
-        raise UserError(f"The recipe is not valid: {faults}.", fix="`upvits-deploy build --help` explains the options.") from error
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4]
+        )
+        raise UserError(
+            f"The recipe is not valid: {faults}.", fix="`upvits-deploy build --help` explains the options."
+        ) from error
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

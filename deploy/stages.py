@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import toolchain
-from calib_data import DataSource, Preprocess, batches, proxy_images
+from calib_data import DataSource, Images, Preprocess, batches, proxy_images
 from calib_data.errors import UserError
 from deploy.artifacts import Artifact, atomic_write, run_stage
 from deploy.bench import BenchSettings, LatencyReport, interleave
@@ -44,8 +43,9 @@ from toolchain.distill import distill as distill_model
 from toolchain.evaluate import Accuracy, evaluate
 from toolchain.models import label_names_of
 from toolchain.scores import Scores
+from toolchain.timm_config import architecture_of
 
-MODELS = ("dense", "pruned")
+MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
 
 
@@ -114,9 +114,7 @@ def prune(job: Job, scored: Artifact) -> Artifact:
         accuracy = {"dense": dense, "after_prune": _accuracy(job, pruned, "pruned", dense.predictions)}
         _write_accuracy(folder, accuracy)
 
-    return _stage(
-        job, "2-prune", job.recipe.plan.model_dump(), {**job.inputs, "scores": scored.digest}, work
-    )
+    return _stage(job, "2-prune", job.recipe.plan.model_dump(), {**job.inputs, "scores": scored.digest}, work)
 
 
 def make_plan(
@@ -145,7 +143,14 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
         if not (folder / "model").exists():
             student = toolchain.load(pruned.folder / "model")
             result = distill_model(
-                student, job.dense, job.source, job.preprocess, settings, folder, device=job.recipe.device, quiet=job.quiet
+                student,
+                job.dense,
+                job.source,
+                job.preprocess,
+                settings,
+                folder,
+                device=job.recipe.device,
+                quiet=job.quiet,
             )
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(_device(job.dense))
@@ -153,9 +158,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
         _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, "fine-tuned", reference)})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
-    return _stage(
-        job, "3-distill", asdict(settings), {**job.inputs, "pruned": pruned.digest}, work, resumable=True
-    )
+    return _stage(job, "3-distill", asdict(settings), {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
 
 
 def export(job: Job, tuned: Artifact) -> Artifact:
@@ -177,13 +180,16 @@ def export(job: Job, tuned: Artifact) -> Artifact:
                 metadata=_metadata(job, name, tuned),
             )
             reports[name] = {**asdict(report), "path": f"{name}/model.onnx"}
-            outputs = model_outputs(model, images.split(8))
+            outputs = model_outputs(model, torch.split(images, 8))
             with open_onnx(path) as session:
                 candidate = session_outputs(session, _session_inputs(job, images))
             parities[name] = check_parity(outputs, candidate, candidate_name="ONNX Runtime (CPU)", inputs=images)
             reference[name] = torch.from_numpy(outputs)
         save_file(reference, folder / "reference.safetensors")
-        _write_json(folder / "export.json", {name: {k: v for k, v in r.items() if k != "seconds"} for name, r in reports.items()})
+        _write_json(
+            folder / "export.json",
+            {name: {k: v for k, v in r.items() if k != "seconds"} for name, r in reports.items()},
+        )
         _write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
 
     return _stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": tuned.digest}, work)
@@ -192,7 +198,7 @@ def export(job: Job, tuned: Artifact) -> Artifact:
 def _metadata(job: Job, name: str, tuned: Artifact) -> dict[str, str]:
     labels = job.source.class_names or label_names_of(job.dense)
     digest = job.dense_digest if name == "dense" else tuned.digest
-    found = {"architecture": str(job.dense.pretrained_cfg["architecture"]), "variant": name, "model_digest": digest}
+    found = {"architecture": architecture_of(job.dense), "variant": name, "model_digest": digest}
     return found if labels is None else {**found, "labels": json.dumps(list(labels))}
 
 
@@ -327,9 +333,7 @@ def _accuracy(job: Job, model: nn.Module, name: str, reference: Tensor | None = 
 
 
 def _write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
-    document = {
-        name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()
-    }
+    document = {name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()}
     _write_json(folder / "accuracy.json", document)
 
 
@@ -338,18 +342,21 @@ def _write_json(path: Path, document: object) -> None:
 
 
 def _parity_images(job: Job) -> Tensor:
-    """The first validation images [N, 3, H, W], as the network sees them."""
-    wanted = min(job.recipe.export.parity_images, len(job.source.val))
+    """Some validation images [N, 3, H, W], as the network sees them."""
+    val = job.source.val
+    wanted = min(job.recipe.export.parity_images, len(val))
     if wanted == 0:
         raise UserError("The data have no validation images.", fix="Parity and latency are measured on real images.")
-    first = torch.utils.data.Subset(job.source.val, range(wanted))
-    return torch.cat([images for images, _ in batches(first, job.preprocess, EVAL_BATCH)])
+    # evenly spread, since folders come class by class
+    positions = [index * len(val) // wanted for index in range(wanted)]
+    chosen = Images([val.labels[i] for i in positions], lambda i: val[positions[i]][0])
+    return torch.cat([images for images, _ in batches(chosen, job.preprocess, EVAL_BATCH)])
 
 
 def _session_inputs(job: Job, images: Tensor, size: int = 8) -> list[np.ndarray[Any, np.dtype[Any]]]:
     """Batches as the exported model takes them: normalised, or raw pixels with `uint8_input`."""
     if not job.recipe.export.uint8_input:
-        return [batch.numpy() for batch in images.split(size)]
+        return [batch.numpy() for batch in torch.split(images, size)]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (job.preprocess.mean, job.preprocess.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return [batch.contiguous().numpy() for batch in pixels.split(size)]
+    return [batch.contiguous().numpy() for batch in torch.split(pixels, size)]

@@ -36,7 +36,9 @@ _PARITY_KEYS = ("reference", "candidate", "images", "max_abs", "min_cosine", "to
 
 def summarise(job: Job, done: Artifacts) -> Report:
     """The report of a whole run."""
-    assert done.pruned and done.tuned and done.exported and done.benched
+    assert done.pruned is not None
+    assert done.tuned is not None
+    assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
     before = _read(done.pruned.folder / "accuracy.json")
     after = _read(done.tuned.folder / "accuracy.json")["after_distill"]
@@ -66,7 +68,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
         plan=_plan_figures(plan),
         measurement=_measurement(job, done.benched, after["images"]),
         environment=_environment(_read(done.benched.folder / "environment.json")),
-        notes=[*_skipped_images(job), *(f"{o.name} was left out: {o.why} {o.fix}" for o in job.runtimes.left_out), *_unopened(job)],
+        notes=[*_skipped_images(job), *_left_out(job)],
     )
 
 
@@ -94,7 +96,8 @@ def _plan_figures(plan: PruningPlan) -> PlanFigures:
             "params_share": round(plan.after.params / plan.before.params, 4),
         },
         widths=[
-            Width(group=name, before=size, after=after.channels[name]) for name, size in plan.dense_widths.channels.items()
+            Width(group=name, before=size, after=after.channels[name])
+            for name, size in plan.dense_widths.channels.items()
         ],
     )
 
@@ -104,7 +107,8 @@ def _measurement(job: Job, benched: Artifact, images: int) -> dict[str, Any]:
     return {
         "accuracy": f"top-1 on {images} validation images, by PyTorch in fp32",
         "scores": f"{recipe.score.method} on {recipe.score.num_images} training images",
-        "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, batch {recipe.distill.batch_size}",
+        "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
+        f"batch {recipe.distill.batch_size}",
         "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
         "sessions": _read(benched.folder / "sessions.json"),
@@ -121,8 +125,8 @@ def _skipped_images(job: Job) -> list[str]:
     return [f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:5])}"] if skipped else []
 
 
-def _unopened(job: Job) -> list[str]:
-    notes = []
+def _left_out(job: Job) -> list[str]:
+    notes = [f"{one.name} was left out: {one.why} {one.fix}" for one in job.runtimes.left_out]
     for runtime in job.runtimes.runtimes:
         missing = runtime.missing_to_run()
         if missing is not None:

@@ -1,9 +1,9 @@
 """Make it small: families, scores, plan, surgery and distillation of vision transformers. PyTorch only.
 
-    model = toolchain.load("my-model/")
-    scores = toolchain.score(model, images)
-    small = toolchain.prune(model, toolchain.plan(model, scores, ratio=0.5))
-    toolchain.save(small, "my-small-model/")
+model = toolchain.load("my-model/")
+scores = toolchain.score(model, images)
+small = toolchain.prune(model, toolchain.plan(model, scores, ratio=0.5))
+toolchain.save(small, "my-small-model/")
 """
 
 from toolchain.groups import ChannelGroup, Widths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -27,7 +28,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint file {path}.", fix="Give a .safetensors, .pth or .pt file.")
     try:
-        state = load_state_dict(str(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns of unusual pickles; what matters here is whether it reads them
+            state = load_state_dict(str(path), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if _is_mapping(state) else {}
@@ -44,8 +49,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             why="Such a pickle can run code on your machine when it is opened.",
             fix="In the environment that made it, save `model.state_dict()` with safetensors.torch.save_file.",
         )
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     return UserError(
-        f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
+        f"{path} cannot be read as a checkpoint ({reason}).",
         fix="Is the file complete? Expected is a state dict in safetensors or torch format.",
     )
 

@@ -138,7 +138,9 @@ def cut(state: Mapping[str, Tensor], groups: Sequence[ChannelGroup], keep: Mappi
     return result
 
 
-def narrowed_shapes(shapes: Mapping[str, torch.Size], groups: Sequence[ChannelGroup], widths: Widths) -> dict[str, list[int]]:
+def narrowed_shapes(
+    shapes: Mapping[str, torch.Size], groups: Sequence[ChannelGroup], widths: Widths
+) -> dict[str, list[int]]:
     """Parameter shapes after the groups take new widths."""
     result = {name: list(shape) for name, shape in shapes.items()}
     for group in groups:

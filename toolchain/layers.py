@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerScale
 from torch import nn
 
 
-def resize_leaf(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+def resize_leaf(module: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
     """A layer like `module` whose parameters have the given shapes (fresh values).
 
     Args:

@@ -22,7 +22,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         meta(torch.empty(1, *input_size, device="meta"))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def count_params(model: nn.Module) -> int:

@@ -39,7 +39,9 @@ def _hook(module: nn.Module, point: MaskPoint, mask: Tensor) -> Any:
     if point.site == "output":
         return module.register_forward_hook(lambda _, __, output: output * _expand(mask, point, output))
     norm = cast(nn.LayerNorm, module)
-    return norm.register_forward_hook(lambda _, args, __: masked_layer_norm(norm, args[0], _expand(mask, point, args[0])))
+    return norm.register_forward_hook(
+        lambda _, args, __: masked_layer_norm(norm, args[0], _expand(mask, point, args[0]))
+    )
 
 
 def _expand(mask: Tensor, point: MaskPoint, like: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from toolchain.families import family_of, groups_of, narrow
 from toolchain.groups import Widths, widths_of
 from toolchain.layers import adopt_parameters
 from toolchain.names import candidates, canonical_name
+from toolchain.timm_config import architecture_of, config_of, update_config
 
 FORMAT = 1
 _PREPROCESS_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -103,7 +104,7 @@ def _build(
         args["img_size"] = image_size
     model = cast(nn.Module, timm.create_model(architecture, pretrained=pretrained, **args))
     if image_size is not None:
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
+        update_config(model, input_size=(3, image_size, image_size))
     return model
 
 
@@ -126,7 +127,7 @@ def _create_from_file(architecture: str, path: Path, num_classes: int | None, im
 
 
 def _check_architecture(model: nn.Module, architecture: str, weights: str) -> None:
-    found = model.pretrained_cfg["architecture"]
+    found = architecture_of(model)
     if found != architecture.partition(".")[0]:
         raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f"Give --model {found}.")
 
@@ -143,14 +144,19 @@ def supported(pattern: str = "") -> Iterator[str]:
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
-    """How images are prepared for this network (timm's data configuration)."""
+    """How images are prepared for this network: timm's data configuration, at the size that it was built for."""
     config = resolve_model_data_config(model)
-    return Preprocess(**{key: tuple(v) if isinstance(v := config[key], list) else v for key in _PREPROCESS_KEYS})
+    built_for = getattr(model.get_submodule("patch_embed"), "img_size", None)
+    if built_for is not None and not getattr(model, "dynamic_img_size", False):
+        config["input_size"] = (config["input_size"][0], *built_for)
+    found: dict[str, Any] = {key: config[key] for key in _PREPROCESS_KEYS}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return Preprocess(**plain)
 
 
 def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
     """Class names that came with the weights, in the order of the logits."""
-    names = model.pretrained_cfg.get("label_names")
+    names = config_of(model).get("label_names")
     return None if names is None else tuple(names)
 
 
@@ -176,7 +182,10 @@ def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = 
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         draft.chmod(0o755)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, draft / "model.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+            draft / "model.safetensors",
+        )
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _check_same_output(model, load(draft))
         os.rename(draft, folder)
@@ -185,7 +194,7 @@ def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = 
 
 
 def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
-    known = model.pretrained_cfg
+    known = config_of(model)
     kept = ("classifier", "first_conv", "fixed_input_size")
     config = {
         "architecture": known["architecture"],
@@ -194,7 +203,7 @@ def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
         "model_args": model_args,
         "pretrained_cfg": {
             **{key: known[key] for key in kept if known.get(key) is not None},
-            **{key: value for key, value in asdict(preprocess_of(model)).items()},
+            **asdict(preprocess_of(model)),
             "num_classes": model.num_classes,
         },
     }
@@ -239,7 +248,7 @@ def load(folder: Path | str) -> nn.Module:
         model = _build(architecture, config.get("num_classes"), None, **model_args)
         model = model if widths is None else narrow(model, Widths(**widths))
     labels = {"label_names": tuple(config["label_names"])} if config.get("label_names") else {}
-    model.pretrained_cfg = {**model.pretrained_cfg, **config.get("pretrained_cfg", {}), **labels, "architecture": architecture}
+    update_config(model, **{**config.get("pretrained_cfg", {}), **labels, "architecture": architecture})
     path = folder / "model.safetensors"
     try:
         state = as_fp32(load_file(path), str(path))

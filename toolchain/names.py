@@ -16,9 +16,7 @@ MODULES = {"vit": ("vision_transformer", "deit"), "pvt_v2": ("pvt_v2",)}
 @cache
 def candidates() -> tuple[str, ...]:
     """Names of all timm models in the modules of the supported families."""
-    return tuple(
-        name for modules in MODULES.values() for module in modules for name in timm.list_models(module=module)
-    )
+    return tuple(name for modules in MODULES.values() for module in modules for name in timm.list_models(module=module))
 
 
 def canonical_name(name: str) -> str:

@@ -16,7 +16,9 @@ from calib_data.errors import UserError
 from toolchain.families import family_of, narrow
 from toolchain.groups import ChannelGroup, Widths, widths_of
 from toolchain.macs import count_macs, count_params
+from toolchain.models import preprocess_of
 from toolchain.scores import Scores, model_digest
+from toolchain.timm_config import architecture_of
 
 Component = Literal["embed", "attention", "heads", "ffn"]
 DEFAULT_COMPONENTS: tuple[Component, ...] = ("embed", "attention", "ffn")
@@ -124,7 +126,7 @@ def plan(
         (128, 0.28)
     """
     asked = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, float | int | str] = {name: value for name, value in asked.items() if value is not None}
     if len(given) + (like is not None) != 1:
         raise UserError("Give exactly one of ratio, target_macs, target_params and like.")
     groups = family_of(model).groups(model)
@@ -132,18 +134,19 @@ def plan(
     size = _sizer(model, input_size)
     if like is not None:
         chosen = _widths_like(model, groups, like)
-        given = {"like": str(like.pretrained_cfg["architecture"])}
+        given = {"like": architecture_of(like)}
     else:
-        _check_request(given, align, components)
+        _check_request({name: value for name, value in asked.items() if value is not None}, align, components)
         if ratio is None:
             ratio = _search_ratio(groups, size, align, components, target_macs, target_params)
         chosen = _uniform_widths(groups, ratio, align, components)
-        given |= {"align": align, "components": ",".join(components)} | ({} if "ratio" in given else {"found_ratio": ratio})
+        found = {} if "ratio" in given else {"found_ratio": ratio}
+        given = {**given, **found, "align": align, "components": ",".join(components)}
     keep = {g.name: _keep(g, scores, chosen, "heads" in components) for g in groups if g.name in chosen.channels}
     return PruningPlan(
         keep={name: tuple(units.tolist()) for name, units in keep.items()},
         num_heads=chosen.num_heads,
-        architecture=None if like is None else like.pretrained_cfg["architecture"],
+        architecture=None if like is None else architecture_of(like),
         asked=given,
         before=size(widths_of(groups)),
         after=size(chosen),
@@ -162,7 +165,9 @@ def _check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Scor
         )
     for group in groups:
         if torch.isnan(scores.values[group.name]).any():
-            raise UserError(f"The scores of {group.name} hold NaN.", fix="Measure all units; NaN marks unmeasured ones.")
+            raise UserError(
+                f"The scores of {group.name} hold NaN.", fix="Measure all units; NaN marks unmeasured ones."
+            )
 
 
 def _check_request(given: Mapping[str, float], align: int, components: Sequence[str]) -> None:
@@ -182,7 +187,7 @@ def _check_request(given: Mapping[str, float], align: int, components: Sequence[
 
 
 def _sizer(model: nn.Module, input_size: tuple[int, int, int] | None) -> Callable[[Widths], Size]:
-    shape = input_size or tuple(model.pretrained_cfg["input_size"])
+    shape = input_size or preprocess_of(model).input_size
 
     def size(widths: Widths) -> Size:
         narrowed = narrow(model, widths)
@@ -210,7 +215,9 @@ def _uniform_widths(
     for group in groups:
         if group.kind == "embed" and "embed" in components and group.name not in channels:
             # heads that fill the embedding keep filling it: that is what stock timm can build
-            channels[group.name] = next(channels[a.name] for a in groups if a.kind == "attention" and a.stage == group.stage)
+            channels[group.name] = next(
+                channels[a.name] for a in groups if a.kind == "attention" and a.stage == group.stage
+            )
     return Widths(channels, num_heads)
 
 
@@ -289,7 +296,7 @@ def _largest_ratio(groups: Sequence[ChannelGroup], align: int, components: Seque
 
 def _widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Module) -> Widths:
     """The widths of a smaller published model, checked to be reachable by removing and merging."""
-    name = like.pretrained_cfg["architecture"]
+    name = architecture_of(like)
     if family_of(like) is not family_of(model):
         raise UserError(f"{name} is of another family.", fix="Name a smaller model of the same family.")
     target = {group.name: group for group in family_of(like).groups(like)}
@@ -303,8 +310,8 @@ def _widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Modu
         other = target[group.name]
         if other.size > group.size or group.num_heads % other.num_heads:
             raise UserError(
-                f"{name} does not fit into this network: {group.name} has {other.size} units in {other.num_heads} heads "
-                f"there and {group.size} in {group.num_heads} here.",
+                f"{name} does not fit into this network: {group.name} has {other.size} units there ({other.num_heads} "
+                f"heads) and {group.size} here ({group.num_heads} heads).",
                 fix="Name a model that is smaller everywhere and whose number of heads divides this one's.",
             )
     return widths_of(tuple(target.values()))

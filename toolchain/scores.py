@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from rich.progress import track
@@ -144,7 +144,7 @@ def score(
             raise UserError(f"Scores by {method} need images.", fix="Give a proxy set: a few images per class will do.")
         was_training = model.training
         model.eval()
-        batches = images.split(batch_size)
+        batches = torch.split(images, batch_size)
         scale = _output_scale(model, batches)
         if method == "fisher":
             values = _fisher(model, groups, batches, scale, seed, quiet)
@@ -193,7 +193,8 @@ def _fisher(
     totals = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     for batch in track(batches, "Scoring units (fisher)", disable=quiet):
         masks = {
-            group.name: torch.ones(len(batch), group.size, device=_device(model), requires_grad=True) for group in groups
+            group.name: torch.ones(len(batch), group.size, device=_device(model), requires_grad=True)
+            for group in groups
         }
         with torch.enable_grad(), masked(model, groups, masks):
             outputs = functional_call(model, weights, batch.to(_device(model))).float()
@@ -266,9 +267,11 @@ def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tens
     """
     dense, other = dense.double(), other.double()
     if scale is not None:
-        return (dense - other).square().sum(dim=1) / (2 * scale**2)
+        gap: Tensor = (dense - other).square().sum(dim=1)
+        return gap / (2 * scale**2)
     log_p, log_q = dense.log_softmax(dim=1), other.log_softmax(dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    kl: Tensor = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return kl
 
 
 def _magnitude(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
@@ -298,4 +301,4 @@ def check_method(name: str) -> Method:
     """
     if name not in METHODS:
         raise UserError(f"Unknown scoring method {name!r}.", fix=f"Choose one of: {', '.join(METHODS)}.")
-    return cast(Method, name)
+    return name

@@ -11,6 +11,7 @@ from toolchain.families import groups_of, narrow
 from toolchain.groups import cut
 from toolchain.layers import adopt_parameters
 from toolchain.plan import PruningPlan
+from toolchain.timm_config import update_config
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -47,5 +48,5 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
                     state[name][rows] *= math.sqrt(head_dim / group.head_dim)
     pruned = narrow(model, plan.widths)
     if plan.architecture is not None:
-        pruned.pretrained_cfg = {**model.pretrained_cfg, "architecture": plan.architecture}
+        update_config(pruned, architecture=plan.architecture)
     return adopt_parameters(pruned, state)

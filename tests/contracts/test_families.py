@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from tests.contracts.variants import VARIANTS, Variant, make, pictures
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import toolchain
 from calib_data.errors import UserError
+from tests.contracts.variants import VARIANTS, Variant, make, pictures
 from toolchain.families import FAMILIES, family_of, groups_of
 from toolchain.masks import masked
 from toolchain.plan import Component, PruningPlan

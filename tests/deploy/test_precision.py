@@ -50,7 +50,7 @@ def test_products_are_fp16_and_norms_softmax_and_ends_are_fp32(pvt: Exported) ->
     assert by_operator["MatMul"] == by_operator["Conv"] == by_operator["Gelu"] == by_operator["Add"] == {HALF}
     assert by_operator["LayerNormalization"] == by_operator["Softmax"] == {FLOAT}
     assert types["images"] == types["logits"] == FLOAT
-    casts = [tuple(node.input) + (node.attribute[0].i,) for node in model.graph.node if node.op_type == "Cast"]
+    casts = [(*node.input, node.attribute[0].i) for node in model.graph.node if node.op_type == "Cast"]
     assert len(casts) == len(set(casts))  # each tensor once in each direction
 
 

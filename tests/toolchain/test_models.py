@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tests.contracts.variants import VARIANTS, make, pictures
 from torch import nn
 
 import toolchain
 from calib_data.errors import MissingDependencyError, UserError
+from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.models import label_names_of, supported
 from toolchain.names import canonical_name
 

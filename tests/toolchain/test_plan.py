@@ -9,11 +9,11 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contracts.variants import VARIANTS, make, pictures
 from torch import nn
 
 import toolchain
 from calib_data.errors import UserError
+from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.families import groups_of
 from toolchain.plan import PruningPlan, aligned
 from toolchain.scores import Scores
@@ -140,7 +140,9 @@ def test_plan_documents_survive_the_disk(tmp_path: Path) -> None:
 
 
 def small_deit(name: str, embed_dim: int, num_heads: int, depth: int = 2) -> nn.Module:
-    return timm.create_model(name, img_size=32, depth=depth, num_classes=5, embed_dim=embed_dim, num_heads=num_heads).eval()
+    return timm.create_model(
+        name, img_size=32, depth=depth, num_classes=5, embed_dim=embed_dim, num_heads=num_heads
+    ).eval()
 
 
 def test_like_gives_exactly_the_smaller_model_with_merged_heads() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contracts.variants import VARIANTS, make, pictures
 from torch import nn
 
 import toolchain
 from calib_data.errors import UserError
+from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.families import groups_of
 from toolchain.masks import masked
 from toolchain.scores import Scores, _probes, divergence
@@ -111,8 +111,8 @@ def test_magnitude_is_the_norm_of_what_a_unit_owns() -> None:
     model = make(DEIT)
     block = model.blocks[0].mlp
     scores = toolchain.score(model, method="magnitude").values["blocks.0.mlp"]
-    wanted = block.fc1.weight[7].square().sum() + block.fc1.bias[7] ** 2 + block.fc2.weight[:, 7].square().sum()
-    assert scores[7] == pytest.approx(math.sqrt(wanted), rel=1e-5)
+    owned = torch.cat([block.fc1.weight[7], block.fc1.bias[7:8], block.fc2.weight[:, 7]])
+    assert scores[7] == pytest.approx(owned.norm().item(), rel=1e-5)
 
 
 def test_random_scores_follow_the_seed() -> None:

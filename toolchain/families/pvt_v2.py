@@ -62,7 +62,8 @@ def unsupported(model: nn.Module) -> str | None:
     """The first part of this PVTv2 that the adapter cannot prune, or None."""
     if type(model) is not PyramidVisionTransformerV2:
         return f"a forward of its own ({type(model).__name__})"
-    for stage in model.stages:
+    pvt: Any = model
+    for stage in pvt.stages:
         for block in stage.blocks:
             if type(block.attn) not in (Attention, NarrowAttention) or type(block.mlp) is not MlpWithDepthwiseConv:
                 return "custom attention or FFN modules"
@@ -73,7 +74,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 def groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     """A width group per stage; attention dims, heads and FFN units per block."""
-    pvt = cast(PyramidVisionTransformerV2, model)
+    pvt: Any = model
     names = {name for name, _ in pvt.named_parameters()}
     result = []
     for index in range(len(pvt.stages)):
@@ -83,7 +84,7 @@ def groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     return tuple(result)
 
 
-def _stage_group(pvt: PyramidVisionTransformerV2, index: int, names: set[str]) -> ChannelGroup:
+def _stage_group(pvt: Any, index: int, names: set[str]) -> ChannelGroup:
     stage = f"stages.{index}"
     embed = "patch_embed" if index == 0 else f"{stage}.downsample"
     axes = [(f"{embed}.proj.weight", 0), (f"{embed}.proj.bias", 0)]
@@ -107,8 +108,8 @@ def _stage_group(pvt: PyramidVisionTransformerV2, index: int, names: set[str]) -
     )
 
 
-def _block_groups(name: str, block: nn.Module, stage: int, names: set[str]) -> list[ChannelGroup]:
-    attn = cast(Attention, block.attn)
+def _block_groups(name: str, block: Any, stage: int, names: set[str]) -> list[ChannelGroup]:
+    attn = block.attn
     queries = tuple(q for q in (f"{name}.attn.q.weight", f"{name}.attn.q.bias") if q in names)
     values = tuple(kv for kv in (f"{name}.attn.kv.weight", f"{name}.attn.kv.bias") if kv in names)
 
@@ -143,7 +144,7 @@ def _block_groups(name: str, block: nn.Module, stage: int, names: set[str]) -> l
         ChannelGroup(
             name=f"{name}.mlp",
             kind="ffn",
-            size=cast(MlpWithDepthwiseConv, block.mlp).fc1.out_features,
+            size=block.mlp.fc1.out_features,
             slices=tuple(Slice(f"{name}.mlp.{key}", axis) for key, axis in ffn.items()),
             masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
             stage=stage,
@@ -153,38 +154,39 @@ def _block_groups(name: str, block: nn.Module, stage: int, names: set[str]) -> l
 
 def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
     """timm's own attention when the heads fill the stage width, else the small subclass above."""
-    old = cast(Attention, old)
-    sr_ratio = old.sr.stride[0] if old.sr is not None else 1
-    linear, qkv_bias = old.pool is not None, old.q.bias is not None
-    new: Attention
+    timm_old: Any = old
+    sr_ratio = timm_old.sr.stride[0] if timm_old.sr is not None else 1
+    linear, qkv_bias = timm_old.pool is not None, timm_old.q.bias is not None
+    new: Any
     if num_heads * head_dim == dim:
         new = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, linear_attn=linear, qkv_bias=qkv_bias)
     else:
         new = NarrowAttention(dim, num_heads, head_dim, sr_ratio, linear, qkv_bias)
-    new.attn_drop, new.proj_drop, new.fused_attn = old.attn_drop, old.proj_drop, old.fused_attn
-    return new
+    new.attn_drop, new.proj_drop, new.fused_attn = timm_old.attn_drop, timm_old.proj_drop, timm_old.fused_attn
+    return cast(nn.Module, new)
 
 
 def refresh(model: nn.Module) -> None:
     """Set `num_features` and the feature channels to the stage widths."""
-    pvt = cast(PyramidVisionTransformerV2, model)
+    pvt: Any = model
     dims = _embed_dims(pvt)
     pvt.num_features = pvt.head_hidden_size = dims[-1]
     pvt.feature_info = [{**info, "num_chs": dim} for info, dim in zip(pvt.feature_info, dims, strict=True)]
 
 
-def _embed_dims(pvt: PyramidVisionTransformerV2) -> list[int]:
+def _embed_dims(pvt: Any) -> list[int]:
     return [stage.norm.normalized_shape[0] for stage in pvt.stages]
 
 
 def constructor_args(model: nn.Module) -> dict[str, Any]:
     """Depths and pooling; the architecture name fixes the rest."""
-    return {"depths": list(model.depths), "global_pool": model.global_pool}
+    pvt: Any = model
+    return {"depths": list(pvt.depths), "global_pool": pvt.global_pool}
 
 
 def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     """`embed_dims`, `num_heads` and `mlp_ratios` when the blocks of each stage agree and heads fill its width."""
-    pvt = cast(PyramidVisionTransformerV2, model)
+    pvt: Any = model
     dims = _embed_dims(pvt)
     num_heads, mlp_ratios = [], []
     for stage, dim in zip(pvt.stages, dims, strict=True):

@@ -20,7 +20,7 @@ def matches(model: nn.Module) -> bool:
 
 def unsupported(model: nn.Module) -> str | None:
     """The first part of this VisionTransformer that the adapter cannot prune, or None."""
-    vit = cast(VisionTransformer, model)
+    vit: Any = model
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         return f"a forward of its own ({type(vit).__name__})"
     if type(vit.patch_embed) is not PatchEmbed:
@@ -41,10 +41,10 @@ def _is_norm_or_none(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.LayerNorm) and module.elementwise_affine)
 
 
-def _unsupported_block(block: nn.Module) -> str | None:
+def _unsupported_block(block: Any) -> str | None:
     if type(block) is not Block:
         return f"{type(block).__name__} blocks (parallel, post-norm or custom)"
-    attn, mlp = cast(nn.Module, block.attn), cast(nn.Module, block.mlp)
+    attn, mlp = block.attn, block.mlp
     if type(attn) is not Attention:
         return f"{type(attn).__name__} (rotary, differential or custom attention)"
     if not isinstance(attn.q_norm, nn.Identity):
@@ -55,22 +55,22 @@ def _unsupported_block(block: nn.Module) -> str | None:
         return f"{type(mlp).__name__} (gated MLPs)"
     if not isinstance(mlp.norm, nn.Identity):
         return "a norm inside the MLP"
-    if not (_is_norm_or_none(cast(nn.Module, block.norm1)) and _is_norm_or_none(cast(nn.Module, block.norm2))):
+    if not (_is_norm_or_none(block.norm1) and _is_norm_or_none(block.norm2)):
         return "norms that are not LayerNorm"
     return None
 
 
 def groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     """One embedding group for the whole network; attention dims, heads and FFN units per block."""
-    vit = cast(VisionTransformer, model)
+    vit: Any = model
     names = {name for name, _ in vit.named_parameters()}
     result = [_embed_group(vit, names)]
     for index, block in enumerate(vit.blocks):
-        result += _block_groups(f"blocks.{index}", cast(Block, block), names)
+        result += _block_groups(f"blocks.{index}", block, names)
     return tuple(result)
 
 
-def _embed_group(vit: VisionTransformer, names: set[str]) -> ChannelGroup:
+def _embed_group(vit: Any, names: set[str]) -> ChannelGroup:
     axes = {
         "cls_token": -1,
         "reg_token": -1,
@@ -99,8 +99,8 @@ def _embed_group(vit: VisionTransformer, names: set[str]) -> ChannelGroup:
     )
 
 
-def _block_groups(name: str, block: Block, names: set[str]) -> list[ChannelGroup]:
-    attn = cast(Attention, block.attn)
+def _block_groups(name: str, block: Any, names: set[str]) -> list[ChannelGroup]:
+    attn = block.attn
     qkv = [f"{name}.attn.qkv.weight", f"{name}.attn.qkv.bias"]
     queries = tuple(parameter for parameter in qkv if parameter in names)
 
@@ -129,7 +129,7 @@ def _block_groups(name: str, block: Block, names: set[str]) -> list[ChannelGroup
         ChannelGroup(
             name=f"{name}.mlp",
             kind="ffn",
-            size=cast(nn.Linear, block.mlp.fc1).out_features,
+            size=block.mlp.fc1.out_features,
             slices=tuple(Slice(key, axis) for key, axis in ffn.items() if key in names),
             masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
         ),
@@ -138,23 +138,23 @@ def _block_groups(name: str, block: Block, names: set[str]) -> list[ChannelGroup
 
 def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
     """timm's own Attention with `attn_head_dim`, which frees the head width from the embedding width."""
-    old = cast(Attention, old)
-    new = Attention(
+    timm_old: Any = old
+    new: Any = Attention(
         dim,
         num_heads=num_heads,
         attn_head_dim=head_dim,
-        qkv_bias=old.qkv.bias is not None,
-        proj_bias=old.proj.bias is not None,
-        attn_drop=old.attn_drop.p,
-        proj_drop=old.proj_drop.p,
+        qkv_bias=timm_old.qkv.bias is not None,
+        proj_bias=timm_old.proj.bias is not None,
+        attn_drop=timm_old.attn_drop.p,
+        proj_drop=timm_old.proj_drop.p,
     )
-    new.fused_attn = old.fused_attn
-    return new
+    new.fused_attn = timm_old.fused_attn
+    return cast(nn.Module, new)
 
 
 def refresh(model: nn.Module) -> None:
     """Set `embed_dim`, `num_features` and the feature channels to the width of the patch embedding."""
-    vit = cast(VisionTransformer, model)
+    vit: Any = model
     dim = vit.patch_embed.proj.out_channels
     vit.embed_dim = vit.num_features = vit.head_hidden_size = dim
     vit.feature_info = [{**info, "num_chs": dim} for info in vit.feature_info]
@@ -162,7 +162,7 @@ def refresh(model: nn.Module) -> None:
 
 def constructor_args(model: nn.Module) -> dict[str, Any]:
     """Image size, depth and pooling, which users change most often; the architecture name fixes the rest."""
-    vit = cast(VisionTransformer, model)
+    vit: Any = model
     args: dict[str, Any] = {"img_size": list(vit.patch_embed.img_size), "depth": len(vit.blocks)}
     if type(vit) is VisionTransformer:
         args["global_pool"] = vit.global_pool
@@ -173,7 +173,7 @@ def constructor_args(model: nn.Module) -> dict[str, Any]:
 
 def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     """`embed_dim`, `num_heads` and `mlp_ratio` when all blocks agree and heads fill the embedding."""
-    vit = cast(VisionTransformer, model)
+    vit: Any = model
     shapes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in vit.blocks}
     if len(shapes) != 1:
         return None
@@ -181,4 +181,3 @@ def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     if num_heads * head_dim != vit.embed_dim:
         return None
     return {"embed_dim": vit.embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio(hidden, vit.embed_dim)}
-

@@ -1,0 +1,200 @@
+"""Choosing runtimes, and what is special to each of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import deploy.runtimes.nvinfer
+import deploy.runtimes.tensorrt_rtx
+from calib_data.errors import BuildError, MissingDependencyError, UserError
+from deploy.environment import usable_cores
+from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_onnx, resolve_runtimes, runtime_named
+from deploy.runtimes.interface import Engine
+from deploy.runtimes.nvinfer import check_version
+from deploy.runtimes.onnxruntime_ import CUDA, OnnxRuntimeSession
+from deploy.runtimes.tensorrt_rtx import DEFAULT_TARGETS, TENSORRT_RTX
+
+from .conftest import Exported
+
+
+def test_auto_takes_what_can_be_built_and_says_why_not_the_rest() -> None:
+    choice = resolve_runtimes("auto")
+    taken = [runtime.name for runtime in choice.runtimes]
+    assert taken[0] == "onnxruntime"
+    assert sorted(taken + [left.name for left in choice.left_out]) == sorted(RUNTIMES)
+    assert all(runtime.missing_to_build() is None for runtime in choice.runtimes)
+    assert all(left.why and left.fix for left in choice.left_out)
+
+
+def test_names_are_taken_in_their_order_once() -> None:
+    assert [runtime.name for runtime in resolve_runtimes("onnxruntime, onnxruntime").runtimes] == ["onnxruntime"]
+    assert resolve_runtimes("onnxruntime").left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("onnxruntim", "did you mean onnxruntime"),
+        ("onnxruntime,tensort-rtx", "did you mean tensorrt-rtx"),
+        ("", "no runtime was named"),
+        ("caffe", "Runtimes: onnxruntime"),
+    ],
+)
+def test_unknown_names_are_refused_with_near_ones(spec: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve_runtimes(spec)
+
+
+def test_a_runtime_asked_for_by_name_is_not_left_out_silently() -> None:
+    missing = next((runtime for runtime in RUNTIMES.values() if runtime.missing_to_build() is not None), None)
+    if missing is None:
+        pytest.skip("this machine has every runtime")
+    with pytest.raises(MissingDependencyError, match=f"{missing.name} cannot build"):
+        resolve_runtimes(f"onnxruntime,{missing.name}")
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
+def test_batch_profiles_are_in_order(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match="not in order"):
+        BatchProfile(*sizes)
+
+
+def test_importing_needs_no_runtime_library() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('onnxruntime', 'tensorrt', 'tensorrt_rtx', 'pynvml'): sys.modules[name] = None\n"
+        "import deploy.runtimes, deploy.bench, deploy.parity, deploy.precision, deploy.environment\n"
+        "deploy.environment.environment()\n"
+        "print(deploy.runtimes.RUNTIMES['tensorrt-rtx'].missing_to_build() is not None)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_the_cpu_session_uses_the_cores_it_may_and_does_not_spin(vit: Exported) -> None:
+    with open_onnx(vit.report.path) as session:
+        assert session.settings["intra_op_threads"] == usable_cores()
+        assert session.settings["spinning"] is False
+    with open_onnx(vit.report.path, threads=1) as session:
+        assert session.settings["intra_op_threads"] == 1
+
+
+@pytest.mark.skipif(CUDA.missing_to_run() is None, reason="the CUDA provider works here")
+def test_a_provider_that_does_not_work_is_an_error_not_a_fallback(
+    vit: Exported, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((MissingDependencyError, ValueError)):
+        OnnxRuntimeSession(vit.report.path.read_bytes(), "CUDAExecutionProvider")
+    assert capfd.readouterr().err == ""
+
+
+def test_an_engine_of_another_library_version_is_refused(tmp_path: Path) -> None:
+    engine = Engine(
+        "tensorrt-rtx", "fp16", ("sm89",), tmp_path / "engine.plan", 1, 1.0, "", "tensorrt-rtx", "1.2.0", "", BatchProfile(), {}
+    )  # fmt: skip
+    check_version(engine, "1.2.0")
+    with pytest.raises(UserError, match=r"built with tensorrt-rtx 1\.2\.0\n.*1\.7\.1"):
+        check_version(engine, "1.7.1")
+
+
+def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 6))
+    engine = Engine(
+        "tensorrt-rtx", "fp16", ("sm89", "sm120"), tmp_path / "engine.plan", 1, 1.0, "", "tensorrt-rtx", "1", "", BatchProfile(), {}
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"built for sm89, sm120\n.*is sm86"):
+        deploy.runtimes.nvinfer._check_device(engine)
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("name", ["vit", "pvt"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rtx_builds_real_models_for_all_targets_in_one_file(
+    name: str, precision: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported: Exported = request.getfixturevalue(name)
+    capfd.readouterr()
+    options = BuildOptions(precision, BatchProfile(1, 2, 4), workspace_mib=512)
+    engine = TENSORRT_RTX.build(exported.report.path, tmp_path / "engine", options)
+    assert engine.targets[:3] == DEFAULT_TARGETS == ("sm86", "sm89", "sm120")
+    assert engine.settings["tf32"] is False
+    plan = engine.path.read_bytes()
+    # Fused attention only exists in half precision: a development check that fp16 really is.
+    assert (b"_gemm_mha" in plan) == (precision == "fp16")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("rtx")
+def test_rtx_targets(vit: Exported, tmp_path: Path) -> None:
+    engine = TENSORRT_RTX.build(vit.report.path, tmp_path / "engine", BuildOptions(targets=("SM89",)))
+    assert engine.targets == ("sm89",)
+    assert json.loads((tmp_path / "engine/build.json").read_text())["targets"] == ["sm89"]
+    for wrong, said in (("sm98", "did you mean sm8"), ("sm90", "data centre"), ("NONE", "Targets: ")):
+        with pytest.raises(UserError, match=said):
+            TENSORRT_RTX.build(vit.report.path, tmp_path / "other", BuildOptions(targets=(wrong,)))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("rtx")
+def test_rtx_default_targets_include_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx as trt
+
+    for capability, extra in (((12, 1), ("sm121",)), ((8, 9), ()), ((9, 0), ()), (None, ())):
+        monkeypatch.setattr(deploy.runtimes.tensorrt_rtx, "compute_capability", lambda found=capability: found)
+        assert deploy.runtimes.tensorrt_rtx._default_targets(trt) == DEFAULT_TARGETS + extra
+
+
+@pytest.mark.usefixtures("rtx")
+def test_rtx_names_the_node_that_parses_but_cannot_be_built(tmp_path: Path) -> None:
+    value, float32 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    constants = {"most": np.array([3]), "overlap": np.array([0.5], np.float32), "score": np.array([0.1], np.float32)}
+    names = ["boxes", "scores", *constants]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("NonMaxSuppression", names, ["kept"], "suppression")],
+        "nms",
+        [value("boxes", float32, ["batch", 10, 4]), value("scores", float32, ["batch", 1, 10])],
+        [value("kept", onnx.TensorProto.INT64, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    path = tmp_path / "nms.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    with pytest.raises(BuildError, match="node suppression"):
+        TENSORRT_RTX.build(path, tmp_path / "engine", BuildOptions())
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.usefixtures("rtx")
+def test_every_name_that_running_an_engine_needs_exists() -> None:
+    import tensorrt_rtx as trt
+
+    assert trt.TensorIOMode.INPUT != trt.TensorIOMode.OUTPUT
+    needed = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: "create_execution_context num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype".split(),
+        trt.IExecutionContext: "set_input_shape set_tensor_address get_tensor_shape execute_async_v3".split(),
+    }
+    missing = [f"{kind.__name__}.{name}" for kind, names in needed.items() for name in names if not hasattr(kind, name)]
+    assert missing == []
+    assert np.dtype(trt.nptype(trt.DataType.FLOAT)) == np.float32
+
+
+def test_runtimes_are_found_by_name() -> None:
+    assert runtime_named("tensorrt-rtx") is TENSORRT_RTX
