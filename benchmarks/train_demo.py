@@ -36,7 +36,11 @@ MODEL_NAME = "pvt_v2_b0"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that decides the result; `lr` is the peak."""
+    """Everything that decides the result.
+
+    `lr` is the peak, `epochs` the length of its cosine. Training ends early, after the first epoch in which the
+    averaged weights reach `stop_at_top1` percent: a demo needs a good model, and something left to lose.
+    """
 
     seed: int = 0
     size: int = 64
@@ -49,6 +53,7 @@ class Settings:
     weight_decay: float = 0.02
     clip_grad: float = 1.0
     ema_decay: float = 0.998
+    stop_at_top1: float = 98.5
 
 
 def draw(split: str, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -164,6 +169,11 @@ class Training:
         self.epoch += 1
         return sum(losses) / self.steps
 
+    def wait(self) -> None:
+        """Until all processes are here, so that they read the same log."""
+        if self.world > 1:
+            dist.barrier()
+
     def generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.settings.seed * 1000 + self.epoch) * 100 + stream)
 
@@ -193,10 +203,11 @@ def train(settings: Settings, folder: Path) -> None:
     training = Training(settings, folder)
     training.resume()
     train_set, val_set = draw("train", settings.train_images, settings), draw("val", settings.val_images, settings)
-    while training.epoch < settings.epochs:
+    while training.epoch < settings.epochs and last_top1(folder) < settings.stop_at_top1:
         start = time.perf_counter()
         loss = training.run_epoch(*train_set)
         if training.rank:
+            training.wait()
             continue
         line = {
             "epoch": training.epoch,
@@ -210,6 +221,7 @@ def train(settings: Settings, folder: Path) -> None:
         with (folder / "train.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         print(line, flush=True)
+        training.wait()
     if training.rank:
         return
     save_model(training, folder / "model.safetensors")
@@ -217,7 +229,9 @@ def train(settings: Settings, folder: Path) -> None:
         "model": MODEL_NAME,
         "settings": asdict(settings),
         "drawing_version": DRAWING_VERSION,
-        "samples_seen": training.steps * settings.batch_size * settings.epochs,
+        "processes": training.world,
+        "epochs": training.epoch,
+        "samples_seen": training.steps * settings.batch_size * training.epoch,
         "top1": round(top1(halved(training.average.module), *val_set), 3),
         "top1_of": settings.val_images,
         "linear_baseline_top1": round(linear_baseline(train_set, val_set, settings.seed), 3),
@@ -226,6 +240,12 @@ def train(settings: Settings, folder: Path) -> None:
     write_json(folder / "config.json", model_config(training.model, settings))
     write_json(folder / "train.json", report)
     print(report)
+
+
+def last_top1(folder: Path) -> float:
+    """Top-1 in percent of the averaged weights after the last whole epoch; 0 before the first."""
+    log = folder / "train.jsonl"
+    return float(json.loads(log.read_text().splitlines()[-1])["top1_average"]) if log.exists() else 0.0
 
 
 def halved(model: nn.Module) -> nn.Module:

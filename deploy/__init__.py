@@ -1,7 +1,7 @@
 """Make it run: export, precision, engines, runtimes, measurements, report; the pipeline and the command line.
 
-    from deploy import build
-    report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}})
+from deploy import build
+report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}})
 """
 
 from __future__ import annotations

@@ -134,9 +134,10 @@ def ffn_to_channels_first(graph: gs.Graph) -> int:
     """Run PVTv2's feed-forward networks on [batch, channels, height, width] from end to end; returns how many.
 
     timm computes fc1 and fc2 on tokens [batch, height * width, channels] and transposes to an image and back, at the
-    hidden width, for the depthwise convolution between them. Those transposes dominate on CPUs (PVTv2-B0 at 64 pixels,
-    batch 8, 2 cores: 71 ms with them, 59 ms without; half as wide 34 and 23 ms). With fc1 and fc2 as 1x1 convolutions
-    the transposes are left at the stage width, four to eight times narrower. The result is the same up to the order
+    hidden width, for the depthwise convolution between them. Those transposes dominate on CPUs. With fc1 and fc2 as 1x1
+    convolutions the transposes are left at the stage width, four to eight times narrower: PVTv2-B0 at 64 pixels,
+    batch 8, ONNX Runtime on 2 cores, smallest of 140 calls, takes 19.2 ms before and 14.7 ms after, half as wide 8.6
+    and 6.5 ms; TensorRT-RTX makes 80 kernels of it instead of 94 (fp16). The result is the same up to the order
     of summation.
     """
     protected = {id(tensor) for tensor in graph.outputs}

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from toolchain.groups import Widths
-from toolchain.plan import PruningPlan
+from toolchain.planning import PruningPlan
 
 
 def plan_table(plan: PruningPlan) -> Group:

@@ -16,9 +16,9 @@ from torch import nn
 from calib_data import DataSource
 from calib_data.errors import UserError
 from deploy.run_dir import read_recipe
-from toolchain.distill import DistillSettings
+from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
-from toolchain.plan import DEFAULT_COMPONENTS, Component
+from toolchain.planning import DEFAULT_COMPONENTS, Component
 from toolchain.scores import Method
 
 IDENTITY = ("model", "weights", "data", "image_size", "plan")
@@ -30,10 +30,10 @@ class _Part(BaseModel):
 
 
 class ScoreRecipe(_Part):
-    """How units are scored: on `num_images` training images, class by class."""
+    """How units are scored: on `num_images` training images, equally many of every class."""
 
     method: Method = "fisher"
-    num_images: int = Field(512, ge=1)
+    num_images: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
 
 
@@ -162,7 +162,9 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
         "feature_weight": 20.0 if features else 0.0,
     }
     distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
-    score = recipe.score.model_copy(update={"num_images": min(recipe.score.num_images, images)})
+    score = recipe.score.model_copy(
+        update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
+    )
     return recipe.model_copy(update={"distill": distill, "score": score})
 
 

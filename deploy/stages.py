@@ -39,7 +39,6 @@ from deploy.runtimes import (
     read_engine,
     runtime_named,
 )
-from toolchain.distill import distill as distill_model
 from toolchain.evaluate import Accuracy, evaluate
 from toolchain.models import label_names_of
 from toolchain.scores import Scores
@@ -86,7 +85,7 @@ def score(job: Job) -> Artifact:
     def work(folder: Path) -> None:
         images = None
         if recipe.method in ("fisher", "kl"):
-            images = proxy_images(job.source, job.preprocess, recipe.num_images, job.recipe.seed)
+            images = proxy_images(job.source, job.preprocess, recipe.num_images or 1, job.recipe.seed)
         scores = toolchain.score(
             job.dense,
             images,
@@ -142,7 +141,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
     def work(folder: Path) -> None:
         if not (folder / "model").exists():
             student = toolchain.load(pruned.folder / "model")
-            result = distill_model(
+            result = toolchain.distill(
                 student,
                 job.dense,
                 job.source,

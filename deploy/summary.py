@@ -10,7 +10,7 @@ from typing import Any
 from deploy.artifacts import Artifact
 from deploy.report import Bench, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, engine_figures
 from deploy.stages import MODELS, Job, engine_of
-from toolchain.plan import PruningPlan
+from toolchain.planning import PruningPlan
 
 
 @dataclass(frozen=True, slots=True)

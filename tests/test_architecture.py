@@ -99,13 +99,18 @@ IMPORT_ALL = """
 import sys
 from importlib import import_module
 
-class Blocked:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.split(".")[0] in blocked else self.finder.find_spec(name, path, target)
 
 blocked, modules = sys.argv[1].split(","), sys.argv[2].split(",")
-sys.meta_path.insert(0, Blocked())
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 for name in modules:
     import_module(name)
 print(len(modules), "imported;", sorted(set(blocked) & {m.split(".")[0] for m in sys.modules}))
@@ -127,6 +132,13 @@ def test_every_module_imports_without_the_optional_libraries() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"{len(modules)} imported; []"
+
+
+def test_the_command_line_and_doctor_start_without_torch() -> None:
+    # `--help` must not wait for it, and doctor must be able to say that it is broken.
+    code = "import sys, deploy.cli, deploy.doctor; print(sorted({'torch', 'torchvision', 'timm', 'onnx'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

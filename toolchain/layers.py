@@ -25,15 +25,8 @@ def resize_leaf(module: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
         return type(module)(shape[0], eps=module.eps, **({} if module.bias is not None else {"bias": False}))
     if isinstance(module, nn.Conv2d):
         groups = shape[0] if module.groups > 1 else 1
-        return type(module)(
-            shape[1] * groups,
-            shape[0],
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            groups=groups,
-            bias=module.bias is not None,
-        )
+        geometry: dict[str, Any] = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding")}
+        return type(module)(shape[1] * groups, shape[0], groups=groups, bias=module.bias is not None, **geometry)
     if isinstance(module, LayerScale):
         return LayerScale(shape[0], init_values=module.init_values, inplace=module.inplace)
     raise TypeError(f"no rule to resize {type(module).__name__}")

@@ -218,8 +218,8 @@ def _probes(outputs: Tensor, scale: float | None, generator: torch.Generator) ->
     """
     batch, size = outputs.shape
     if scale is not None:
-        signs = torch.randint(0, 2, (DRAWS, batch, size), generator=generator) * 2.0 - 1
-        return signs / (scale * DRAWS**0.5)
+        signs = torch.randint(0, 2, (DRAWS, batch, size), generator=generator).mul(2).sub(1)
+        return signs.float().div(scale * DRAWS**0.5)
     p = outputs.double().softmax(dim=1)
     root = p.sqrt()
     if size <= EXACT_CLASSES:

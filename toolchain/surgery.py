@@ -10,7 +10,7 @@ from torch import nn
 from toolchain.families import groups_of, narrow
 from toolchain.groups import cut
 from toolchain.layers import adopt_parameters
-from toolchain.plan import PruningPlan
+from toolchain.planning import PruningPlan
 from toolchain.timm_config import update_config
 
 

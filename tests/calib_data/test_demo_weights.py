@@ -55,7 +55,7 @@ def test_the_log_tells_how_it_was_made(folder: Path):
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     source = open_source("demo")
     assert report["drawing_version"] == DRAWING_VERSION
-    assert report["settings"]["epochs"] == len(lines)
+    assert report["epochs"] == len(lines)
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     assert report["top1"] >= 95
     assert report["top1_of"] == len(source.val)

@@ -16,7 +16,7 @@ from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
 from toolchain.families import FAMILIES, family_of, groups_of
 from toolchain.masks import masked
-from toolchain.plan import Component, PruningPlan
+from toolchain.planning import Component, PruningPlan
 
 CUTS: tuple[tuple[Component, ...], ...] = (
     ("embed", "attention", "ffn"),

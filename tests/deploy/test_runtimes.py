@@ -1,8 +1,6 @@
 """Choosing runtimes, and what is special to each of them."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,23 +63,18 @@ def test_batch_profiles_are_in_order(sizes: tuple[int, int, int]) -> None:
         BatchProfile(*sizes)
 
 
-def test_importing_needs_no_runtime_library() -> None:
-    program = (
-        "import sys\n"
-        "for name in ('onnxruntime', 'tensorrt', 'tensorrt_rtx', 'pynvml'): sys.modules[name] = None\n"
-        "import deploy.runtimes, deploy.bench, deploy.parity, deploy.precision, deploy.environment\n"
-        "deploy.environment.environment()\n"
-        "print(deploy.runtimes.RUNTIMES['tensorrt-rtx'].missing_to_build() is not None)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+@pytest.mark.parametrize(
+    ("name", "library"), [("onnxruntime", "onnxruntime"), ("tensorrt-rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
+)
+def test_a_library_that_is_not_installed_is_named_with_its_install_command(
+    name: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    missing = RUNTIMES[name].missing_to_build()
+    assert missing is not None
+    assert "not installed" in missing.why
+    assert "pip install" in missing.fix
+    assert name in [left.name for left in resolve_runtimes("auto").left_out]
 
 
 def test_the_cpu_session_uses_the_cores_it_may_and_does_not_spin(vit: Exported) -> None:
@@ -101,22 +94,34 @@ def test_a_provider_that_does_not_work_is_an_error_not_a_fallback(
     assert capfd.readouterr().err == ""
 
 
+def engine_for(folder: Path, *targets: str, version: str = "1.7.1") -> Engine:
+    return Engine(
+        runtime="tensorrt-rtx",
+        precision="fp16",
+        targets=targets,
+        path=folder / "engine.plan",
+        bytes=1,
+        seconds=1.0,
+        sha256="",
+        library="tensorrt-rtx",
+        library_version=version,
+        onnx_sha256="",
+        batch=BatchProfile(),
+        settings={},
+    )
+
+
 def test_an_engine_of_another_library_version_is_refused(tmp_path: Path) -> None:
-    engine = Engine(
-        "tensorrt-rtx", "fp16", ("sm89",), tmp_path / "engine.plan", 1, 1.0, "", "tensorrt-rtx", "1.2.0", "", BatchProfile(), {}
-    )  # fmt: skip
-    check_version(engine, "1.2.0")
+    check_version(engine_for(tmp_path, version="1.7.1"), "1.7.1")
     with pytest.raises(UserError, match=r"built with tensorrt-rtx 1\.2\.0\n.*1\.7\.1"):
-        check_version(engine, "1.7.1")
+        check_version(engine_for(tmp_path, version="1.2.0"), "1.7.1")
 
 
 def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 6))
-    engine = Engine(
-        "tensorrt-rtx", "fp16", ("sm89", "sm120"), tmp_path / "engine.plan", 1, 1.0, "", "tensorrt-rtx", "1", "", BatchProfile(), {}
-    )  # fmt: skip
+    deploy.runtimes.nvinfer._check_device(engine_for(tmp_path, "sm86", "sm120"))
     with pytest.raises(UserError, match=r"built for sm89, sm120\n.*is sm86"):
-        deploy.runtimes.nvinfer._check_device(engine)
+        deploy.runtimes.nvinfer._check_device(engine_for(tmp_path, "sm89", "sm120"))
 
 
 @pytest.fixture
@@ -186,11 +191,9 @@ def test_every_name_that_running_an_engine_needs_exists() -> None:
     import tensorrt_rtx as trt
 
     assert trt.TensorIOMode.INPUT != trt.TensorIOMode.OUTPUT
-    needed = {
-        trt.Runtime: ["deserialize_cuda_engine"],
-        trt.ICudaEngine: "create_execution_context num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype".split(),
-        trt.IExecutionContext: "set_input_shape set_tensor_address get_tensor_shape execute_async_v3".split(),
-    }
+    engine = ["create_execution_context", "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype"]
+    context = ["set_input_shape", "set_tensor_address", "get_tensor_shape", "execute_async_v3"]
+    needed = {trt.Runtime: ["deserialize_cuda_engine"], trt.ICudaEngine: engine, trt.IExecutionContext: context}
     missing = [f"{kind.__name__}.{name}" for kind, names in needed.items() for name in names if not hasattr(kind, name)]
     assert missing == []
     assert np.dtype(trt.nptype(trt.DataType.FLOAT)) == np.float32

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from calib_data import DataSource, Images, Preprocess
-from toolchain.distill import DistillResult, DistillSettings, distill
+from toolchain.distillation import DistillResult, DistillSettings, distill
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (150, 150, 30))
 

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from calib_data import Images, batches
 from calib_data.errors import UserError
 from tests.toolchain.tiny_training import damaged, preprocess, run, source, tiny_vit, train
-from toolchain.distill import DistillSettings, distill
+from toolchain.distillation import DistillSettings, distill
 from toolchain.evaluate import evaluate
 from toolchain.objective import cutmix, losses
 from toolchain.processes import Process
 
-distill_module: Any = importlib.import_module("toolchain.distill")  # the package may export the function by this name
+distill_module: Any = importlib.import_module("toolchain.distillation")
 
 SHORT = DistillSettings(epochs=3, batch_size=32, lr=8e-3, warmup_epochs=1, drop_path=0.2)
 

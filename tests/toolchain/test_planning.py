@@ -15,7 +15,7 @@ import toolchain
 from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.families import groups_of
-from toolchain.plan import PruningPlan, aligned
+from toolchain.planning import PruningPlan, aligned
 from toolchain.scores import Scores
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
