@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.train_demo --out runs/demo-training
 
 Plain `python -m` works too; two processes of one thread each are about twice as fast as one process of two threads.
-The same command continues a killed run after its last whole epoch. About an hour on two CPU cores.
+The same command continues a killed run after its last whole epoch. About half an hour on two busy CPU cores.
 """
 
 from __future__ import annotations
