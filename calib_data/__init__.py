@@ -1,10 +1,16 @@
 """Images: the embedded demo set, readers of a user's own, and batches of them."""
 
-from calib_data.datasets import DataSource, Images
-from calib_data.demo import demo_weights
-from calib_data.loading import Preprocess, batches, proxy_images
-from calib_data.sources import open_source
-from calib_data.writing import write_coco, write_imagefolder
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calib_data.datasets import DataSource, Images
+    from calib_data.demo import demo_weights
+    from calib_data.loading import Preprocess, batches, proxy_images
+    from calib_data.sources import open_source
+    from calib_data.writing import write_coco, write_imagefolder
 
 __all__ = [
     "DataSource",
@@ -17,3 +23,22 @@ __all__ = [
     "write_coco",
     "write_imagefolder",
 ]
+
+_HOME = {
+    "DataSource": "datasets",
+    "Images": "datasets",
+    "Preprocess": "loading",
+    "batches": "loading",
+    "demo_weights": "demo",
+    "open_source": "sources",
+    "proxy_images": "loading",
+    "write_coco": "writing",
+    "write_imagefolder": "writing",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch and timm take seconds to import; `calib_data.errors` is imported by everything, `--help` and doctor too
+    if name in _HOME:
+        return getattr(import_module(f"calib_data.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'calib_data' has no attribute {name!r}")

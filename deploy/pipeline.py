@@ -41,9 +41,18 @@ def build(
         UserError: something in the request, the weights or the data is wrong (see its exit code).
 
     Example:
-        >>> report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}}, Path("runs/example"))  # doctest: +SKIP
-        >>> report.speedup["onnxruntime"]["fp32"]["b8"]  # doctest: +SKIP
-        2.3
+        >>> import tempfile
+        >>> values = {
+        ...     "model": "pvtv2_b0",
+        ...     "plan": {"ratio": 0.5},
+        ...     "score": {"method": "magnitude"},
+        ...     "distill": {"epochs": 0},
+        ...     "engine": {"runtime": "onnxruntime"},
+        ...     "bench": {"seconds": 0.2},
+        ... }
+        >>> report = build(values, Path(tempfile.mkdtemp()) / "run")
+        >>> report.pruned.params < report.dense.params, all(gate.passed for gate in report.parity)
+        (True, True)
     """
     job = prepare(recipe if isinstance(recipe, Recipe) else make_recipe(recipe), out, quiet=quiet)
     return run_job(job, until)

@@ -55,6 +55,7 @@ class DistillRecipe(_Part):
     batch_size: int | None = Field(None, ge=1)
     lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0)
     cutmix: float = Field(0.5, ge=0)
     drop_path: float | None = Field(None, ge=0, lt=1)
     label_weight: float = Field(1.0, ge=0)
@@ -155,7 +156,8 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
     batch_size = 64 if images < 20_000 else 256
     features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
     filled = {
-        "epochs": 14 if demo else 30,
+        "epochs": 4 if demo else 30,
+        "warmup_epochs": 0.3 if demo else 2.0,
         "batch_size": max(1, min(batch_size, images)),
         "lr": 4e-3 if demo else 1e-3,
         "drop_path": 0.0 if images < 20_000 else 0.1,

@@ -117,6 +117,18 @@ def distill(
     Raises:
         UserError: models and data do not fit each other, weights or loss are not finite (the last checkpoint then
             stays), nothing to learn from, unwritable folder.
+
+    Example:
+        >>> import torch, toolchain
+        >>> from calib_data.demo import demo_images, demo_source
+        >>> from dataclasses import replace
+        >>> data = replace(demo_source(), train=demo_images("train", 24), val=demo_images("val", 12))
+        >>> dense = toolchain.create_model("pvtv2_b0", weights="demo")
+        >>> small = toolchain.prune(dense, toolchain.plan(dense, toolchain.score(dense, method="magnitude"), ratio=0.5))
+        >>> settings = DistillSettings(epochs=1, batch_size=12, feature_weight=20.0)
+        >>> result = distill(small, dense, data, toolchain.preprocess_of(dense), settings)
+        >>> len(result.history), toolchain.count_params(result.model) == toolchain.count_params(small)
+        (1, True)
     """
     if settings.epochs == 0:
         return DistillResult(student, ())

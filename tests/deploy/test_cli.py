@@ -1,0 +1,176 @@
+"""The command line as people use it: every mistake ends with a message, the right exit code, and nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from deploy import cli
+
+COMMANDS = ("build", "score", "plan", "prune", "distill", "export", "engine", "bench", "report", "models", "doctor")
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the entry point."""
+    monkeypatch.setattr("sys.argv", ["upvits-deploy", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A labelled image folder with two classes of four pictures."""
+    for split in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for index in range(4):
+                colour = (60 * number + 50, 20 * index, 90)
+                Image.new("RGB", (40, 40), colour).save(tmp_path / "photos" / split / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0
+    assert max(len(line) for line in result.output.splitlines()) <= 80
+
+
+def test_commands_are_those_of_the_readme() -> None:
+    registered = {info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback}
+    assert registered == set(COMMANDS)
+
+
+PLAN = ("plan", "--model", "pvtv2_b0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--model", "pvtv3_b0", "--ratio", "0.5"), "Did you mean"),
+        (("plan", "--model", "resnet50", "--ratio", "0.5"), "not supported"),
+        (("plan", "--ratio", "0.5"), "Which model"),
+        (PLAN, "How much is to be cut"),
+        ((*PLAN, "--ratio", "0.5", "--target-macs", "0.5"), "How much is to be cut"),
+        ((*PLAN, "--ratio", "1.0"), "out of range"),
+        ((*PLAN, "--ratio", "-0.2"), "out of range"),
+        ((*PLAN, "--ratio", "0.5", "--align", "0"), "align 0"),
+        ((*PLAN, "--ratio", "0.5", "--align", "512"), "without any channels"),
+        ((*PLAN, "--ratio", "0.95"), "Use a ratio of at most"),
+        ((*PLAN, "--ratio", "0.5", "--components", "norms"), "components"),
+        ((*PLAN, "--ratio", "0.5", "--method", "taylor"), "score.method"),
+        ((*PLAN, "--ratio", "0.5", "--runtime", "onnxruntim"), "did you mean onnxruntime"),
+        ((*PLAN, "--ratio", "0.5", "--precision", "int3"), "int3"),
+        ((*PLAN, "--ratio", "0.5", "--batch-profile", "8:1"), "min:opt:max"),
+        ((*PLAN, "--ratio", "0.5", "--bench-batches", "1,x"), "Batch sizes"),
+        ((*PLAN, "--ratio", "0.5", "--data", "imagefoldr:x"), "imagefolder"),
+        ((*PLAN, "--ratio", "0.5", "--data", "imagefolder:/nowhere/at/all"), "/nowhere/at/all"),
+        ((*PLAN, "--ratio", "0.5", "--weights", "/nowhere/w.safetensors"), "no checkpoint file"),
+        ((*PLAN, "--ratio", "0.5", "--device", "tpu9"), "Unknown device"),
+        ((*PLAN, "--like", "deit_tiny"), "another family"),
+        (("plan", "--model", "deit_tiny", "--ratio", "0.5"), "Which weights"),
+        (("report", "/nowhere/at/all"), "report.json"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_missing_things_end_with_exit_code_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, *PLAN, "--ratio", "0.5", "--weights", "timm")
+    assert (code, "--weights FILE" in err) == (3, True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = run(capsys, monkeypatch, *PLAN, "--ratio", "0.5", "--device", "cuda")
+    assert (code, "doctor" in err) == (3, True)
+
+
+def test_plan_prints_widths_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, monkeypatch, *PLAN, "--ratio", "0.5")
+    assert code == 0
+    assert "stages.3.blocks.1.mlp" in out
+    assert "8 x 16" in out
+    assert "asked: ratio 0.5" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_of_weights_and_data_must_agree(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(
+        capsys, monkeypatch, "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", "demo", "--data", f"imagefolder:{photos}",
+        "-o", str(photos.parent / "out"),
+    )  # fmt: skip
+    assert code == 2
+    assert "know 12 classes, the data have 2" in err
+    assert not (photos.parent / "out").exists()
+
+
+def test_foreign_output_folders_are_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = run(capsys, monkeypatch, "score", "-m", "pvtv2_b0", "-r", "0.5", "-o", str(tmp_path))
+    assert code == 2
+    assert "not empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_on_own_images_and_own_checkpoint(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two classes, 64 pixels, one epoch: everything from the checkpoint to report.json, then again without work."""
+    import toolchain
+
+    torch.manual_seed(0)
+    weights = toolchain.create_model("pvtv2_b0", weights="random", num_classes=2, image_size=64).state_dict()
+    save_file(weights, tmp_path / "own.safetensors")
+    out = tmp_path / "run"
+    arguments = (
+        "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", str(tmp_path / "own.safetensors"),
+        "--data", f"imagefolder:{photos}", "--image-size", "64", "--epochs", "1", "--runtime", "onnxruntime",
+        "--bench-seconds", "0.2", "--bench-batches", "1,2", "-o", str(out),
+    )  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["upvits-deploy", *arguments])
+    cli.main()
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["model"] == "pvt_v2_b0"
+    assert report["ratio"] == 0.5
+    assert report["pruned"]["macs"] < 0.35 * report["dense"]["macs"]
+    assert set(report["pruned"]["latency_ms"]["onnxruntime"]["fp32"]) == {"b1", "b2"}
+    assert report["speedup"]["onnxruntime"]["fp32"]["b2"] > 0
+    assert all(gate["passed"] for gate in report["parity"])
+    assert {engine["path"] for engine in report["engines"]} == {
+        "5-engine/onnxruntime-fp32/dense/model.onnx", "5-engine/onnxruntime-fp32/pruned/model.onnx"
+    }  # fmt: skip
+    assert all((out / engine["path"]).stat().st_size == engine["bytes"] for engine in report["engines"])
+    assert 0 <= report["pruned"]["top1_after_prune"] <= 100
+    assert "at batch 2" in printed
+    assert max(len(line) for line in printed.splitlines() if str(out) not in line) <= 80
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    cli.main()
+    again = json.loads((out / "report.json").read_text())
+    assert [stage["skipped"] for stage in again["stages"]] == [True] * len(again["stages"])
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == files
+    assert {**again, "stages": None} == {**report, "stages": None}
+    code, _, err = run(capsys, monkeypatch, *arguments[:4], "0.25", *arguments[5:])
+    assert (code, "another run" in err) == (2, True)

@@ -1,0 +1,85 @@
+"""Killed at any stage, the same command continues and ends with the same report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import toolchain
+
+STAGES = ("1-score", "2-prune", "3-distill", "4-export", "5-engine/onnxruntime-fp32", "6-bench")
+TIMES = {"latency_ms", "speedup", "speedup_low", "speedup_high", "stages", "seconds", "load_average"}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A small ViT on small pictures; two epochs, so that there is something to kill."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 48), ("val", 8)):
+        for name in ("a", "b"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / split / name / f"{index}.png")
+    torch.manual_seed(0)
+    model = toolchain.create_model("deit_tiny", weights="random", num_classes=2, image_size=32)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    return [
+        "build", "-m", "deit_tiny", "-r", "0.5", "--weights", str(tmp_path / "w.safetensors"), "--data",
+        f"imagefolder:{tmp_path / 'photos'}", "--image-size", "32", "--epochs", "2", "--batch-size", "16",
+        "--runtime", "onnxruntime", "--bench-seconds", "0.2", "--quiet",
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
+    code = "import torch; torch.set_num_threads(1); from deploy.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "-o", str(out)], cwd=Path(__file__).parents[2], env={**os.environ}
+    )
+
+
+def kill_in(stage: str, arguments: list[str], out: Path) -> None:
+    """Start, wait for the stage's work folder, kill -9."""
+    process = start(arguments, out)
+    final = out / stage
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(final.parent.glob(f".{final.name}.work-*")):
+            time.sleep(0.05)
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists(), f"{stage} was over before it could be killed"
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_times(item) for name, item in value.items() if name not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_report(arguments: list[str], tmp_path: Path) -> None:
+    assert start(arguments, tmp_path / "straight").wait() == 0
+    for stage in STAGES:
+        kill_in(stage, arguments, tmp_path / "killed")
+    assert start(arguments, tmp_path / "killed").wait() == 0
+    straight, killed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("straight", "killed"))
+    assert without_times(killed) == without_times(straight)
+    assert [stage["name"] for stage in killed["stages"]] == list(STAGES)
+    weights = [(tmp_path / name / "3-distill/model/model.safetensors").read_bytes() for name in ("straight", "killed")]
+    assert weights[0] == weights[1]
+    leftovers = [path for path in (tmp_path / "killed").rglob("*") if ".work-" in path.name or path.suffix == ".tmp"]
+    assert leftovers == []
