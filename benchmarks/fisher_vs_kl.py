@@ -24,9 +24,9 @@ from toolchain.families import groups_of
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks [n] in float64, ties averaged."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
+    return middle[inverse]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -45,10 +45,10 @@ def compare(num_images: int, num_units: int, seed: int, quiet: bool) -> dict[str
     model = toolchain.create_model("pvtv2_b0", weights="demo")
     images = proxy_images(open_source("demo"), toolchain.preprocess_of(model), num_images, seed)
     generator = torch.Generator().manual_seed(seed)
-    units = {}
+    units: dict[str, list[int]] = {}
     for group in groups_of(model):
-        chosen = torch.randperm(group.size, generator=generator)[: num_units or group.size]
-        units[group.name] = sorted(chosen.tolist())
+        shuffled = torch.randperm(group.size, generator=generator)
+        units[group.name] = sorted(shuffled[: num_units or group.size].tolist())
     started = time.perf_counter()
     fisher = toolchain.score(model, images, method="fisher", seed=seed, quiet=quiet)
     fisher_seconds = time.perf_counter() - started

@@ -44,7 +44,7 @@ def train(source: DataSource, model: nn.Module, options: argparse.Namespace) -> 
             schedule.step_update(epoch * steps + step)
             loss = nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             average.update(model, step=epoch * steps + step + 1)

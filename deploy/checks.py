@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import toolchain
 from calib_data import DataSource, demo_weights
-from calib_data.errors import MissingDependencyError, UserError
+from calib_data.errors import UserError
 from deploy.recipe import EngineRecipe, Recipe
 from deploy.runtimes import BatchProfile, Runtime
 from deploy.stages import precisions_for
@@ -119,24 +118,3 @@ def like_model(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module |
     return toolchain.create_model(
         recipe.plan.like, weights="random", num_classes=num_classes_of(dense), image_size=image_size
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device to compute on: `auto` is CUDA when there is one.
-
-    Raises:
-        UserError: no such device.
-        MissingDependencyError: CUDA is asked for and not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingDependencyError(
-            f"Device {name} is not available.",
-            why="torch sees no CUDA device: no GPU, no driver, or a CPU build of torch.",
-            fix="Use --device cpu, or see `upvits-deploy doctor`.",
-        )
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"Unknown device {name!r}.", fix="Give auto, cpu or cuda.") from error

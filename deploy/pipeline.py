@@ -10,7 +10,7 @@ from torch import nn
 import toolchain
 from calib_data import Preprocess, open_source
 from deploy import stages
-from deploy.checks import check_classes, check_engine_request, like_model, pick_device, with_names
+from deploy.checks import check_classes, check_engine_request, like_model, with_names
 from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
 from deploy.report import Report
 from deploy.report_views import save_report
@@ -18,7 +18,8 @@ from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
 from deploy.stages import Job
 from deploy.summary import Artifacts, summarise
-from toolchain.scores import model_digest
+from toolchain.checkpoints import weights_digest
+from toolchain.processes import pick_device
 
 STAGES = ("score", "prune", "distill", "export", "engine", "bench", "report")
 
@@ -119,7 +120,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
         folder=(out or Path("runs") / run_name(recipe)).absolute(),
         dense=dense.to(pick_device(recipe.device)),
         like=like,
-        dense_digest=model_digest(dense),
+        dense_digest=weights_digest(dense),
         source=source,
         preprocess=preprocess,
         runtimes=runtimes,

@@ -153,13 +153,13 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
     distill = recipe.distill
     images = len(source.train)
     demo = source.spec == "demo"
-    batch_size = 64 if images < 20_000 else 256
+    batch_size = 32 if images < 20_000 else 256
     features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
     filled = {
-        "epochs": 4 if demo else 30,
+        "epochs": 3 if demo else 30,
         "warmup_epochs": 0.3 if demo else 2.0,
         "batch_size": max(1, min(batch_size, images)),
-        "lr": 4e-3 if demo else 1e-3,
+        "lr": 12e-3 if demo else 1e-3,
         "drop_path": 0.0 if images < 20_000 else 0.1,
         "feature_weight": 20.0 if features else 0.0,
     }

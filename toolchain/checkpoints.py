@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 import warnings
@@ -75,6 +76,15 @@ def as_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             fix="Use an earlier checkpoint of that training.",
         )
     return result
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names, types, shapes and values of a network's tensors; tells whose scores or plan it is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def num_classes_in(state: Mapping[str, Tensor]) -> int:

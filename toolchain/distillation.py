@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calib_data import DataSource, Preprocess, batches
 from calib_data.errors import UserError
+from toolchain.checkpoints import weights_digest
 from toolchain.evaluate import Accuracy, evaluate, require_finite_weights
 from toolchain.objective import Fit, Learner, compare, cutmix, losses, outputs
 from toolchain.processes import Process, join_processes
@@ -38,7 +39,6 @@ from toolchain.train_state import (
     save_state,
     seeded,
     settings_key,
-    weights_digest,
     write_log,
 )
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import UserError
+from toolchain.checkpoints import weights_digest
 from toolchain.families import family_of, narrow
 from toolchain.groups import ChannelGroup, Widths, widths_of
 from toolchain.macs import count_macs, count_params
 from toolchain.models import preprocess_of
-from toolchain.scores import Scores, model_digest
+from toolchain.scores import Scores
 from toolchain.timm_config import architecture_of
 
 Component = Literal["embed", "attention", "heads", "ffn"]
@@ -157,7 +158,7 @@ def plan(
 
 
 def _check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Scores) -> None:
-    if scores.model_digest != model_digest(model):
+    if scores.model_digest != weights_digest(model):
         raise UserError(
             "These scores were measured on another network.",
             why="Importance belongs to exactly the weights that it was measured on.",

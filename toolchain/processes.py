@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calib_data import Images
-from calib_data.errors import UserError
+from calib_data.errors import MissingDependencyError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ def pick_device(name: str) -> torch.device:
     """`auto` is this process's GPU when there is one, else the CPU; any torch device name is taken as it is.
 
     Raises:
-        UserError: CUDA was asked for and is not there, or the name means nothing to torch.
+        UserError: the name means nothing to torch.
+        MissingDependencyError: CUDA was asked for and is not there.
     """
     if name == "auto":
         return (
@@ -74,7 +75,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"Unknown device {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but torch sees no GPU.", fix="Use auto or cpu.")
+        raise MissingDependencyError(
+            f"Device {name!r} was asked for, but torch sees no GPU.",
+            why="There is none, it has no driver, or this torch was built for CPUs only.",
+            fix="Use auto or cpu, or see `upvits-deploy doctor`.",
+        )
     return device
 
 

@@ -12,7 +12,6 @@ pooled features, read as a Gaussian whose variance is that of the dense features
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib_data.errors import UserError
+from toolchain.checkpoints import weights_digest
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
 from toolchain.masks import masked
@@ -97,15 +97,6 @@ class Scores:
             ) from error
 
 
-def model_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def score(
     model: nn.Module,
     images: Tensor | None = None,
@@ -155,7 +146,7 @@ def score(
     else:
         values = _magnitude(model, groups) if method == "magnitude" else _random(groups, seed)
         count, unit = 0, "none"
-    return Scores(method, unit, values, count, seed, model_digest(model))
+    return Scores(method, unit, values, count, seed, weights_digest(model))
 
 
 def _output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:

@@ -53,15 +53,6 @@ class TrainState:
     history: list[EpochLog]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of a model's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_state(path: Path, key: str, state: TrainState) -> None:
     """Writes the checkpoint at `path` (atomically replaced; a checkpoint of other settings stood until now).
 

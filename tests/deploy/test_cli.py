@@ -96,7 +96,7 @@ def test_missing_things_end_with_exit_code_3(
     assert (code, "--weights FILE" in err) == (3, True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, _, err = run(capsys, monkeypatch, *PLAN, "--ratio", "0.5", "--device", "cuda")
-    assert (code, "doctor" in err) == (3, True)
+    assert (code, "doctor" in err) == (3, True), err
 
 
 def test_plan_prints_widths_and_writes_nothing(
@@ -116,8 +116,8 @@ def test_classes_of_weights_and_data_must_agree(
     photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run(
-        capsys, monkeypatch, "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", "demo", "--data", f"imagefolder:{photos}",
-        "-o", str(photos.parent / "out"),
+        capsys, monkeypatch, "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", "demo",
+        "--data", f"imagefolder:{photos}", "-o", str(photos.parent / "out"),
     )  # fmt: skip
     assert code == 2
     assert "know 12 classes, the data have 2" in err
