@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,6 +56,6 @@ $(READY): pyproject.toml constraints.txt
 		exit 2;; esac
 	@set -e; $(FIND_UV); rm -rf $(VENV); \
 	$$uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
-	$$uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt \
+	$$uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --build-constraint constraints.txt \
 		--editable '.[dev,tensorrt-rtx]'
 	@touch $@

@@ -15,6 +15,7 @@ from deploy.runtimes import BatchProfile, Runtime
 from deploy.stages import precisions_for
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
+from toolchain.planning import check_request
 from toolchain.timm_config import num_classes_of
 
 CUTS = ("ratio", "target_macs", "target_params", "like")
@@ -39,6 +40,8 @@ def with_names(recipe: Recipe) -> Recipe:
             f"How much is to be cut? {'Nothing was given' if not given else 'Given were ' + ' and '.join(given)}.",
             fix="Give exactly one of --ratio, --target-macs, --target-params and --like.",
         )
+    if plan.like is None:
+        check_request({given[0]: getattr(plan, given[0])}, plan.align, plan.components)
     model = canonical_name(recipe.model)
     if plan.like is not None:
         plan = plan.model_copy(update={"like": canonical_name(plan.like)})

@@ -57,7 +57,10 @@ ProxyImages = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="0 skips. \\[default: 3 on the demo, else 30]", rich_help_panel=TRAIN)]
 BatchSize = Annotated[int | None, typer.Option(help="\\[default: 256; 32 below 20,000 images]", rich_help_panel=TRAIN)]
 Lr = Annotated[
-    float | None, typer.Option(help="Peak learning rate at batch 256. \\[default: 1e-3]", rich_help_panel=TRAIN)
+    float | None,
+    typer.Option(
+        help="Peak learning rate at batch 256. \\[default: 1e-3; 4e-3 below 20,000 images]", rich_help_panel=TRAIN
+    ),
 ]
 FeatureWeight = Annotated[
     float | None,

@@ -87,7 +87,7 @@ def run_stages(job: Job, until: str) -> Artifacts:
     tuned = stages.distill(job, pruned)
     if until == "distill":
         return Artifacts(scored, pruned, tuned)
-    exported = stages.export(job, tuned)
+    exported = stages.export(job, pruned, tuned)
     if until == "export":
         return Artifacts(scored, pruned, tuned, exported)
     engines = stages.engines(job, exported)
@@ -102,9 +102,9 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     Raises:
         UserError: a part of the request cannot work, or the parts do not fit each other.
     """
+    recipe = with_names(recipe)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe.engine, runtimes.runtimes)
-    recipe = with_names(recipe)
     source = open_source(recipe.data)
     classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
     dense = toolchain.create_model(

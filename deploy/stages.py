@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import toolchain
 from calib_data import DataSource, Images, Preprocess, batches, proxy_images
 from calib_data.errors import UserError
-from deploy.artifacts import Artifact, atomic_write, run_stage
+from deploy.artifacts import Artifact, atomic_write, file_digest, run_stage
 from deploy.bench import BenchSettings, LatencyReport, interleave
 from deploy.environment import environment
 from deploy.export import export_onnx
@@ -160,7 +160,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
     return _stage(job, "3-distill", asdict(settings), {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
 
 
-def export(job: Job, tuned: Artifact) -> Artifact:
+def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
     """4-export: both networks as ONNX, held against PyTorch on real images (exit code 4 when they differ)."""
     recipe = job.recipe.export
 
@@ -176,7 +176,7 @@ def export(job: Job, tuned: Artifact) -> Artifact:
                 job.preprocess,
                 opset=recipe.opset,
                 uint8_input=recipe.uint8_input,
-                metadata=_metadata(job, name, tuned),
+                metadata=_metadata(job, name, pruned, tuned),
             )
             reports[name] = {**asdict(report), "path": f"{name}/model.onnx"}
             outputs = model_outputs(model, torch.split(images, 8))
@@ -194,10 +194,12 @@ def export(job: Job, tuned: Artifact) -> Artifact:
     return _stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": tuned.digest}, work)
 
 
-def _metadata(job: Job, name: str, tuned: Artifact) -> dict[str, str]:
+def _metadata(job: Job, name: str, pruned: Artifact, tuned: Artifact) -> dict[str, str]:
     labels = job.source.class_names or label_names_of(job.dense)
     digest = job.dense_digest if name == "dense" else tuned.digest
     found = {"architecture": architecture_of(job.dense), "variant": name, "model_digest": digest}
+    if name == "pruned":
+        found["plan_digest"] = file_digest(pruned.folder / "plan.json")
     return found if labels is None else {**found, "labels": json.dumps(list(labels))}
 
 

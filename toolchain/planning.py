@@ -137,7 +137,7 @@ def plan(
         chosen = _widths_like(model, groups, like)
         given = {"like": architecture_of(like)}
     else:
-        _check_request({name: value for name, value in asked.items() if value is not None}, align, components)
+        check_request({name: value for name, value in asked.items() if value is not None}, align, components)
         if ratio is None:
             ratio = _search_ratio(groups, size, align, components, target_macs, target_params)
         chosen = _uniform_widths(groups, ratio, align, components)
@@ -171,7 +171,15 @@ def _check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Scor
             )
 
 
-def _check_request(given: Mapping[str, float], align: int, components: Sequence[str]) -> None:
+def check_request(given: Mapping[str, float], align: int, components: Sequence[str]) -> None:
+    """Refuse numbers out of range and components that do not go together.
+
+    Args:
+        given: one of ratio, target_macs, target_params.
+
+    Raises:
+        UserError: says what would be right.
+    """
     for name, value in given.items():
         low_ok = 0 <= value < 1 if name == "ratio" else 0 < value <= 1
         if not (math.isfinite(value) and low_ok):

@@ -71,8 +71,8 @@ PLAN = ("plan", "--model", "pvtv2_b0")
         ((*PLAN, "--ratio", "0.5", "--precision", "int3"), "int3"),
         ((*PLAN, "--ratio", "0.5", "--batch-profile", "8:1"), "min:opt:max"),
         ((*PLAN, "--ratio", "0.5", "--bench-batches", "1,x"), "Batch sizes"),
-        ((*PLAN, "--ratio", "0.5", "--data", "imagefoldr:x"), "imagefolder"),
-        ((*PLAN, "--ratio", "0.5", "--data", "imagefolder:/nowhere/at/all"), "/nowhere/at/all"),
+        ((*PLAN, "--ratio", "0.5", "--weights", "random", "--data", "imagefoldr:x"), "imagefolder"),
+        ((*PLAN, "--ratio", "0.5", "--weights", "random", "--data", "imagefolder:/nowhere/at/all"), "/nowhere/at/all"),
         ((*PLAN, "--ratio", "0.5", "--weights", "/nowhere/w.safetensors"), "no checkpoint file"),
         ((*PLAN, "--ratio", "0.5", "--device", "tpu9"), "Unknown device"),
         ((*PLAN, "--like", "deit_tiny"), "another family"),
@@ -149,9 +149,8 @@ def test_a_run_on_own_images_and_own_checkpoint(
         "--data", f"imagefolder:{photos}", "--image-size", "64", "--epochs", "1", "--runtime", "onnxruntime",
         "--bench-seconds", "0.2", "--bench-batches", "1,2", "-o", str(out),
     )  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["upvits-deploy", *arguments])
-    cli.main()
-    printed = capsys.readouterr().out
+    code, printed, _ = run(capsys, monkeypatch, *arguments)
+    assert code == 0
     report = json.loads((out / "report.json").read_text())
     assert report["model"] == "pvt_v2_b0"
     assert report["ratio"] == 0.5
@@ -167,7 +166,7 @@ def test_a_run_on_own_images_and_own_checkpoint(
     assert "at batch 2" in printed
     assert max(len(line) for line in printed.splitlines() if str(out) not in line) <= 80
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    cli.main()
+    assert run(capsys, monkeypatch, *arguments)[0] == 0
     again = json.loads((out / "report.json").read_text())
     assert [stage["skipped"] for stage in again["stages"]] == [True] * len(again["stages"])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == files
