@@ -90,7 +90,7 @@ Uint8 = Annotated[
 ]
 BenchBatches = Annotated[str | None, typer.Option(help="Batch sizes to time. \\[default: 1,8]", rich_help_panel=BENCH)]
 BenchSeconds = Annotated[
-    float | None, typer.Option(help="Seconds per batch size. \\[default: 6]", rich_help_panel=BENCH)
+    float | None, typer.Option(help="Seconds per batch size. \\[default: 10]", rich_help_panel=BENCH)
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Run directory. \\[default: runs/MODEL-CUT]", rich_help_panel=RUN)
