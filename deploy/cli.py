@@ -66,7 +66,10 @@ FeatureWeight = Annotated[
     float | None,
     typer.Option(help="Weight of feature distillation. \\[default: 20 for PVTv2, else 0]", rich_help_panel=TRAIN),
 ]
-Workers = Annotated[int | None, typer.Option(help="Processes that read images. \\[default: 0]", rich_help_panel=TRAIN)]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Reading processes. \\[default: 0; on GPUs up to 8]", rich_help_panel=TRAIN),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. \\[default: auto]", rich_help_panel=TRAIN)]
 Runtime = Annotated[
     str | None,

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from calib_data import DataSource
 from calib_data.errors import UserError
+from deploy.environment import usable_cores
 from deploy.run_dir import read_recipe
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
@@ -61,7 +63,7 @@ class DistillRecipe(_Part):
     label_weight: float = Field(1.0, ge=0)
     logit_weight: float = Field(6.4, ge=0)
     feature_weight: float | None = Field(None, ge=0)
-    workers: int = Field(0, ge=0)
+    workers: int | None = Field(None, ge=0)
 
 
 class ExportRecipe(_Part):
@@ -164,6 +166,8 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
         "cutmix": 0.0 if demo else 0.5,
         "drop_path": 0.0 if small else 0.1,
         "feature_weight": 20.0 if features else 0.0,
+        # on CPUs, reading processes would take the cores that train
+        "workers": min(8, usable_cores() - 1) if torch.cuda.is_available() and not demo else 0,
     }
     distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
     score = recipe.score.model_copy(

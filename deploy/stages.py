@@ -5,6 +5,7 @@ A stage's settings are the part of the recipe that decides its result; its input
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -166,7 +167,8 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
 
     def work(folder: Path) -> None:
         images = _parity_images(job)
-        models = {"dense": job.dense, "pruned": toolchain.load(tuned.folder / "model")}
+        # on the CPU in full fp32: GPUs may compute convolutions in TF32, which no parity gate would let pass
+        models = {"dense": copy.deepcopy(job.dense).cpu(), "pruned": toolchain.load(tuned.folder / "model")}
         reports, parities, reference = {}, {}, {}
         for name, model in models.items():
             path = folder / name / "model.onnx"
@@ -327,7 +329,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _accuracy(job: Job, model: nn.Module, name: str, reference: Tensor | None = None) -> Accuracy:
-    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers)
+    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
     total = -(-len(job.source.val) // EVAL_BATCH)
     model = model.to(_device(job.dense))
     return evaluate(model, images, reference=reference, quiet=job.quiet, total=total)
