@@ -33,7 +33,10 @@ class _OpenDocument(_Document):
 
 
 class Latency(_Document):
-    """One timed model at one batch size, in ms per batch. `cv` is standard deviation over mean, `n` the repetitions."""
+    """One timed model at one batch size, in ms per batch.
+
+    `cv` is standard deviation over mean, `n` the number of calls, `threads` what the CPU session ran with.
+    """
 
     min: float
     median: float
@@ -43,6 +46,7 @@ class Latency(_Document):
     cv: float
     images_per_s: float
     n: int
+    threads: int | None = None
 
 
 # runtime -> precision -> "b<batch>" -> value
@@ -165,8 +169,12 @@ def bench_figures(reports: Mapping[tuple[str, str], LatencyReport]) -> Bench:
     """
     figures = Bench()
     for (runtime, precision), report in reports.items():
-        for tree, stats in ((figures.dense, report.stats["dense"]), (figures.pruned, report.stats["pruned"])):
-            tree.setdefault(runtime, {})[precision] = {f"b{batch}": _latency(value) for batch, value in stats.items()}
+        for name, tree in (("dense", figures.dense), ("pruned", figures.pruned)):
+            threads = report.sessions[name].get("intra_op_threads")
+            tree.setdefault(runtime, {})[precision] = {
+                f"b{batch}": _latency(value, None if threads is None else int(threads))
+                for batch, value in report.stats[name].items()
+            }
         for name, table in (("median", figures.speedup), ("low", figures.speedup_low), ("high", figures.speedup_high)):
             table.setdefault(runtime, {})[precision] = {
                 f"b{batch}": round(getattr(value, name), 3) for batch, value in report.speedup["pruned"].items()
@@ -275,7 +283,7 @@ def load_report(run_dir: Path) -> Report:
         ) from error
 
 
-def _latency(stats: LatencyStats) -> Latency:
+def _latency(stats: LatencyStats, threads: int | None) -> Latency:
     return Latency(
         min=stats.min,
         median=stats.median,
@@ -285,6 +293,7 @@ def _latency(stats: LatencyStats) -> Latency:
         cv=stats.cv,
         images_per_s=stats.images_per_second,
         n=stats.iterations,
+        threads=threads,
     )
 
 

@@ -145,6 +145,7 @@ def _latency(report: Report) -> Section:
             f"{_ms(c.dense.p90)} / {_ms(c.pruned.p90)}",
             f"{_ms(c.dense.p99)} / {_ms(c.pruned.p99)}",
             f"{100 * c.dense.cv:.1f} / {100 * c.pruned.cv:.1f}",
+            "" if c.dense.threads is None else f"{c.dense.threads} / {c.pruned.threads}",
         )
         for c in found
     )
@@ -154,7 +155,19 @@ def _latency(report: Report) -> Section:
     remark = f"Unstable (spread above {100 * UNSTABLE_CV:g} %), something else was running: {', '.join(unstable)}."
     return Section(
         "Latency",
-        ("runtime", "batch", "dense ms", "pruned ms", "faster", "range", "images/s", "p90 ms", "p99 ms", "CV %"),
+        (
+            "runtime",
+            "batch",
+            "dense ms",
+            "pruned ms",
+            "faster",
+            "range",
+            "images/s",
+            "p90 ms",
+            "p99 ms",
+            "CV %",
+            "threads",
+        ),
         rows,
         remarks=(remark,) if unstable else (),
         terminal=(0, 1, 2, 3, 4, 6),

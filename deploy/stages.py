@@ -293,7 +293,11 @@ def bench(job: Job, built: Sequence[Artifact]) -> Artifact:
                 sessions = {"dense": dense, "pruned": pruned}
                 measured[engine.runtime, engine.precision] = interleave(sessions, feeds, settings, quiet=job.quiet)
         atomic_write(folder / "latency.json", bench_figures(measured).model_dump_json(indent=2).encode())
-        sessions_used = {" ".join(key): report.sessions["pruned"] for key, report in measured.items()}
+        # threads stand with the latencies: each engine has its own
+        sessions_used = {
+            " ".join(key): {name: v for name, v in report.sessions["pruned"].items() if name != "intra_op_threads"}
+            for key, report in measured.items()
+        }
         _write_json(folder / "sessions.json", sessions_used)
         _write_json(folder / "environment.json", environment().as_json())
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,10 +14,18 @@ import deploy.runtimes.nvinfer
 import deploy.runtimes.tensorrt_rtx
 from calib_data.errors import BuildError, MissingDependencyError, UserError
 from deploy.environment import usable_cores
-from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_onnx, resolve_runtimes, runtime_named
-from deploy.runtimes.interface import Engine
+from deploy.runtimes import (
+    RUNTIMES,
+    BatchProfile,
+    BuildOptions,
+    onnxruntime_,
+    open_onnx,
+    resolve_runtimes,
+    runtime_named,
+)
+from deploy.runtimes.interface import Arrays, Engine
 from deploy.runtimes.nvinfer import check_version
-from deploy.runtimes.onnxruntime_ import CUDA, OnnxRuntimeSession
+from deploy.runtimes.onnxruntime_ import CPU, CUDA, OnnxRuntimeSession
 from deploy.runtimes.tensorrt_rtx import DEFAULT_TARGETS, TENSORRT_RTX
 
 from .conftest import Exported
@@ -83,6 +93,34 @@ def test_the_cpu_session_uses_the_cores_it_may_and_does_not_spin(vit: Exported) 
         assert session.settings["spinning"] is False
     with open_onnx(vit.report.path, threads=1) as session:
         assert session.settings["intra_op_threads"] == 1
+
+
+def test_an_engine_runs_with_the_threads_that_were_fastest(vit: Exported, tmp_path: Path) -> None:
+    engine = CPU.build(vit.report.path, tmp_path / "engine", BuildOptions())
+    with CPU.open(tmp_path / "engine") as session:
+        assert session.settings["intra_op_threads"] == engine.settings["intra_op_threads"]
+    assert 1 <= int(engine.settings["intra_op_threads"]) <= usable_cores()
+
+
+def test_more_threads_must_pay(vit: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads that are twice as fast win; four that are equally fast lose against one."""
+
+    class Fake(onnxruntime_.OnnxRuntimeSession):
+        gain = 0.0
+
+        def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+            time.sleep(0.02 - self.gain * (int(self.settings["intra_op_threads"]) == 4))
+            return {}
+
+    monkeypatch.setattr(onnxruntime_, "OnnxRuntimeSession", Fake)
+    monkeypatch.setattr(onnxruntime_, "usable_cores", lambda: 4)
+    monkeypatch.setattr(onnxruntime_, "_TUNING_SECONDS", 0.3)
+    content = vit.report.path.read_bytes()
+    assert onnxruntime_.fastest_threads(content, 2) == 1
+    Fake.gain = 0.01
+    assert onnxruntime_.fastest_threads(content, 2) == 4
+    monkeypatch.setattr(onnxruntime_, "usable_cores", lambda: 1)
+    assert onnxruntime_.fastest_threads(content, 2) == 1
 
 
 @pytest.mark.skipif(CUDA.missing_to_run() is None, reason="the CUDA provider works here")
