@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from datetime import date
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import toolchain
 from calib_data import open_source, proxy_images
+from deploy.environment import environment
 from toolchain.families import groups_of
 
 
@@ -72,6 +74,8 @@ def compare(num_images: int, num_units: int, seed: int, quiet: bool) -> dict[str
             )
     return {
         "model": "pvt_v2_b0 (demo)",
+        "date": date.today().isoformat(),
+        "environment": environment().as_json(),
         "images": num_images,
         "seed": seed,
         "medians": {kind: _median(rows, kind) for kind in ("embed", "attention", "heads", "ffn")},

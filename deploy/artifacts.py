@@ -146,7 +146,7 @@ def run_stage(
     key = stage_key(name, version, settings, inputs)
     final = run_dir / name
     folder = final.with_name(f".{final.name}.work-{key[:16]}")
-    with _disk_errors(run_dir, name):
+    with disk_errors(run_dir, name):
         for place, found in ((final, open_artifact(final)), (folder, open_artifact(folder))):
             if found is not None and found.manifest.key == key:
                 if place == folder:  # killed between the last file and the rename
@@ -155,8 +155,7 @@ def run_stage(
         if not resumable:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*folder.rglob(".*.tmp"), folder / MANIFEST):  # of an attempt that was killed
-            leftover.unlink(missing_ok=True)
+        _remove_drafts(folder)
         try:
             started = time.perf_counter()
             with PeakMemory() as memory:
@@ -180,6 +179,15 @@ def run_stage(
             raise
         _put_in_place(folder, final)
     return Artifact(final, manifest)
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what an attempt that was killed had not finished: hidden drafts, *.tmp, and the manifest."""
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith(".") and path.is_dir():
+            shutil.rmtree(path)
+        elif path.name.startswith(".") or path.suffix == ".tmp" or path == folder / MANIFEST:
+            path.unlink(missing_ok=True)
 
 
 def open_artifact(folder: Path) -> Artifact | None:
@@ -347,7 +355,7 @@ def _is_ours_alone(folder: Path) -> bool:
 
 
 @contextmanager
-def _disk_errors(run_dir: Path, name: str) -> Iterator[None]:
+def disk_errors(run_dir: Path, name: str) -> Iterator[None]:
     """Turn a full disk and an unwritable folder into messages; leave every other error alone."""
     try:
         yield

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from rich.console import Console
 from torch import nn
 
 import toolchain
-from calib_data import DataSource, demo_weights
+from calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from calib_data.errors import UserError
-from deploy.recipe import EngineRecipe, Recipe
+from deploy.recipe import Recipe
 from deploy.runtimes import BatchProfile, Runtime
-from deploy.stages import precisions_for
+from deploy.stages import precisions_for, split_names
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
 from toolchain.planning import check_request
@@ -28,13 +31,7 @@ def with_names(recipe: Recipe) -> Recipe:
         UserError: a name is unknown, no cut or several cuts are asked for, or there are no weights to start from.
     """
     plan = recipe.plan
-    wanted = {
-        "ratio": plan.ratio,
-        "target-macs": plan.target_macs,
-        "target-params": plan.target_params,
-        "like": plan.like,
-    }
-    given = [name for name, value in wanted.items() if value is not None]
+    given = [name for name in CUTS if getattr(plan, name) is not None]
     if len(given) != 1:
         raise UserError(
             f"How much is to be cut? {'Nothing was given' if not given else 'Given were ' + ' and '.join(given)}.",
@@ -93,25 +90,65 @@ def check_classes(model: nn.Module, source: DataSource, recipe: Recipe) -> None:
         )
 
 
-def check_engine_request(recipe: EngineRecipe, runtimes: Sequence[Runtime]) -> None:
-    """Refuse batch profiles and precisions that no chosen runtime can build.
+def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
+    """Refuse batch profiles, precisions and targets that no chosen runtime can build.
 
     Raises:
-        UserError: the profile is not min:opt:max, or a precision is unknown.
+        UserError: the profile is not min:opt:max or leaves out a batch that is to be timed, or a precision or a target
+            is unknown.
     """
-    parts = recipe.batch.split(":")
+    wanted = recipe.engine
+    parts = wanted.batch.split(":")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise UserError(f"Batch profile {recipe.batch!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
-    BatchProfile(*(int(part) for part in parts))
-    known = {name for runtime in runtimes for name in runtime.precisions}
-    choices = f"Choose from {', '.join(sorted(known))} or auto."
-    unknown = [name for name in recipe.precision.split(",") if name not in known | {"auto"}]
-    if unknown:
+        raise UserError(f"Batch profile {wanted.batch!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
+    profile = BatchProfile(*(int(part) for part in parts))
+    outside = [batch for batch in recipe.bench.batches if not profile.min <= batch <= profile.max]
+    if outside and any(runtime.name.startswith("tensorrt") for runtime in runtimes):
         raise UserError(
-            f"Unknown precision {', '.join(unknown)}.", fix=f"Choose from {', '.join(sorted(known))} or auto."
+            f"Batch {outside[0]} is to be timed, but engines are built for {profile.min} to {profile.max}.",
+            fix="Widen --batch-profile, or time other batches with --bench-batches.",
         )
-    if not any(precisions_for(runtime, recipe.precision) for runtime in runtimes):
+    known = {name for runtime in runtimes for name in runtime.precisions}
+    unknown = [name for name in split_names(wanted.precision) if name not in known | {"auto"}]
+    choices = f"Choose from {', '.join(sorted(known))} or auto."
+    if unknown:
+        raise UserError(f"Unknown precision {', '.join(unknown)}.", fix=choices)
+    if not any(precisions_for(runtime, wanted.precision) for runtime in runtimes):
         raise UserError("No chosen runtime has this precision.", fix=choices)
+    strange = [target for target in wanted.targets if re.fullmatch(r"sm[1-9][0-9]{1,2}", target) is None]
+    if strange:
+        raise UserError(f"Unknown target {strange[0]!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
+
+
+def check_forward(model: nn.Module, source: DataSource, preprocess: Preprocess) -> None:
+    """Run the network on a few images.
+
+    Raises:
+        UserError: it cannot take images of this size, or gives NaN.
+    """
+    images = proxy_images(source, preprocess, 4, seed=0)
+    try:
+        with torch.inference_mode():
+            outputs = model(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = preprocess.input_size[1]
+        raise UserError(
+            f"The network cannot take images of {size} x {size} pixels ({str(error).splitlines()[0]}).",
+            fix="Choose another --image-size: a multiple of 32 suits PVTv2, a multiple of the patch size ViTs.",
+        ) from error
+    if not torch.isfinite(outputs).all():
+        raise UserError(
+            "The network gives NaN or infinity on real images.",
+            why="Nothing that is computed from them would mean anything.",
+            fix="Check the weights and the normalisation of the images.",
+        )
+
+
+def warn_of_skipped(source: DataSource) -> None:
+    """Name the unreadable images that were left out, on stderr."""
+    names = ", ".join(source.skipped[:5]) + (", ..." if len(source.skipped) > 5 else "")
+    text = f"{len(source.skipped)} unreadable images were skipped: {names}"
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def like_model(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module | None:

@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 PLAN, TRAIN, ENGINE, BENCH, RUN = "What is cut", "Fine-tuning", "Engines", "Measuring", "Run"
 
 Model = Annotated[
@@ -59,7 +60,8 @@ BatchSize = Annotated[int | None, typer.Option(help="\\[default: 256; 32 below 2
 Lr = Annotated[
     float | None,
     typer.Option(
-        help="Peak learning rate at batch 256. \\[default: 1e-3; 4e-3 below 20,000 images]", rich_help_panel=TRAIN
+        help="Peak rate at batch 256. \\[default: 1e-3; 4e-3 for few images]",
+        rich_help_panel=TRAIN,
     ),
 ]
 FeatureWeight = Annotated[
@@ -100,7 +102,7 @@ Output = Annotated[
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Values from this TOML file.", rich_help_panel=RUN)]
 Seed = Annotated[int | None, typer.Option(help="\\[default: 0]", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.", rich_help_panel=RUN)]
 
 
 def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +123,8 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
     for part, names in places.items():
         chosen = {name: given.pop(name) for name in names if name in given}
         if chosen:
+            if not isinstance(values.get(part, {}), dict):
+                raise UserError(f"The recipe has {part} = {values[part]!r}.", fix=f"Make it a table: [{part}].")
             values[part] = {**values.get(part, {}), **chosen}
     values |= given
     if "model" not in values:
@@ -204,7 +208,7 @@ def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -
     report = run_job(job, until)
     if report is not None:
         console.print(terminal(report))
-    console.print(f"Everything is in {job.folder}", soft_wrap=True, highlight=False)
+    console.print(f"Everything is in {job.folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 _HELP = {
@@ -227,6 +231,7 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Show the report of a run, and write report.md and report.html again from report.json."""
+    from deploy.artifacts import disk_errors
     from deploy.report import load_report
     from deploy.report_views import save_report, terminal
 
@@ -234,7 +239,8 @@ def report(
     if json:
         print(found.model_dump_json(indent=2))
         return
-    save_report(run, found)
+    with disk_errors(run, "report"):
+        save_report(run, found)
     Console().print(terminal(found))
 
 
@@ -279,11 +285,13 @@ def main() -> None:
         app()
     except UserError as error:
         console = Console(stderr=True)
-        console.print(f"[bold red]Error:[/] {error.what}", soft_wrap=True, highlight=False)
+        console.print("[bold red]Error:[/]", end=" ")
+        console.print(error.what, soft_wrap=True, highlight=False, markup=False)
         for text in (error.why, error.fix):
             if text:
                 console.print(f"  {text}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted. The same command continues.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == _INTERRUPTED:
+            print("Interrupted. The same command continues.", file=sys.stderr)
+        raise

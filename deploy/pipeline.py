@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import toolchain
 from calib_data import Preprocess, open_source
+from calib_data.errors import UserError
 from deploy import stages
-from deploy.checks import check_classes, check_engine_request, like_model, with_names
+from deploy.artifacts import disk_errors
+from deploy.checks import check_classes, check_engine_request, check_forward, like_model, warn_of_skipped, with_names
 from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
 from deploy.report import Report
 from deploy.report_views import save_report
@@ -55,6 +58,8 @@ def build(
         >>> report.pruned.params < report.dense.params, all(gate.passed for gate in report.parity)
         (True, True)
     """
+    if until not in STAGES:
+        raise UserError(f"Unknown stage {until!r}.", fix=f"Choose one of {', '.join(STAGES)}.")
     job = prepare(recipe if isinstance(recipe, Recipe) else make_recipe(recipe), out, quiet=quiet)
     return run_job(job, until)
 
@@ -66,7 +71,8 @@ def run_job(job: Job, until: str) -> Report | None:
         if until != "report":
             return None
         report = summarise(job, done)
-        save_report(job.folder, report)
+        with disk_errors(job.folder, "report"):
+            save_report(job.folder, report)
     return report
 
 
@@ -102,23 +108,29 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     Raises:
         UserError: a part of the request cannot work, or the parts do not fit each other.
     """
+    device = pick_device(recipe.device)
     recipe = with_names(recipe)
     runtimes = resolve_runtimes(recipe.engine.runtime)
-    check_engine_request(recipe.engine, runtimes.runtimes)
-    source = open_source(recipe.data)
+    check_engine_request(recipe, runtimes.runtimes)
+    source = open_source(recipe.data, quiet=quiet)
+    if source.skipped and not quiet:
+        warn_of_skipped(source)
     classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
-    dense = toolchain.create_model(
-        recipe.model, weights=str(recipe.weights), num_classes=classes, image_size=recipe.image_size
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # decides random weights
+        dense = toolchain.create_model(
+            recipe.model, weights=str(recipe.weights), num_classes=classes, image_size=recipe.image_size
+        )
     check_classes(dense, source, recipe)
-    recipe = resolve(recipe, dense, source)
+    check_forward(dense, source, toolchain.preprocess_of(dense))
+    recipe = resolve(recipe, dense, source, device)
     preprocess = toolchain.preprocess_of(dense)
     like = like_model(recipe, dense, preprocess.input_size[1])
     random_plan(recipe, dense, like, preprocess)
     return Job(
         recipe=recipe,
         folder=(out or Path("runs") / run_name(recipe)).absolute(),
-        dense=dense.to(pick_device(recipe.device)),
+        dense=dense.to(device),
         like=like,
         dense_digest=weights_digest(dense),
         source=source,

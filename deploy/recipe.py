@@ -17,7 +17,7 @@ from torch import nn
 from calib_data import DataSource
 from calib_data.errors import UserError
 from deploy.environment import usable_cores
-from deploy.run_dir import read_recipe
+from deploy.run_dir import read_recipe, read_toml
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
 from toolchain.planning import DEFAULT_COMPONENTS, Component
@@ -128,8 +128,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
-    """Values of a recipe in TOML, such as the recipe.toml of another run."""
-    return read_recipe(path)
+    """Values of a recipe in TOML: a file, or the run directory that holds one."""
+    return read_recipe(path) if path.is_dir() else read_toml(path)
 
 
 def run_name(recipe: Recipe) -> str:
@@ -146,7 +146,7 @@ def run_name(recipe: Recipe) -> str:
     return f"{recipe.model}-{cut}"
 
 
-def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
+def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.device) -> Recipe:
     """Fill in what depends on the model and the data.
 
     PVTv2 learns from the dense parent's penultimate features too (weight 20), a ViT from its logits alone. Small data
@@ -167,7 +167,7 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource) -> Recipe:
         "drop_path": 0.0 if small else 0.1,
         "feature_weight": 20.0 if features else 0.0,
         # on CPUs, reading processes would take the cores that train
-        "workers": min(8, usable_cores() - 1) if torch.cuda.is_available() and not demo else 0,
+        "workers": min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0,
     }
     distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
     score = recipe.score.model_copy(

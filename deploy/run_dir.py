@@ -78,19 +78,28 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no readable `recipe.toml`.
     """
-    try:
-        return tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (run_dir / RECIPE).is_file():
         raise UserError(
             f"{run_dir} is not a run directory.",
             why=f"It has no {RECIPE}.",
             fix="Name the folder that `upvits-deploy build` wrote (by default below runs/).",
-        ) from None
+        )
+    return read_toml(run_dir / RECIPE)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the values of a recipe file.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(
-            f"cannot read {run_dir / RECIPE}: {error}.",
-            why="The recipe says which run the directory belongs to.",
-            fix="Restore the file, or start the run in another folder with --output.",
+            f"cannot read the recipe {path}: {error}.",
+            why="A recipe is a TOML file, such as the recipe.toml of a run.",
+            fix="Repair or restore the file, or give another one.",
         ) from error
 
 

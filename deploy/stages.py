@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import toolchain
 from calib_data import DataSource, Images, Preprocess, batches, proxy_images
 from calib_data.errors import UserError
-from deploy.artifacts import Artifact, atomic_write, file_digest, run_stage
+from deploy.artifacts import Artifact, atomic_write, canonical_digest, file_digest, run_stage
 from deploy.bench import BenchSettings, LatencyReport, interleave
 from deploy.environment import environment
 from deploy.export import export_onnx
@@ -40,6 +40,8 @@ from deploy.runtimes import (
     read_engine,
     runtime_named,
 )
+from deploy.runtimes.cuda import compute_capability
+from toolchain.checkpoints import weights_digest
 from toolchain.evaluate import Accuracy, evaluate
 from toolchain.models import label_names_of
 from toolchain.scores import Scores
@@ -47,6 +49,8 @@ from toolchain.timm_config import architecture_of
 
 MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
+VERSIONS = {"1-score": 1, "2-prune": 1, "3-distill": 1, "4-export": 1, "5-engine": 1, "6-bench": 1}
+"""Raise a stage's number when its code gives other results: artifacts of the old code are then made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,7 @@ def make_plan(
 def distill(job: Job, pruned: Artifact) -> Artifact:
     """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
     settings = distill_settings(job.recipe)
+    decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")}
 
     def work(folder: Path) -> None:
         if not (folder / "model").exists():
@@ -158,7 +163,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
         _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, "fine-tuned", reference)})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
-    return _stage(job, "3-distill", asdict(settings), {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
+    return _stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
 
 
 def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
@@ -178,7 +183,7 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
                 job.preprocess,
                 opset=recipe.opset,
                 uint8_input=recipe.uint8_input,
-                metadata=_metadata(job, name, pruned, tuned),
+                metadata=_metadata(job, model, name, pruned),
             )
             reports[name] = {**asdict(report), "path": f"{name}/model.onnx"}
             outputs = model_outputs(model, torch.split(images, 8))
@@ -193,13 +198,12 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
         )
         _write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
 
-    return _stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": tuned.digest}, work)
+    return _stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": _model_digest(tuned)}, work)
 
 
-def _metadata(job: Job, name: str, pruned: Artifact, tuned: Artifact) -> dict[str, str]:
+def _metadata(job: Job, model: nn.Module, name: str, pruned: Artifact) -> dict[str, str]:
     labels = job.source.class_names or label_names_of(job.dense)
-    digest = job.dense_digest if name == "dense" else tuned.digest
-    found = {"architecture": architecture_of(job.dense), "variant": name, "model_digest": digest}
+    found = {"architecture": architecture_of(model), "variant": name, "model_digest": weights_digest(model)}
     if name == "pruned":
         found["plan_digest"] = file_digest(pruned.folder / "plan.json")
     return found if labels is None else {**found, "labels": json.dumps(list(labels))}
@@ -216,17 +220,21 @@ def engines(job: Job, exported: Artifact) -> list[Artifact]:
 
 def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
     """Precisions to build: those asked for; by default fp32 on CPUs and fp16 elsewhere."""
-    if spec == "auto":
-        return ("fp32",) if runtime.name == "onnxruntime" else ("fp16",)
-    return tuple(name for name in spec.split(",") if name in runtime.precisions)
+    own = "fp32" if runtime.name == "onnxruntime" else "fp16"
+    wanted = dict.fromkeys(own if name == "auto" else name for name in split_names(spec))
+    return tuple(name for name in wanted if name in runtime.precisions)
+
+
+def split_names(spec: str) -> list[str]:
+    """Names in a list separated by commas."""
+    return [name.strip() for name in spec.split(",") if name.strip()]
 
 
 def _engine(job: Job, exported: Artifact, runtime: Runtime, precision: str) -> Artifact:
     recipe = job.recipe.engine
-    smallest, tuned_for, largest = (int(part) for part in recipe.batch.split(":"))
     options = BuildOptions(
         precision=precision,
-        batch=BatchProfile(smallest, tuned_for, largest),
+        batch=_profile(job),
         targets=recipe.targets if runtime.name.startswith("tensorrt") else (),
         workspace_mib=recipe.workspace_mib,
     )
@@ -251,7 +259,12 @@ def _builder(runtime: Runtime) -> dict[str, str]:
     here = environment()
     library = "tensorrt" if runtime.name.startswith("tensorrt") else "onnxruntime"
     versions = {name: version for name, version in here.libraries.items() if name.startswith(library)}
-    device = here.cpu if runtime.name == "onnxruntime" else ", ".join(gpu.name for gpu in here.gpus)
+    # ONNX Runtime on the CPU is tuned to the cores that it may use
+    device = (
+        f"{here.cpu}, {here.cores_usable} cores"
+        if runtime.name == "onnxruntime"
+        else ", ".join(gpu.name for gpu in here.gpus)
+    )
     return {"library": json.dumps(versions, sort_keys=True), "device": device}
 
 
@@ -259,10 +272,16 @@ def _engine_parity(
     job: Job, runtime: Runtime, precision: str, folder: Path, onnx_path: Path, images: Tensor, reference: Tensor
 ) -> Parity:
     """The engine against PyTorch; where it cannot run here, the graph that it was built from on ONNX Runtime."""
-    if runtime.missing_to_run() is None:
+    if runs_here(read_engine(folder)):
         name = f"{runtime.name} {precision}"
+        size = _profile(job).opt
+        if size > 1:  # engines refuse batches below their smallest; only whole ones are compared
+            images = images.repeat(-(-size // len(images)), 1, 1, 1)
+            reference = reference.repeat(-(-size // len(reference)), 1)
+        whole = len(images) // size * size
+        images, reference = images[:whole], reference[:whole]
         with runtime.open(folder) as session:
-            outputs = session_outputs(session, _session_inputs(job, images))
+            outputs = session_outputs(session, _session_inputs(job, images, size))
     else:
         name = f"{precision} graph for {runtime.name} (run by ONNX Runtime on the CPU)"
         converted = folder / "graph.onnx"
@@ -284,9 +303,9 @@ def bench(job: Job, built: Sequence[Artifact]) -> Artifact:
         measured: dict[tuple[str, str], LatencyReport] = {}
         for artifact in built:
             engine = engine_of(artifact, "dense")
-            runtime = runtime_named(engine.runtime)
-            if runtime.missing_to_run() is not None:
+            if not runs_here(engine):
                 continue
+            runtime = runtime_named(engine.runtime)
             with runtime.open(artifact.folder / "dense") as dense, runtime.open(artifact.folder / "pruned") as pruned:
                 feeds = {b: {dense.input_names[0]: _session_inputs(job, images[:b], b)[0]} for b in recipe.batches}
                 settings = BenchSettings(seconds=recipe.seconds, warmup=recipe.warmup, rounds=recipe.rounds)
@@ -317,10 +336,34 @@ def _stage(
     resumable: bool = False,
 ) -> Artifact:
     """`run_stage` in the job's directory, with a line about it on the terminal."""
-    artifact = run_stage(job.folder, name, settings, inputs, work, resumable=resumable)
+    artifact = run_stage(
+        job.folder, name, settings, inputs, work, version=VERSIONS[name.split("/")[0]], resumable=resumable
+    )
+    if not artifact.skipped:  # a report of what was there before would now be wrong
+        for report in ("report.json", "report.md", "report.html"):
+            (job.folder / report).unlink(missing_ok=True)
     took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
     Console(stderr=True, quiet=job.quiet).print(f"{name}: {took}", highlight=False)
     return artifact
+
+
+def runs_here(engine: Engine) -> bool:
+    """Whether this machine has what the engine's runtime needs, and a device that the engine was built for."""
+    if runtime_named(engine.runtime).missing_to_run() is not None:
+        return False
+    capability = compute_capability()
+    here = f"sm{capability[0]}{capability[1]}" if capability else "none"
+    return not engine.targets or here in engine.targets
+
+
+def _profile(job: Job) -> BatchProfile:
+    return BatchProfile(*(int(part) for part in job.recipe.engine.batch.split(":")))
+
+
+def _model_digest(artifact: Artifact) -> str:
+    """Digest of an artifact's network alone; logs beside it hold times."""
+    files = artifact.manifest.files.items()
+    return canonical_digest({path: entry.sha256 for path, entry in files if path.startswith("model/")})
 
 
 def engine_of(artifact: Artifact, name: str) -> Engine:

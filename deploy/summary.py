@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.artifacts import Artifact
 from deploy.report import Bench, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, engine_figures
-from deploy.stages import MODELS, Job, engine_of
+from deploy.runtimes import runtime_named
+from deploy.stages import MODELS, Job, engine_of, runs_here
 from toolchain.planning import PruningPlan
+from toolchain.scores import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,11 @@ def summarise(job: Job, done: Artifacts) -> Report:
         engines=[engine_figures(name, engine_of(a, name), job.folder) for a in done.engines for name in MODELS],
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan),
-        measurement=_measurement(job, done.benched, after["images"]),
+        measurement=_measurement(
+            job, Scores.load(done.scored.folder), done.benched, after["top1"] is not None, after["images"]
+        ),
         environment=_environment(_read(done.benched.folder / "environment.json")),
-        notes=[*_skipped_images(job), *_left_out(job)],
+        notes=[*_skipped_images(job), *_left_out(job, done.engines)],
     )
 
 
@@ -102,15 +107,17 @@ def _plan_figures(plan: PruningPlan) -> PlanFigures:
     )
 
 
-def _measurement(job: Job, benched: Artifact, images: int) -> dict[str, Any]:
+def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, images: int) -> dict[str, Any]:
     recipe = job.recipe
     return {
-        "accuracy": f"top-1 on {images} validation images, by PyTorch in fp32",
-        "scores": f"{recipe.score.method} on {recipe.score.num_images} training images",
+        "accuracy": f"{'top-1' if labelled else 'agreement with the dense model'} on {images} validation images, "
+        "by PyTorch in fp32",
+        "scores": f"{score.method} on {score.num_images} training images" if score.num_images else score.method,
         "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
         f"batch {recipe.distill.batch_size}",
         "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
+        "threads": f"of CPU sessions: those that were fastest at the middle batch of {recipe.engine.batch}",
         "sessions": _read(benched.folder / "sessions.json"),
     }
 
@@ -125,10 +132,13 @@ def _skipped_images(job: Job) -> list[str]:
     return [f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:5])}"] if skipped else []
 
 
-def _left_out(job: Job) -> list[str]:
+def _left_out(job: Job, engines: Sequence[Artifact]) -> list[str]:
     notes = [f"{one.name} was left out: {one.why} {one.fix}" for one in job.runtimes.left_out]
-    for runtime in job.runtimes.runtimes:
-        missing = runtime.missing_to_run()
+    for engine in (engine_of(artifact, "pruned") for artifact in engines):
+        missing = runtime_named(engine.runtime).missing_to_run()
         if missing is not None:
-            notes.append(f"{runtime.name} engines were built but not run here: {missing.why} {missing.fix}")
+            notes.append(f"{engine.runtime} engines were built but not run here: {missing.why} {missing.fix}")
+        elif not runs_here(engine):
+            targets = ", ".join(engine.targets)
+            notes.append(f"{engine.runtime} engines were built for {targets}, and not run here: this GPU is another.")
     return notes

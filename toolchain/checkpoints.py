@@ -19,6 +19,18 @@ from torch import Tensor, nn
 
 from calib_data.errors import UserError
 
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, in fp32; EMA weights are preferred where a training script kept both.
@@ -34,7 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                 "ignore"
             )  # torch warns of unusual pickles; what matters here is whether it reads them
             state = load_state_dict(str(path), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if _is_mapping(state) else {}
     if not tensors:
@@ -50,7 +62,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             why="Such a pickle can run code on your machine when it is opened.",
             fix="In the environment that made it, save `model.state_dict()` with safetensors.torch.save_file.",
         )
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return UserError(
         f"{path} cannot be read as a checkpoint ({reason}).",
         fix="Is the file complete? Expected is a state dict in safetensors or torch format.",
@@ -89,7 +101,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def num_classes_in(state: Mapping[str, Tensor]) -> int:
     """Rows of the classifier in a state dict in timm naming; 0 when there is none."""
-    return int(state["head.weight"].shape[0]) if "head.weight" in state else 0
+    head = state.get("head.weight")
+    return int(head.shape[0]) if head is not None and head.ndim == 2 else 0
 
 
 def image_size_in(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
@@ -97,17 +110,25 @@ def image_size_in(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
     if not isinstance(model, VisionTransformer) or "pos_embed" not in state:
         return None
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    side = math.isqrt(state["pos_embed"].shape[1] - prefix)
-    return side * cast(int, model.patch_embed.patch_size[0])
+    shape = state["pos_embed"].shape
+    patches = shape[1] - prefix if len(shape) == 3 else 0
+    # what cannot be a square of patches is left to the comparison of shapes
+    return math.isqrt(patches) * cast(int, model.patch_embed.patch_size[0]) if patches > 0 else None
 
 
 def resample_position_embedding(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state dict with its position embedding at the image size of `model` (bicubic, as timm does)."""
     if not isinstance(model, VisionTransformer) or "pos_embed" not in state or model.pos_embed is None:
         return state
-    if state["pos_embed"].shape == model.pos_embed.shape:
-        return state
+    found, wanted = state["pos_embed"].shape, model.pos_embed.shape
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    if (
+        found == wanted
+        or len(found) != 3
+        or found[2] != wanted[2]
+        or math.isqrt(found[1] - prefix) ** 2 != found[1] - prefix
+    ):
+        return state
     resampled = resample_abs_pos_embed(
         state["pos_embed"], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
     )

@@ -61,10 +61,12 @@ def create_model(
         MissingDependencyError: the hub cannot be reached.
     """
     architecture = canonical_name(name)
+    with torch.device("meta"):
+        family_of(_build(architecture, None, None))  # refuses what cannot be pruned before it fills memory
     if weights in ("demo", "random", "timm"):
         model = _create_known(architecture, weights, num_classes, image_size)
     elif Path(weights).is_dir():
-        model = load(Path(weights))
+        model = _at_size(load(Path(weights)), image_size, weights)
         _check_architecture(model, architecture, weights)
     else:
         model = _create_from_file(architecture, Path(weights), num_classes, image_size)
@@ -82,7 +84,7 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
                 fix="Give your own with --weights FILE, or --weights timm for pretrained ones from the hub "
                 "(--weights random only to look at sizes and speed). The demo covers pvtv2_b0.",
             )
-        return load(folder)
+        return _at_size(load(folder), image_size, "The demo checkpoint")
     if weights == "random":
         return _build(architecture, num_classes, image_size)
     try:
@@ -94,6 +96,20 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
             fix="On a machine with network: `timm.create_model(NAME, pretrained=True)`, save its state_dict with "
             "safetensors, copy the file here and give it as --weights FILE.",
         ) from error
+
+
+def _at_size(model: nn.Module, image_size: int | None, source: str) -> nn.Module:
+    """A loaded network at another image size, which only networks without position embedding take as they are."""
+    if image_size is None or preprocess_of(model).input_size[1:] == (image_size, image_size):
+        return model
+    if getattr(model.get_submodule("patch_embed"), "img_size", None) is not None:
+        raise UserError(
+            f"{source} holds a network for images of {preprocess_of(model).input_size[1]} pixels, not {image_size}.",
+            why="Its position embedding belongs to that size.",
+            fix="Leave --image-size out, or give the weights as a checkpoint file: that is resampled.",
+        )
+    update_config(model, input_size=(3, image_size, image_size))
+    return model
 
 
 def _build(

@@ -214,7 +214,7 @@ def _uniform_widths(
         if group.kind not in components or (group.kind == "embed" and _follows_heads(group, groups, components)):
             continue
         if group.kind == "heads":
-            target, heads = _attention_of(group, groups), max(1, round(group.size * (1 - ratio)))
+            target, heads = _attention_of(group, groups), max(1, int(group.size * (1 - ratio) + 0.5))
             channels[target.name], num_heads[target.name] = heads * target.head_dim, heads
         elif group.kind == "attention":
             head_dim = aligned(group.head_dim, ratio, align, group.name)
@@ -246,7 +246,7 @@ def aligned(size: int, ratio: float, align: int, name: str) -> int:
     Raises:
         UserError: nothing would be left.
     """
-    width = min(size, int(size * (1 - ratio) / align + 0.5) * align)
+    width = size if ratio == 0 else min(size, int(size * (1 - ratio) / align + 0.5) * align)
     if width > 0:
         return width
     largest = 1 - 0.5 * align / size
@@ -303,6 +303,10 @@ def _largest_ratio(groups: Sequence[ChannelGroup], align: int, components: Seque
     raise UserError(f"align {align} is larger than a width of this network.", fix="Use a smaller --align.")
 
 
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def _widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Module) -> Widths:
     """The widths of a smaller published model, checked to be reachable by removing and merging."""
     name = architecture_of(like)
@@ -323,7 +327,18 @@ def _widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Modu
                 f"heads) and {group.size} here ({group.num_heads} heads).",
                 fix="Name a model that is smaller everywhere and whose number of heads divides this one's.",
             )
-    return widths_of(tuple(target.values()))
+    widths = widths_of(tuple(target.values()))
+    here, there = (
+        {name: tensor.shape for name, tensor in m.state_dict().items()} for m in (narrow(model, widths), like)
+    )
+    if here != there:
+        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        raise UserError(
+            f"{name} has other parts than this network: {', '.join(differing[:4])} differ even at its widths.",
+            why="Widths and heads can be taken over; tokens, patch size and layer scales cannot.",
+            fix="Name a smaller model of the same kind.",
+        )
+    return widths
 
 
 def _keep(group: ChannelGroup, scores: Scores, widths: Widths, whole_heads: bool) -> Tensor:

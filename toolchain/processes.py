@@ -74,12 +74,18 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"Unknown device {name!r}.", fix="Use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"Device {name!r} is not supported.", fix="Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MissingDependencyError(
             f"Device {name!r} was asked for, but torch sees no GPU.",
             why="There is none, it has no driver, or this torch was built for CPUs only.",
             fix="Use auto or cpu, or see `upvits-deploy doctor`.",
         )
+    if name == "cuda":  # CUDA calls want to know which one
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise MissingDependencyError(f"There is no {name}: torch sees {torch.cuda.device_count()} GPUs.")
     return device
 
 

@@ -93,7 +93,7 @@ class Scores:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{folder} holds no readable scores ({error}).",
-                fix="Give the folder that `upvits-deploy score --out` wrote (scores.safetensors and score.json).",
+                fix="Give the folder that `upvits-deploy score --output` wrote (scores.safetensors and score.json).",
             ) from error
 
 
@@ -162,6 +162,8 @@ def _output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
         )
     if getattr(model, "num_classes", 0) > 0:
         return None
+    if len(outputs) < 2:
+        raise UserError("One image is not enough to score a network without a head.", fix="Give at least two.")
     return float(outputs.std(dim=0).square().mean().sqrt().clamp_min(1e-12))
 
 

@@ -173,3 +173,68 @@ def test_a_run_on_own_images_and_own_checkpoint(
     assert {**again, "stages": None} == {**report, "stages": None}
     code, _, err = run(capsys, monkeypatch, *arguments[:4], "0.25", *arguments[5:])
     assert (code, "another run" in err) == (2, True)
+
+
+@pytest.mark.parametrize("target", ["--target-macs", "--target-params"])
+def test_targets_are_searched(target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, *PLAN, target, "0.5")
+    assert code == 0
+    assert "found_ratio" in out
+
+
+def test_like_takes_a_published_shape(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("plan", "-m", "pvtv2_b1", "--weights", "random", "--image-size", "64", "--like")
+    code, out, _ = run(capsys, monkeypatch, *arguments, "pvtv2_b0")
+    assert (code, "asked: like pvt_v2_b0" in out) == (0, True)
+    code, _, err = run(capsys, monkeypatch, *arguments, "pvtv2_b2")
+    assert (code, "another depth" in err) == (2, True)
+
+
+def test_other_parts_than_the_published_shape_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(
+        capsys, monkeypatch, "plan", "-m", "deit_small_distilled_patch16_224", "--weights", "random",
+        "--image-size", "32", "--like", "deit_tiny",
+    )  # fmt: skip
+    assert code == 2
+    assert "dist_token" in err
+
+
+def test_recipes_come_from_files_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.toml").write_text('model = "pvtv2_b0"\n[plan]\nratio = 0.25\n')
+    code, out, _ = run(capsys, monkeypatch, "plan", "--recipe", str(tmp_path / "mine.toml"))
+    assert (code, "asked: ratio 0.25" in out) == (0, True)
+    (tmp_path / "recipe.toml").write_text('model = "pvtv2_b0"\n[plan]\nratio = 0.75\n')
+    code, out, _ = run(capsys, monkeypatch, "plan", "--recipe", str(tmp_path))
+    assert (code, "asked: ratio 0.75" in out) == (0, True)
+    for content, message in (("plan = 3", "Make it a table"), ("model = [", "cannot read the recipe"), ("x = 1", "x")):
+        (tmp_path / "bad.toml").write_text(content)
+        code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--recipe", str(tmp_path / "bad.toml"))
+        assert (code, message in err) == (2, True)
+
+
+def test_image_size_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    macs = {}
+    for size in ("64", "128"):
+        code, out, _ = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--image-size", size)
+        assert code == 0
+        macs[size] = float(out.partition("MACs ")[2].split(" ")[0])
+    assert 3.5 < macs["128"] / macs["64"] < 4.5
+    code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--image-size", "16")
+    assert (code, "cannot take images" in err) == (2, True)
+
+
+def test_markup_in_messages_is_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, monkeypatch, "plan", "--model", "[/x]", "--ratio", "0.5")
+    assert (code, "[/x]" in err) == (2, True)
+
+
+@pytest.mark.parametrize("option", [("--device", "meta"), ("--targets", "turing")])
+def test_devices_and_targets_are_checked_first(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", *option)
+    assert (code, option[1] in err) == (2, True)
