@@ -122,13 +122,9 @@ def resample_position_embedding(state: dict[str, Tensor], model: nn.Module) -> d
         return state
     found, wanted = state["pos_embed"].shape, model.pos_embed.shape
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    if (
-        found == wanted
-        or len(found) != 3
-        or found[2] != wanted[2]
-        or math.isqrt(found[1] - prefix) ** 2 != found[1] - prefix
-    ):
-        return state
+    patches = found[1] - prefix if len(found) == 3 else 0
+    if found == wanted or found[-1:] != wanted[-1:] or patches <= 0 or math.isqrt(patches) ** 2 != patches:
+        return state  # what is no square of patches is left to the comparison of shapes
     resampled = resample_abs_pos_embed(
         state["pos_embed"], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
     )

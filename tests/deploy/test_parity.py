@@ -59,10 +59,13 @@ def test_a_tie_is_no_flip_and_a_flip_is_one() -> None:
     tied = np.array([[1.0 + 1e-7, 1.0, 0.0]] * 4)
     parity = check_parity(reference, tied)
     assert (parity.top1_agreement, parity.flipped) == (0.0, 0)
-    # Close in value and direction, but the answer is another one.
     loose = Tolerance(relative=1e-3, cosine=0.9, agreement=100.0)
-    wide = np.array([[1.0, 1.0 - 4e-4, 0.0]] * 4) * 1.0
-    assert measure_parity(wide, wide[:, [1, 0, 2]], tolerance=loose).flipped == 0
+    near = np.array([[1.0, 1.0 - 1.5e-4, 0.0]] * 4)
+    assert measure_parity(near, near[:, [1, 0, 2]], tolerance=loose).flipped == 0
+    # Close in value and direction, but the answer is another one: within `relative`, and refused.
+    wide = np.array([[1.0, 1.0 - 4e-4, 0.0]] * 4)
+    swapped = measure_parity(wide, wide[:, [1, 0, 2]], tolerance=loose)
+    assert (swapped.max_relative < loose.relative, swapped.flipped, swapped.passed) == (True, 4, False)
     far = np.array([[1.0, 0.9, 0.0]] * 4)
     assert measure_parity(far, far[:, [1, 0, 2]], tolerance=Tolerance(0.01, 0.9, 100.0)).flipped == 4
 
