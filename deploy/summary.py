@@ -117,7 +117,7 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         f"batch {recipe.distill.batch_size}",
         "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
-        "threads": f"of CPU sessions: as many as are at least 70 % efficient, at the middle batch of {recipe.engine.batch}",
+        "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch}",
         "sessions": _read(benched.folder / "sessions.json"),
     }
 
