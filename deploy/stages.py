@@ -40,7 +40,7 @@ from deploy.runtimes import (
     read_engine,
     runtime_named,
 )
-from deploy.runtimes.cuda import compute_capability
+from deploy.runtimes.nvinfer import device_here
 from toolchain.checkpoints import weights_digest
 from toolchain.evaluate import Accuracy, evaluate
 from toolchain.models import label_names_of
@@ -113,9 +113,9 @@ def prune(job: Job, scored: Artifact) -> Artifact:
         (folder / "plan.json").write_text(plan.to_json())
         pruned = toolchain.prune(job.dense, plan)
         toolchain.save(pruned, folder / "model")
-        dense = _accuracy(job, job.dense, "dense")
+        dense = _accuracy(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
-        accuracy = {"dense": dense, "after_prune": _accuracy(job, pruned, "pruned", dense.predictions)}
+        accuracy = {"dense": dense, "after_prune": _accuracy(job, pruned, dense.predictions)}
         _write_accuracy(folder, accuracy)
 
     return _stage(job, "2-prune", job.recipe.plan.model_dump(), {**job.inputs, "scores": scored.digest}, work)
@@ -160,7 +160,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(_device(job.dense))
         reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
-        _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, "fine-tuned", reference)})
+        _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, reference)})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     return _stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
@@ -351,9 +351,7 @@ def runs_here(engine: Engine) -> bool:
     """Whether this machine has what the engine's runtime needs, and a device that the engine was built for."""
     if runtime_named(engine.runtime).missing_to_run() is not None:
         return False
-    capability = compute_capability()
-    here = f"sm{capability[0]}{capability[1]}" if capability else "none"
-    return not engine.targets or here in engine.targets
+    return not engine.targets or device_here() in engine.targets
 
 
 def _profile(job: Job) -> BatchProfile:
@@ -375,7 +373,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _accuracy(job: Job, model: nn.Module, name: str, reference: Tensor | None = None) -> Accuracy:
+def _accuracy(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:
     images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
     total = -(-len(job.source.val) // EVAL_BATCH)
     model = model.to(_device(job.dense))

@@ -155,9 +155,14 @@ def check_version(engine: Engine, version: str) -> None:
         )
 
 
-def _check_device(engine: Engine) -> None:
+def device_here() -> str:
+    """This machine's GPU as a build target, such as "sm89"; "none" without one."""
     capability = compute_capability()
-    device = f"sm{capability[0]}{capability[1]}" if capability else "none"
+    return f"sm{capability[0]}{capability[1]}" if capability else "none"
+
+
+def _check_device(engine: Engine) -> None:
+    device = device_here()
     if engine.targets and device not in engine.targets:
         raise UserError(
             f"{engine.path} was built for {', '.join(engine.targets)}",
