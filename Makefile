@@ -57,5 +57,5 @@ $(READY): pyproject.toml constraints.txt
 	@set -e; $(FIND_UV); rm -rf $(VENV); \
 	$$uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
 	$$uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --build-constraint constraints.txt \
-		--editable '.[dev,tensorrt-rtx]'
+		--editable '.[dev,tensorrt-rtx,openvino]'
 	@touch $@

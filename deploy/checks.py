@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 import toolchain
 from calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from calib_data.errors import UserError
-from deploy.recipe import Recipe
+from deploy.precision import PRECISIONS
+from deploy.precision_stage import precisions_for
+from deploy.recipe import Recipe, split_names
 from deploy.runtimes import BatchProfile, Runtime
-from deploy.stages import precisions_for, split_names
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
 from toolchain.planning import check_request
@@ -45,8 +47,16 @@ def with_names(recipe: Recipe) -> Recipe:
     weights = recipe.weights or _default_weights(model, recipe.data)
     if weights not in ("demo", "timm", "random"):
         weights = str(Path(weights).expanduser().absolute())
+    calib = recipe.precision.calib
+    precision = recipe.precision.model_copy(update={"calib": calib and _absolute_data(calib)})
     return recipe.model_copy(
-        update={"model": model, "weights": weights, "data": _absolute_data(recipe.data), "plan": plan}
+        update={
+            "model": model,
+            "weights": weights,
+            "data": _absolute_data(recipe.data),
+            "plan": plan,
+            "precision": precision,
+        }
     )
 
 
@@ -108,16 +118,33 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
             f"Batch {outside[0]} is to be timed, but engines are built for {profile.min} to {profile.max}.",
             fix="Widen --batch-profile, or time other batches with --bench-batches.",
         )
-    known = {name for runtime in runtimes for name in runtime.precisions}
-    unknown = [name for name in split_names(wanted.precision) if name not in known | {"auto"}]
-    choices = f"Choose from {', '.join(sorted(known))} or auto."
-    if unknown:
-        raise UserError(f"Unknown precision {', '.join(unknown)}.", fix=choices)
-    if not any(precisions_for(runtime, wanted.precision) for runtime in runtimes):
-        raise UserError("No chosen runtime has this precision.", fix=choices)
+    check_precision(wanted.precision, runtimes)
     strange = [target for target in wanted.targets if re.fullmatch(r"sm[1-9][0-9]{1,2}", target) is None]
     if strange:
         raise UserError(f"Unknown target {strange[0]!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
+
+
+def check_precision(spec: str, runtimes: Sequence[Runtime]) -> None:
+    """Refuse precisions that do not exist, or that no chosen runtime has.
+
+    Raises:
+        UserError: names the precision, and near names or those to choose from.
+    """
+    names = split_names(spec)
+    for name in names or [spec]:
+        if name not in (*PRECISIONS, "auto"):
+            near = difflib.get_close_matches(name.lower(), PRECISIONS, n=1, cutoff=0.4)
+            raise UserError(
+                f"Unknown precision {name!r}" + (f"; did you mean {near[0]}?" if near else "."),
+                fix=f"Choose from {', '.join(PRECISIONS)} or auto; several are separated by commas.",
+            )
+        if not any(precisions_for(runtime, name) for runtime in runtimes):
+            having = {p for runtime in runtimes for p in runtime.precisions}
+            raise UserError(
+                f"No chosen runtime has {name}.",
+                why=f"The runtimes are {', '.join(runtime.name for runtime in runtimes)}.",
+                fix=f"Choose from {', '.join(p for p in PRECISIONS if p in having)}, or another --runtime.",
+            )
 
 
 def check_forward(model: nn.Module, source: DataSource, preprocess: Preprocess) -> None:

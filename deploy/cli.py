@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from calib_data.errors import UserError
+from deploy import options as opt
 
 app = typer.Typer(
     name="upvits-deploy",
@@ -22,89 +23,6 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
-PLAN, TRAIN, ENGINE, BENCH, RUN = "What is cut", "Fine-tuning", "Engines", "Measuring", "Run"
-
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="timm name, e.g. pvtv2_b0 or deit_tiny (see `models`).")
-]
-Weights = Annotated[
-    str | None, typer.Option(help="Checkpoint file, model folder, timm (hub), random, or demo. \\[default: demo]")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(help="imagefolder:DIR, hfds/NAME, wds/PATH, torch/NAME, or demo. \\[default: demo]"),
-]
-ImageSize = Annotated[int | None, typer.Option(help="Side in pixels. \\[default: the model's]")]
-Ratio = Annotated[
-    float | None, typer.Option("--ratio", "-r", help="Share of every dimension to remove.", rich_help_panel=PLAN)
-]
-TargetMacs = Annotated[float | None, typer.Option(help="Share of the MACs to keep.", rich_help_panel=PLAN)]
-TargetParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep.", rich_help_panel=PLAN)]
-Like = Annotated[
-    str | None, typer.Option(help="Widths and heads of this smaller published model.", rich_help_panel=PLAN)
-]
-Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
-Components = Annotated[
-    str | None,
-    typer.Option(help="Some of embed, attention or heads, ffn. \\[default: embed,attention,ffn]", rich_help_panel=PLAN),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(help="Scores: fisher, kl, magnitude, random. \\[default: fisher]", rich_help_panel=PLAN),
-]
-ProxyImages = Annotated[
-    int | None, typer.Option(help="Images to score on. \\[default: 1024; 256 on the demo]", rich_help_panel=PLAN)
-]
-Epochs = Annotated[int | None, typer.Option(help="0 skips. \\[default: 3 on the demo, else 30]", rich_help_panel=TRAIN)]
-BatchSize = Annotated[int | None, typer.Option(help="\\[default: 256; 32 below 20,000 images]", rich_help_panel=TRAIN)]
-Lr = Annotated[
-    float | None,
-    typer.Option(
-        help="Peak rate at batch 256. \\[default: 1e-3; 4e-3 for few images]",
-        rich_help_panel=TRAIN,
-    ),
-]
-FeatureWeight = Annotated[
-    float | None,
-    typer.Option(help="Weight of feature distillation. \\[default: 20 for PVTv2, else 0]", rich_help_panel=TRAIN),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Reading processes. \\[default: 0; on GPUs up to 8]", rich_help_panel=TRAIN),
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. \\[default: auto]", rich_help_panel=TRAIN)]
-Runtime = Annotated[
-    str | None,
-    typer.Option(help="onnxruntime, tensorrt-rtx, ... \\[default: auto]", rich_help_panel=ENGINE),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(help="fp32, fp16. \\[default: fp32 on CPUs, else fp16]", rich_help_panel=ENGINE),
-]
-BatchProfileOption = Annotated[
-    str | None, typer.Option("--batch-profile", help="min:opt:max. \\[default: 1:8:32]", rich_help_panel=ENGINE)
-]
-Targets = Annotated[
-    str | None,
-    typer.Option(help="GPU targets, e.g. sm86,sm120. \\[default: the runtime's]", rich_help_panel=ENGINE),
-]
-Opset = Annotated[int | None, typer.Option(help="18 to 23. \\[default: 20]", rich_help_panel=ENGINE)]
-Uint8 = Annotated[
-    bool | None,
-    typer.Option("--uint8-input", help="Raw NHWC pixels as input, normalised in the graph.", rich_help_panel=ENGINE),
-]
-BenchBatches = Annotated[str | None, typer.Option(help="Batch sizes to time. \\[default: 1,8]", rich_help_panel=BENCH)]
-BenchSeconds = Annotated[
-    float | None, typer.Option(help="Seconds per batch size. \\[default: 10]", rich_help_panel=BENCH)
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Run directory. \\[default: runs/MODEL-CUT]", rich_help_panel=RUN)
-]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Values from this TOML file.", rich_help_panel=RUN)]
-Seed = Annotated[int | None, typer.Option(help="\\[default: 0]", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report.", rich_help_panel=RUN)]
-
-
 def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
     """Nested recipe values from the options that were given; a recipe file's values stand below them."""
     from deploy.recipe import read_recipe_file
@@ -113,9 +31,10 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
         "plan": ("ratio", "target_macs", "target_params", "like", "align", "components"),
         "score": ("method", "num_images"),
         "distill": ("epochs", "batch_size", "lr", "feature_weight", "workers"),
-        "engine": ("runtime", "precision", "batch", "targets"),
-        "export": ("opset", "uint8_input"),
-        "bench": ("batches", "seconds"),
+        "precision": ("calib", "calib_images", "max_drop"),
+        "engine": ("runtime", "precision", "batch", "targets", "workspace_mib", "require_fused_attention"),
+        "export": ("opset", "uint8_input", "external_data"),
+        "bench": ("batches", "seconds", "streams", "cuda_graph"),
     }
     file = options.pop("recipe")
     values: dict[str, Any] = {} if file is None else read_recipe_file(file)
@@ -136,12 +55,12 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _whole_numbers(text: str | None) -> list[int] | None:
+def _whole_numbers(text: str | None, what: str, option: str) -> list[int] | None:
     parts = _split(text)
     if parts is None:
         return None
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"Batch sizes {text!r} are not valid.", fix="Give them like --bench-batches 1,8.")
+        raise UserError(f"{what} {text!r} are not valid.", fix=f"Give them like {option} 1,8.")
     return [int(part) for part in parts]
 
 
@@ -149,45 +68,57 @@ def _stage_command(until: str) -> Callable[..., None]:
     """A command that runs the pipeline up to one stage; all of them take the same options."""
 
     def command(
-        model: Model = None,
-        weights: Weights = None,
-        data: Data = None,
-        image_size: ImageSize = None,
-        ratio: Ratio = None,
-        target_macs: TargetMacs = None,
-        target_params: TargetParams = None,
-        like: Like = None,
-        align: Align = None,
-        components: Components = None,
-        method: Method = None,
-        proxy_images: ProxyImages = None,
-        epochs: Epochs = None,
-        batch_size: BatchSize = None,
-        lr: Lr = None,
-        feature_weight: FeatureWeight = None,
-        workers: Workers = None,
-        device: Device = None,
-        runtime: Runtime = None,
-        precision: Precision = None,
-        batch_profile: BatchProfileOption = None,
-        targets: Targets = None,
-        opset: Opset = None,
-        uint8_input: Uint8 = None,
-        bench_batches: BenchBatches = None,
-        bench_seconds: BenchSeconds = None,
-        output: Output = None,
-        recipe: RecipeFile = None,
-        seed: Seed = None,
-        quiet: Quiet = False,
+        model: opt.Model = None,
+        weights: opt.Weights = None,
+        data: opt.Data = None,
+        image_size: opt.ImageSize = None,
+        ratio: opt.Ratio = None,
+        target_macs: opt.TargetMacs = None,
+        target_params: opt.TargetParams = None,
+        like: opt.Like = None,
+        align: opt.Align = None,
+        components: opt.Components = None,
+        method: opt.Method = None,
+        proxy_images: opt.ProxyImages = None,
+        epochs: opt.Epochs = None,
+        batch_size: opt.BatchSize = None,
+        lr: opt.Lr = None,
+        feature_weight: opt.FeatureWeight = None,
+        workers: opt.Workers = None,
+        device: opt.Device = None,
+        runtime: opt.Runtime = None,
+        precision: opt.Precision = None,
+        max_drop: opt.MaxDrop = None,
+        calib: opt.Calib = None,
+        calib_images: opt.CalibImages = None,
+        batch_profile: opt.BatchProfileOption = None,
+        targets: opt.Targets = None,
+        workspace: opt.Workspace = None,
+        require_fused: opt.RequireFused = None,
+        opset: opt.Opset = None,
+        uint8_input: opt.Uint8 = None,
+        external_data: opt.ExternalData = None,
+        bench_batches: opt.BenchBatches = None,
+        bench_seconds: opt.BenchSeconds = None,
+        streams: opt.Streams = None,
+        cuda_graph: opt.CudaGraph = None,
+        output: opt.Output = None,
+        recipe: opt.RecipeFile = None,
+        seed: opt.Seed = None,
+        quiet: opt.Quiet = False,
     ) -> None:
         options = {
             "model": model, "weights": weights, "data": data, "image_size": image_size, "ratio": ratio,
             "target_macs": target_macs, "target_params": target_params, "like": like, "align": align,
             "components": _split(components), "method": method, "num_images": proxy_images, "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "feature_weight": feature_weight, "workers": workers,
-            "device": device, "runtime": runtime, "precision": precision, "batch": batch_profile,
-            "targets": _split(targets), "opset": opset, "uint8_input": uint8_input,
-            "batches": _whole_numbers(bench_batches), "seconds": bench_seconds, "recipe": recipe, "seed": seed,
+            "device": device, "runtime": runtime, "precision": precision, "max_drop": max_drop, "calib": calib,
+            "calib_images": calib_images, "batch": batch_profile, "targets": _split(targets),
+            "workspace_mib": workspace, "require_fused_attention": require_fused, "opset": opset,
+            "uint8_input": uint8_input, "external_data": external_data,
+            "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
+            "streams": _whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph,
+            "recipe": recipe, "seed": seed,
         }  # fmt: skip
         _run(recipe_values(options), output, until, quiet)
 
@@ -218,30 +149,103 @@ _HELP = {
     "prune": ("prune", "Run up to the pruned network (before fine-tuning)."),
     "distill": ("distill", "Run up to the fine-tuned network."),
     "export": ("export", "Run up to the ONNX files, checked against PyTorch."),
+    "quantize": ("precision", "Run up to the graphs of every precision, and what each costs."),
     "engine": ("engine", "Run up to the engines."),
-    "bench": ("bench", "Run up to the latency measurements."),
 }
 for _name, (_until, _text) in _HELP.items():
     app.command(_name, help=_text)(_stage_command(_until))
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files, engine folders or runs, ours or not.")],
+    runtime: opt.Runtime = None,
+    batches: Annotated[str, typer.Option("--batches", "--batch", help="Batch sizes to time.")] = "1",
+    seconds: Annotated[float, typer.Option(help="Seconds per batch size.")] = 5.0,
+    streams: Annotated[str, typer.Option(help="Sessions at once, e.g. 1,4.")] = "1",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every CPU session.")] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay recorded work on GPUs.")] = False,
+    input_shape: Annotated[
+        list[str] | None, typer.Option(help="NAME=1x3x224x224, for axes that the file leaves open.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Show the report of a run, and write report.md and report.html again from report.json."""
+    """Compare the latency of any models in turns: the first is what the others are held against."""
+    from deploy.artifacts import atomic_write, disk_errors
+    from deploy.compare import compare, comparison_table
+
+    found = compare(
+        models,
+        runtimes=runtime or "auto",
+        batches=_whole_numbers(batches, "Batch sizes", "--batches") or [1],
+        seconds=seconds,
+        streams=_whole_numbers(streams, "Streams", "--streams") or [1],
+        threads=threads,
+        cuda_graph=cuda_graph,
+        input_shapes=dict(_shape(text) for text in input_shape or ()),
+        quiet=quiet,
+    )
+    if output is not None:
+        with disk_errors(output.parent, "bench"):
+            atomic_write(output, found.model_dump_json(indent=2).encode())
+    Console(quiet=quiet).print(comparison_table(found))
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, sizes = text.partition("=")
+    parts = sizes.split("x")
+    if not equals or not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"Input shape {text!r} is not valid.", fix="Give it like images=1x3x224x224.")
+    return name, tuple(int(part) for part in parts)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write a comparison (HTML, JSON beside it).")
+    ] = None,
+) -> None:
+    """Show the report of a run and write its pages again from report.json; or compare several runs."""
     from deploy.artifacts import disk_errors
     from deploy.report import load_report
     from deploy.report_views import save_report, terminal
+    from deploy.run_comparison import compare_runs, comparison_terminal, save_comparison
 
-    found = load_report(run)
+    if len(runs) > 1:
+        compared = compare_runs({str(run): load_report(run) for run in runs})
+        if output is not None:
+            with disk_errors(output.parent, "report"):
+                save_comparison(output, compared)
+        if json:
+            print(compared.model_dump_json(indent=2))
+        else:
+            Console().print(comparison_terminal(compared))
+        return
+    found = load_report(runs[0])
     if json:
         print(found.model_dump_json(indent=2))
         return
-    with disk_errors(run, "report"):
-        save_report(run, found)
+    with disk_errors(runs[0], "report"):
+        save_report(runs[0], found)
     Console().print(terminal(found))
+
+
+@app.command()
+def package(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to make. \\[default: RUN-package]")
+    ] = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Make a folder that runs without this tool: model, engines, examples, model card, Triton repository."""
+    from deploy.package import package as make
+
+    folder = make(run, output, quiet=quiet)
+    Console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -88,12 +88,11 @@ _PACKAGES = (
         "import tensorrt",
         "pip install 'upvits-deploy[tensorrt]' (downloads from NVIDIA's own index, which closed networks refuse)",
     ),
-    _Package("openvino", "OpenVINO runtime (not used by this version)", "import openvino", "pip install openvino"),
     _Package(
-        "nvidia-modelopt",
-        "fp8 and AutoCast (not used by this version)",
-        "import modelopt.onnx",
-        "pip install 'upvits-deploy[modelopt]', best in an environment of its own: it holds onnx and onnxruntime back",
+        "openvino",
+        "engines for CPUs and Intel GPUs",
+        "import openvino",
+        "pip install 'upvits-deploy[openvino]'",
     ),
     _Package(
         "mmdet",

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from deploy.gpu_monitor import Gpu, nvidia_driver
+
 _LIBRARIES = (
     "torch",
     "torchvision",
@@ -24,18 +26,10 @@ _LIBRARIES = (
     "onnxruntime",
     "tensorrt",
     "tensorrt-rtx",
-    "nvidia-modelopt",
+    "openvino",
     "mmdet",
 )
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One NVIDIA GPU as its driver describes it; memory in GiB."""
-
-    name: str
-    memory_gib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +62,7 @@ class Environment:
 
 def environment() -> Environment:
     """Read what this machine and this process are, now."""
-    driver, gpus = _nvidia()
+    driver, gpus = nvidia_driver()
     return Environment(
         version=_version("upvits-deploy") or "not installed",
         python=platform.python_version(),
@@ -122,27 +116,3 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _nvidia() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Driver version and GPUs; nothing without the library or a driver."""
-    try:
-        import pynvml
-    except ImportError:
-        return None, ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None, ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = tuple(
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(handle),
-                memory_gib=round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
-            )
-            for handle in handles
-        )
-        return pynvml.nvmlSystemGetDriverVersion(), gpus
-    finally:
-        pynvml.nvmlShutdown()

@@ -1,4 +1,4 @@
-"""ONNX files and surgery on their graphs: names, preprocessing inside the graph, rewrites that runtimes like.
+"""Surgery on ONNX graphs: names, preprocessing inside the graph, rewrites that runtimes like.
 
 The functions on graphs change the `onnx_graphsurgeon.Graph` it is given. They match only what they
 fully understand and leave everything else as it was.
@@ -6,46 +6,18 @@ fully understand and leave everything else as it was.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import uses_external_data
 
-from calib_data.errors import UserError
+from deploy.onnx_files import load_model as load_model
+from deploy.onnx_files import save_model as save_model
 
 PREPROCESS = "preprocess_"  # start of the names of nodes that turn uint8 pixels into the model's input
 
 _UNARY = frozenset({"Gelu", "Relu", "Sigmoid", "Tanh", "HardSwish", "Identity"})
 _CHANNELS_LAST_TO_FIRST = [0, 2, 1]
-
-
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        UserError: it cannot be read, is damaged or no ONNX model, or keeps its weights in other files.
-    """
-    again = "Export the model again with `upvits-deploy export`."
-    try:
-        model = onnx.load_model_from_string(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}", why=f"The system says: {error.strerror}.") from error
-    except DecodeError as error:
-        raise UserError(
-            f"{path} is not an ONNX model", why="It is cut off, damaged or another format.", fix=again
-        ) from error
-    if not model.graph.node or not model.opset_import:
-        raise UserError(f"{path} is not an ONNX model", why="It holds no graph.", fix=again)
-    if any(uses_external_data(tensor) for tensor in model.graph.initializer):
-        raise UserError(
-            f"{path} keeps its weights in other files",
-            why="Models with external data are not supported yet.",
-            fix="Save it as a single file (onnx.save_model with save_as_external_data=False).",
-        )
-    return model
 
 
 def rename_outputs(graph: gs.Graph, names: Sequence[str]) -> None:

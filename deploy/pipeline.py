@@ -11,20 +11,21 @@ from torch import nn
 import toolchain
 from calib_data import Preprocess, open_source
 from calib_data.errors import UserError
-from deploy import stages
+from deploy import engine_stages, stages
 from deploy.artifacts import disk_errors
 from deploy.checks import check_classes, check_engine_request, check_forward, like_model, warn_of_skipped, with_names
+from deploy.job import Job
+from deploy.precision_stage import precisions
 from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
 from deploy.report import Report
 from deploy.report_views import save_report
 from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
-from deploy.stages import Job
 from deploy.summary import Artifacts, summarise
 from toolchain.checkpoints import weights_digest
 from toolchain.processes import pick_device
 
-STAGES = ("score", "prune", "distill", "export", "engine", "bench", "report")
+STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench", "report")
 
 
 def build(
@@ -96,10 +97,13 @@ def run_stages(job: Job, until: str) -> Artifacts:
     exported = stages.export(job, pruned, tuned)
     if until == "export":
         return Artifacts(scored, pruned, tuned, exported)
-    engines = stages.engines(job, exported)
+    graphs = precisions(job, exported)
+    if until == "precision":
+        return Artifacts(scored, pruned, tuned, exported, graphs)
+    engines = tuple(engine_stages.engines(job, exported, graphs))
     if until == "engine":
-        return Artifacts(scored, pruned, tuned, exported, tuple(engines))
-    return Artifacts(scored, pruned, tuned, exported, tuple(engines), stages.bench(job, engines))
+        return Artifacts(scored, pruned, tuned, exported, graphs, engines)
+    return Artifacts(scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines))
 
 
 def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
@@ -113,6 +117,8 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe, runtimes.runtimes)
     source = open_source(recipe.data, quiet=quiet)
+    calib = recipe.precision.calib
+    calibration = source if calib is None else open_source(calib, quiet=quiet)
     if source.skipped and not quiet:
         warn_of_skipped(source)
     classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
@@ -134,6 +140,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
         like=like,
         dense_digest=weights_digest(dense),
         source=source,
+        calibration=calibration,
         preprocess=preprocess,
         runtimes=runtimes,
         quiet=quiet,

@@ -67,11 +67,25 @@ class DistillRecipe(_Part):
 
 
 class ExportRecipe(_Part):
-    """How the ONNX files are written."""
+    """How the ONNX files are written, and on how many validation images graphs and engines are judged."""
 
     opset: int = Field(20, ge=18, le=23)
     uint8_input: bool = False
+    external_data: bool = False
     parity_images: int = Field(64, ge=1)
+    accuracy_images: int = Field(1000, ge=1)
+
+
+class PrecisionRecipe(_Part):
+    """What quantization is calibrated on, and what a precision may cost.
+
+    `calib` is a data spec (None: the training images of `data`), `max_drop` the largest loss of top-1 against fp32 in
+    points (of agreement with it where there are no labels).
+    """
+
+    calib: str | None = None
+    calib_images: int = Field(256, ge=1)
+    max_drop: float = Field(0.5, ge=0)
 
 
 class EngineRecipe(_Part):
@@ -82,15 +96,18 @@ class EngineRecipe(_Part):
     batch: str = "1:8:32"
     targets: tuple[str, ...] = ()
     workspace_mib: int | None = Field(None, ge=1)
+    require_fused_attention: bool = False
 
 
 class BenchRecipe(_Part):
-    """How latency is measured; `seconds` is the time per batch size for dense and pruned together."""
+    """How latency is measured; `seconds` is the time per batch size for each pair of dense and pruned engines."""
 
     batches: tuple[int, ...] = (1, 8)
     seconds: float = Field(10.0, gt=0)
     warmup: int = Field(5, ge=1)
     rounds: int = Field(20, ge=2)
+    streams: tuple[int, ...] = (1,)
+    cuda_graph: bool = False
 
 
 class Recipe(_Part):
@@ -106,6 +123,7 @@ class Recipe(_Part):
     plan: PlanRecipe = PlanRecipe()
     distill: DistillRecipe = DistillRecipe()
     export: ExportRecipe = ExportRecipe()
+    precision: PrecisionRecipe = PrecisionRecipe()
     engine: EngineRecipe = EngineRecipe()
     bench: BenchRecipe = BenchRecipe()
 
@@ -174,6 +192,11 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.
         update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
     )
     return recipe.model_copy(update={"distill": distill, "score": score})
+
+
+def split_names(spec: str) -> list[str]:
+    """Names in a list separated by commas."""
+    return [name.strip() for name in spec.split(",") if name.strip()]
 
 
 def distill_settings(recipe: Recipe) -> DistillSettings:

@@ -6,8 +6,7 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,11 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import UserError
 from deploy.artifacts import StageRecord
-from deploy.bench import LatencyReport, LatencyStats
 from deploy.runtimes.interface import Engine
 
 REPORT = "report.json"
-_GPU_RUNTIMES = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class _Document(BaseModel):
@@ -33,25 +30,92 @@ class _OpenDocument(_Document):
 
 
 class Latency(_Document):
-    """One timed model at one batch size, in ms per batch.
+    """One timed model at one batch size, in ms per batch, host to host.
 
     `cv` is standard deviation over mean, `n` the number of calls, `threads` what the CPU session ran with.
+    `quantiles` are the 0th to 100th percentile in steps of 2 (51 values), enough to draw the distribution. `h2d`,
+    `compute`, `d2h` and `enqueue` are medians of the parts where there is a device. `unstable`: cv above 2.5 %.
+    `joules_per_image` is measured by NVML.
     """
 
     min: float
     median: float
     mean: float
     p90: float
+    p95: float
     p99: float
     cv: float
     images_per_s: float
     n: int
+    unstable: bool
+    quantiles: list[float] = []
     threads: int | None = None
+    h2d: float | None = None
+    compute: float | None = None
+    d2h: float | None = None
+    enqueue: float | None = None
+    joules_per_image: float | None = None
 
 
 # runtime -> precision -> "b<batch>" -> value
 Latencies: TypeAlias = dict[str, dict[str, dict[str, Latency]]]
 Speedups: TypeAlias = dict[str, dict[str, dict[str, float]]]
+
+
+class Throughput(_Document):
+    """Images per second of several sessions that run at the same time."""
+
+    model: Literal["dense", "pruned"]
+    runtime: str
+    precision: str
+    batch: int
+    streams: int
+    images_per_s: float
+
+
+class Best(_Document):
+    """What to deploy on a runtime: the fastest precision of the pruned model within the allowed loss of accuracy.
+
+    `speedup` is against the dense model in fp32 (in the widest precision measured, where there is no fp32), measured
+    in the same rounds. `passed_over` says for every other precision why it was not chosen.
+    """
+
+    runtime: str
+    precision: str
+    batch: int
+    dense_precision: str
+    dense_ms: float
+    pruned_ms: float
+    speedup: float
+    low: float
+    high: float
+    passed_over: dict[str, str] = {}
+
+
+class Layer(_Document):
+    """One layer and its time in both models, in ms per batch; None where a model has no such layer."""
+
+    name: str
+    op: str
+    dense_ms: float | None
+    pruned_ms: float | None
+
+
+class LayerTimes(_Document):
+    """Per-layer times in one runtime and precision, in order of execution, by the runtime's profiler."""
+
+    runtime: str
+    precision: str
+    batch: int
+    layers: list[Layer]
+
+
+class Finding(_Document):
+    """Why latency fell less than the MACs did: what was seen, and the setting that would change it."""
+
+    cause: str
+    evidence: str
+    advice: str
 
 
 class Bench(_Document):
@@ -66,6 +130,11 @@ class Bench(_Document):
     speedup: Speedups = {}
     speedup_low: Speedups = {}
     speedup_high: Speedups = {}
+    throughput: list[Throughput] = []
+    best: list[Best] = []
+    layer_times: list[LayerTimes] = []
+    findings: list[Finding] = []
+    gpu: dict[str, Any] = {}
 
 
 class ModelFigures(_Document):
@@ -113,6 +182,46 @@ class Parity(_OpenDocument):
     passed: bool
 
 
+class BuiltFigures(_Document):
+    """What the runtime made of the graph; see `deploy.runtimes.interface.Built`."""
+
+    source: str
+    layers: int
+    by_precision: dict[str, int]
+    gemms: dict[str, int]
+    planned: dict[str, int]
+    attention_blocks: int
+    attention_fused: int | None
+    casts: int
+    reformats: int
+    memory_bytes: int | None
+
+
+class AccuracyFigures(_Document):
+    """A model in one precision, on real images. Percent, and dB of the logits against the same model in PyTorch fp32.
+
+    `measured_on` says what ran: the engine itself, or its graph on ONNX Runtime's CPU provider. `drop` is the loss of
+    top-1 against the same model in PyTorch fp32, in points (of agreement with it where there are no labels).
+    `worst_layer` is the quantized layer with the largest error of its own, `worst_layer_sqnr_db` that error.
+    `quantized` layers run in int8 or fp8; `kept` ones were put back to `rest` by the search for `--max-drop`.
+    """
+
+    model: Literal["dense", "pruned"]
+    runtime: str
+    precision: str
+    images: int
+    top1: float | None
+    agreement: float
+    drop: float
+    sqnr_db: float
+    measured_on: str
+    rest: str | None = None
+    quantized: int | None = None
+    kept: list[str] = []
+    worst_layer: str | None = None
+    worst_layer_sqnr_db: float | None = None
+
+
 class EngineFigures(_OpenDocument):
     """One built engine; `path` is relative to the run directory."""
 
@@ -123,12 +232,13 @@ class EngineFigures(_OpenDocument):
     path: str
     bytes: int
     seconds: float
+    built: BuiltFigures | None = None
 
 
 class Report(_Document):
     """The whole result of a run. `ratio` is None where the widths came from a target or a smaller model."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     model: str
     ratio: float | None
     data: str
@@ -140,46 +250,18 @@ class Report(_Document):
     speedup_high: Speedups = {}
     parity: list[Parity] = []
     engines: list[EngineFigures] = []
+    accuracy: list[AccuracyFigures] = []
+    throughput: list[Throughput] = []
+    best: list[Best] = []
+    layer_times: list[LayerTimes] = []
+    findings: list[Finding] = []
+    gpu: dict[str, Any] = {}
     stages: list[StageRecord] = []
     plan: PlanFigures | None = None
     measurement: dict[str, Any] = {}
     environment: dict[str, Any] = {}
+    reproduce: list[str] = []
     notes: list[str] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Dense against pruned in one runtime, precision and batch size; `low` to `high` is the speed-up's range."""
-
-    runtime: str
-    precision: str
-    batch: int
-    dense: Latency
-    pruned: Latency
-    speedup: float
-    low: float | None
-    high: float | None
-
-
-def bench_figures(reports: Mapping[tuple[str, str], LatencyReport]) -> Bench:
-    """Arrange measurements for the report.
-
-    Args:
-        reports: by runtime and precision; each measured the sessions `dense` (the reference) and `pruned` in turns.
-    """
-    figures = Bench()
-    for (runtime, precision), report in reports.items():
-        for name, tree in (("dense", figures.dense), ("pruned", figures.pruned)):
-            threads = report.sessions[name].get("intra_op_threads")
-            tree.setdefault(runtime, {})[precision] = {
-                f"b{batch}": _latency(value, None if threads is None else int(threads))
-                for batch, value in report.stats[name].items()
-            }
-        for name, table in (("median", figures.speedup), ("low", figures.speedup_low), ("high", figures.speedup_high)):
-            table.setdefault(runtime, {})[precision] = {
-                f"b{batch}": round(getattr(value, name), 3) for batch, value in report.speedup["pruned"].items()
-            }
-    return figures
 
 
 def engine_figures(model: Literal["dense", "pruned"], engine: Engine, run_dir: Path) -> EngineFigures:
@@ -192,71 +274,8 @@ def engine_figures(model: Literal["dense", "pruned"], engine: Engine, run_dir: P
         path=engine.path.relative_to(run_dir).as_posix(),
         bytes=engine.bytes,
         seconds=engine.seconds,
+        built=None if engine.built is None else BuiltFigures(**asdict(engine.built)),
     )
-
-
-def comparisons(report: Report) -> list[Comparison]:
-    """Return every pair of measurements, in the report's order of runtimes and precisions, small batches first."""
-    found = []
-    for runtime, by_precision in report.speedup.items():
-        for precision, by_batch in by_precision.items():
-            for name in sorted(by_batch, key=lambda name: int(name.removeprefix("b"))):
-                found.append(
-                    Comparison(
-                        runtime=runtime,
-                        precision=precision,
-                        batch=int(name.removeprefix("b")),
-                        dense=report.dense.latency_ms[runtime][precision][name],
-                        pruned=report.pruned.latency_ms[runtime][precision][name],
-                        speedup=by_batch[name],
-                        low=report.speedup_low.get(runtime, {}).get(precision, {}).get(name),
-                        high=report.speedup_high.get(runtime, {}).get(precision, {}).get(name),
-                    )
-                )
-    return found
-
-
-def headline(report: Report) -> Comparison | None:
-    """Return the comparison to judge by: at the largest batch, where the pruned model is fastest."""
-    found = comparisons(report)
-    largest = max((c.batch for c in found), default=0)
-    return min((c for c in found if c.batch == largest), key=lambda c: c.pruned.median, default=None)
-
-
-def verdict(report: Report) -> str:
-    """Say the result in one sentence: speed, accuracy, size, and the device it holds for."""
-    parts = [*_speed_part(headline(report)), *_accuracy_part(report)]
-    fewer = 100 * (1 - report.pruned.params / report.dense.params)
-    parts.append(f"{fewer:.0f} % fewer parameters")
-    device = device_of(report)
-    return ", ".join(parts) + (f", measured on {device}." if device else ".")
-
-
-def device_of(report: Report) -> str:
-    """Name what the headline was measured on: the GPU of a GPU runtime, otherwise the processor."""
-    best = headline(report)
-    gpus = report.environment.get("gpus")
-    if best is not None and best.runtime in _GPU_RUNTIMES and gpus:
-        return str(gpus[0]["name"])
-    return str(report.environment.get("cpu", ""))
-
-
-def shortfall(report: Report) -> str | None:
-    """Say so when latency fell far less than the MACs did (less than half of the way), and what that points to."""
-    macs_gain = report.dense.macs / report.pruned.macs
-    short = [c for c in comparisons(report) if c.speedup < 1 + (macs_gain - 1) / 2]
-    if macs_gain <= 1 or not short:
-        return None
-    where = "; ".join(f"{c.speedup:.2f}x on {c.runtime} {c.precision} at batch {c.batch}" for c in short)
-    text = (
-        f"MACs fell {macs_gain:.1f}x, latency much less: {where}. MACs count only matrix products and convolutions. "
-        "Reading and writing activations, normalisation and softmax shrink with the width instead of its square, and "
-        "the cost of starting each layer does not shrink at all."
-    )
-    small, large = min(short, key=lambda c: c.batch), max(comparisons(report), key=lambda c: c.batch)
-    if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
-        text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
-    return text
 
 
 def load_report(run_dir: Path) -> Report:
@@ -281,40 +300,3 @@ def load_report(run_dir: Path) -> Report:
             why="It is damaged or was written by another version.",
             fix="Run `upvits-deploy build` with this folder as --output to write it again.",
         ) from error
-
-
-def _latency(stats: LatencyStats, threads: int | None) -> Latency:
-    return Latency(
-        min=stats.min,
-        median=stats.median,
-        mean=stats.mean,
-        p90=stats.p90,
-        p99=stats.p99,
-        cv=stats.cv,
-        images_per_s=stats.images_per_second,
-        n=stats.iterations,
-        threads=threads,
-    )
-
-
-def _speed_part(best: Comparison | None) -> list[str]:
-    if best is None:
-        return ["Latency was not measured"]
-    where = f"on {best.runtime} {best.precision} at batch {best.batch}"
-    if best.speedup >= 1:
-        return [f"{best.speedup:.2f}x faster {where}"]
-    return [f"Not faster: {best.speedup:.2f}x the dense speed {where}"]
-
-
-def _accuracy_part(report: Report) -> list[str]:
-    dense, pruned = report.dense.top1, report.pruned.top1
-    if dense is not None and pruned is not None:
-        change = pruned - dense
-        if abs(change) < 0.005:
-            return [f"top-1 unchanged ({pruned:.2f} %)"]
-        return [
-            f"{abs(change):.2f} points of top-1 {'lost' if change < 0 else 'gained'} ({dense:.2f} to {pruned:.2f} %)"
-        ]
-    if report.pruned.agreement is not None:
-        return [f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images"]
-    return ["accuracy not measured"]

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.artifacts import Artifact
-from deploy.report import Bench, ModelFigures, Parity, PlanFigures, PrunedFigures, Report, Width, engine_figures
+from deploy.artifacts import Artifact, package_versions
+from deploy.engine_stages import engine_of, runs_here
+from deploy.job import MODELS, Job, read_json
+from deploy.measurements import Pair
+from deploy.precision_stage import graph_name, left_out
+from deploy.report import (
+    AccuracyFigures,
+    Bench,
+    ModelFigures,
+    Parity,
+    PlanFigures,
+    PrunedFigures,
+    Report,
+    Width,
+    engine_figures,
+)
 from deploy.runtimes import runtime_named
-from deploy.stages import MODELS, Job, engine_of, runs_here
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
 
@@ -24,13 +35,14 @@ class Artifacts:
     pruned: Artifact | None = None
     tuned: Artifact | None = None
     exported: Artifact | None = None
+    graphs: Mapping[str, Artifact] = field(default_factory=dict)
     engines: tuple[Artifact, ...] = ()
     benched: Artifact | None = None
 
     @property
     def all(self) -> list[Artifact]:
         """In the order of the stages."""
-        found = (self.scored, self.pruned, self.tuned, self.exported, *self.engines, self.benched)
+        found = (self.scored, self.pruned, self.tuned, self.exported, *self.graphs.values(), *self.engines, self.benched)
         return [artifact for artifact in found if artifact is not None]
 
 
@@ -43,8 +55,8 @@ def summarise(job: Job, done: Artifacts) -> Report:
     assert done.tuned is not None
     assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
-    before = _read(done.pruned.folder / "accuracy.json")
-    after = _read(done.tuned.folder / "accuracy.json")["after_distill"]
+    before = read_json(done.pruned.folder / "accuracy.json")
+    after = read_json(done.tuned.folder / "accuracy.json")["after_distill"]
     latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
     return Report(
         model=job.recipe.model,
@@ -66,20 +78,22 @@ def summarise(job: Job, done: Artifacts) -> Report:
         speedup_low=latency.speedup_low,
         speedup_high=latency.speedup_high,
         parity=_parities(done),
+        accuracy=_accuracies(done),
+        throughput=latency.throughput,
+        best=latency.best,
+        layer_times=latency.layer_times,
+        findings=latency.findings,
+        gpu=latency.gpu,
         engines=[engine_figures(name, engine_of(a, name), job.folder) for a in done.engines for name in MODELS],
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan),
         measurement=_measurement(
             job, Scores.load(done.scored.folder), done.benched, after["top1"] is not None, after["images"]
         ),
-        environment=_environment(_read(done.benched.folder / "environment.json")),
-        notes=[*_skipped_images(job), *_left_out(job, done.engines)],
+        environment=_environment(read_json(done.benched.folder / "environment.json")),
+        reproduce=_reproduce(job),
+        notes=[*_skipped_images(job), *left_out(job, done.graphs), *_left_out(job, done.engines)],
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
 
 
 def _parities(done: Artifacts) -> list[Parity]:
@@ -88,7 +102,48 @@ def _parities(done: Artifacts) -> list[Parity]:
         Parity(model=name, **{key: values[key] for key in _PARITY_KEYS})
         for folder in folders
         if folder is not None
-        for name, values in _read(folder / "parity.json").items()
+        for name, values in read_json(folder / "parity.json").items()
+    ]
+
+
+def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
+    """Accuracy of every engine: its own where it runs here, otherwise that of the graph that it was built from."""
+    assert done.benched is not None
+    measured = read_json(done.benched.folder / "accuracy.json")
+    records = {name: read_json(artifact.folder / "precision.json") for name, artifact in done.graphs.items()}
+    found = []
+    for artifact in done.engines:
+        engine = engine_of(artifact, "pruned")
+        pair = Pair(engine.runtime, engine.precision)
+        by_model = records.get(graph_name(runtime_named(pair.runtime), pair.precision), {})
+        for model in MODELS:
+            record = by_model.get(model, {})
+            own = measured.get(pair.session(model))
+            if own is None and "accuracy" not in record:
+                continue
+            found.append(
+                AccuracyFigures(
+                    model=model,
+                    runtime=pair.runtime,
+                    precision=pair.precision,
+                    measured_on="the engine" if own is not None else "its graph on ONNX Runtime (CPU)",
+                    rest=record.get("rest"),
+                    quantized=len(record["quantized"]) if "quantized" in record else None,
+                    kept=record.get("kept", []),
+                    worst_layer=record.get("worst_layer"),
+                    worst_layer_sqnr_db=record.get("worst_layer_sqnr_db"),
+                    **(own or record["accuracy"]),
+                )
+            )
+    return found
+
+
+def _reproduce(job: Job) -> list[str]:
+    """Commands that give this result again."""
+    version = package_versions().get("upvits-deploy", "")
+    return [
+        f"pip install upvits-deploy=={version}" if version else "pip install upvits-deploy",
+        f"upvits-deploy build --recipe {job.folder.name}/recipe.toml --output {job.folder.name}-again",
     ]
 
 
@@ -115,10 +170,13 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         "scores": f"{score.method} on {score.num_images} training images" if score.num_images else score.method,
         "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
         f"batch {recipe.distill.batch_size}",
-        "latency": f"dense and pruned in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
-        f"about {recipe.bench.seconds:g} s per batch size; wall time with inputs and outputs on the host",
+        "latency": f"all engines in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
+        f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, inputs and outputs on the host",
+        "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against fp32, at most "
+        f"{recipe.precision.max_drop:g} points may be lost; quantization calibrated on "
+        f"{recipe.precision.calib_images} images of {recipe.precision.calib or 'the training data'}",
         "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch}",
-        "sessions": _read(benched.folder / "sessions.json"),
+        "sessions": read_json(benched.folder / "sessions.json"),
     }
 
 

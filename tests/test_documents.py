@@ -13,7 +13,10 @@ from deploy.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
-VERBS = {"build", "score", "plan", "prune", "distill", "export", "engine", "bench", "report", "models", "doctor"}
+VERBS = {
+    "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
+    "models", "doctor",
+}  # fmt: skip
 
 
 def text_of(document: str) -> str:

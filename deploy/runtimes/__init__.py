@@ -7,9 +7,23 @@ import difflib
 from dataclasses import dataclass
 
 from calib_data.errors import MissingDependencyError, UserError
+from deploy.runtimes import onnxruntime_
 from deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
-from deploy.runtimes.interface import Arrays, BatchProfile, BuildOptions, Engine, Missing, Runtime, Session
-from deploy.runtimes.onnxruntime_ import CPU, CUDA, open_onnx
+from deploy.runtimes.interface import (
+    Arrays,
+    BatchProfile,
+    BuildOptions,
+    Built,
+    CallTimes,
+    Engine,
+    LayerTime,
+    Missing,
+    RunOptions,
+    Runtime,
+    Session,
+)
+from deploy.runtimes.onnxruntime_ import open_model, open_onnx
+from deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU
 from deploy.runtimes.tensorrt import TENSORRT
 from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
@@ -19,19 +33,34 @@ __all__ = [
     "Arrays",
     "BatchProfile",
     "BuildOptions",
+    "Built",
+    "CallTimes",
     "Engine",
+    "LayerTime",
     "LeftOut",
     "Missing",
+    "RunOptions",
     "Runtime",
     "RuntimeChoice",
     "Session",
+    "open_model",
     "open_onnx",
     "read_engine",
     "resolve_runtimes",
     "runtime_named",
 ]
 
-RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (CPU, CUDA, TENSORRT_RTX, TENSORRT)}
+_ALL: tuple[Runtime, ...] = (
+    onnxruntime_.CPU,
+    OPENVINO,
+    OPENVINO_GPU,
+    onnxruntime_.CUDA,
+    onnxruntime_.TENSORRT,
+    onnxruntime_.TENSORRT_RTX,
+    TENSORRT_RTX,
+    TENSORRT,
+)
+RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in _ALL}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ from typing import Literal
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from calib_data.errors import BuildError, MissingDependencyError, UserError
+from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
 from deploy.graph import load_model
-from deploy.runtimes.interface import BatchProfile, BuildOptions, Engine, Missing, Runtime
+from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
 
 BUILD_RECORD = "build.json"
+_FORMAT_VERSIONS = (1, 2)  # 2 added `built`
+_NARROW = ("fp16", "bf16", "int8", "fp8")
 _REBUILD = "Build it again with `upvits-deploy engine`."
 
 
@@ -25,7 +27,7 @@ class _BuildRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     runtime: str
     precision: str
     targets: tuple[str, ...]
@@ -38,6 +40,7 @@ class _BuildRecord(BaseModel):
     onnx_sha256: str
     batch: BatchProfile
     settings: dict[str, bool | int | str]
+    built: Built | None = None
 
 
 def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: BuildOptions) -> ModelProto:
@@ -71,6 +74,36 @@ def require(missing: Missing | None, what: str) -> None:
         raise MissingDependencyError(what, why=missing.why, fix=missing.fix)
 
 
+def check_built(built: Built | None, options: BuildOptions, runtime_name: str) -> None:
+    """Refuse an engine that is less than what its graph asks for. What cannot be read passes.
+
+    Raises:
+        GateError: fewer matrix products and convolutions run in int8, fp8 or half precision than planned, or an
+            attention block is not fused although `options.require_fused_attention`.
+    """
+    if built is None:
+        return
+    removed = built.gemms.get("removed", 0)
+    for precision in _NARROW:
+        planned, found = built.planned.get(precision, 0), built.gemms.get(precision, 0)
+        if found + removed < planned:
+            others = ", ".join(f"{count} in {name}" for name, count in built.gemms.items() if name != precision)
+            raise GateError(
+                f"{runtime_name} built {found} of {planned} {precision} layers",
+                why=f"Of the graph's matrix products and convolutions, {others or 'none'} are in the engine instead "
+                f"({built.source}).",
+                fix=f"Use a precision that {runtime_name} follows for this model, or another runtime.",
+            )
+    fused = built.attention_fused
+    if options.require_fused_attention and fused is not None and fused < built.attention_blocks:
+        raise GateError(
+            f"{runtime_name} fused {fused} of {built.attention_blocks} attention blocks",
+            why=f"The others run as separate matrix products and softmax, which is slower ({built.source}).",
+            fix="Fused kernels need head_dim to be a multiple of 8 in 16..256 (--align 8) and half precision around "
+            "the softmax (--precision fp16 or int8).",
+        )
+
+
 def save_engine(
     runtime: Runtime,
     folder: Path,
@@ -84,6 +117,7 @@ def save_engine(
     library_version: str,
     onnx_path: Path,
     settings: Mapping[str, str | int | bool],
+    built: Built | None = None,
 ) -> Engine:
     """Write the engine file, then `build.json`; each appears whole or not at all.
 
@@ -103,6 +137,7 @@ def save_engine(
         onnx_sha256=file_digest(onnx_path),
         batch=options.batch,
         settings=dict(settings),
+        built=built,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +166,9 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
         raise UserError(f"{folder} is not an engine folder", why=why, fix=_REBUILD) from error
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format_version",):
+            why = f"It has format {first['input']!r}; this version reads {' and '.join(map(str, _FORMAT_VERSIONS))}."
+            raise UserError(f"{path} was written by another version of this tool", why=why, fix=_REBUILD) from error
         why = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}."
         raise UserError(f"{path} is damaged", why=why, fix=_REBUILD) from error
     if runtime is not None and record.runtime != runtime:
@@ -183,4 +221,5 @@ def _engine(record: _BuildRecord, folder: Path) -> Engine:
         onnx_sha256=record.onnx_sha256,
         batch=record.batch,
         settings=record.settings,
+        built=record.built,
     )

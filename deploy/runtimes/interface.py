@@ -14,6 +14,7 @@ import numpy as np
 from calib_data.errors import UserError
 
 Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,101 @@ class BuildOptions:
     """How to build an engine.
 
     Attributes:
-        precision: "fp32" or "fp16".
+        precision: what the graph was converted to: "fp32", "fp16", "bf16", "int8" or "fp8". Runtimes build the graph
+            as it is (see `deploy/precision`); the name says what to expect of the engine.
         batch: batch sizes; runtimes without profiles accept every batch.
         targets: devices to build for, such as ("sm86", "sm89"); empty is the runtime's default.
         workspace_mib: most scratch memory an engine may use, in MiB; None leaves it to the runtime.
+        timing_cache: file that keeps the builder's timings between builds, where the library has such a cache.
+        require_fused_attention: refuse an engine in which an attention block is not one fused kernel.
     """
 
     precision: str = "fp32"
     batch: BatchProfile = field(default_factory=BatchProfile)
     targets: tuple[str, ...] = ()
     workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    require_fused_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run an engine.
+
+    Attributes:
+        threads: threads inside operators on CPUs; None takes what the engine was tuned to.
+        cuda_graph: record the work of a call once and replay it, on GPUs; cuts the host's share of small batches.
+    """
+
+    threads: int | None = None
+    cuda_graph: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a runtime really made of a graph.
+
+    Attributes:
+        source: where this was read, for example "engine inspector" or "compiled graph in the plan".
+        layers: kernels or layers that run.
+        by_precision: layers by the precision that they compute in ("fp32", "fp16", "bf16", "int8", "fp8", "other").
+        gemms: matrix products and convolutions with constant weights, by precision.
+        planned: the same as the ONNX graph asks for it.
+        attention_blocks: attention blocks of the ONNX graph.
+        attention_fused: how many of them are one fused kernel; None where the runtime does not tell.
+        casts: layers that only change the type of a tensor.
+        reformats: layers that only move or reorder a tensor.
+        memory_bytes: scratch memory for activations at the largest batch; None where the runtime does not tell.
+    """
+
+    source: str
+    layers: int
+    by_precision: Mapping[str, int]
+    gemms: Mapping[str, int]
+    planned: Mapping[str, int]
+    attention_blocks: int
+    attention_fused: int | None
+    casts: int
+    reformats: int
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CallTimes:
+    """Times of calls in seconds, float64 [N] each.
+
+    Attributes:
+        total: host to host: input copied to the device, computed, output copied back; on CPUs the call itself.
+        h2d: input to the device; None where there is no device or the runtime does not tell.
+        compute: on the device.
+        d2h: output from the device.
+        enqueue: host time to submit the work.
+    """
+
+    total: Floats
+    h2d: Floats | None = None
+    compute: Floats | None = None
+    d2h: Floats | None = None
+    enqueue: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One layer of a session, as its runtime's profiler sees it.
+
+    Attributes:
+        name: names of the ONNX nodes in it, as far as the runtime tells.
+        op: kind of layer, for example "MatMul", "LayerNormalization", "attention", "reformat".
+        ms: median over calls, in milliseconds.
+        precision: what it computes in.
+        bytes: activations and weights that it reads and writes; None where the runtime does not tell.
+    """
+
+    name: str
+    op: str
+    ms: float
+    precision: str = "other"
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +153,9 @@ class Engine:
         bytes: its size.
         seconds: wall time of the build.
         library_version: version of the runtime's library that built it (engines of TensorRT open with no other).
-        onnx_sha256: digest of the ONNX file that it was built from, before any change of precision.
+        onnx_sha256: digest of the ONNX file that it was built from.
         settings: runtime-specific facts, such as {"tf32": False}.
+        built: what the runtime made of the graph; None where it cannot be read.
     """
 
     runtime: str
@@ -83,11 +170,15 @@ class Engine:
     onnx_sha256: str
     batch: BatchProfile
     settings: Mapping[str, str | int | bool]
+    built: Built | None = None
 
     @property
     def folder(self) -> Path:
         """The engine folder, which holds `build.json` too."""
         return self.path.parent
+
+
+DEFAULT_RUN = RunOptions()
 
 
 class Session(Protocol):
@@ -106,6 +197,14 @@ class Session(Protocol):
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """Outputs by name for inputs by name; arrays on the host."""
+        ...
+
+    def time(self, feeds: Arrays, calls: int) -> CallTimes:
+        """Time so many calls with the same inputs, in buffers that are bound once, without warm-up."""
+        ...
+
+    def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
+        """Profile so many calls, in the order of execution; empty where the runtime has no profiler."""
         ...
 
     def close(self) -> None:
@@ -130,6 +229,11 @@ class Runtime(Protocol):
         """Precisions that `build` accepts."""
         ...
 
+    @property
+    def rest(self) -> str:
+        """What the layers around int8 and fp8 ones run in here: "fp16", or "fp32" without fp16 arithmetic."""
+        ...
+
     def missing_to_build(self) -> Missing | None:
         """What this machine lacks to build engines; None when nothing."""
         ...
@@ -139,16 +243,18 @@ class Runtime(Protocol):
         ...
 
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
-        """Build an engine into `folder`, all of it or nothing.
+        """Build an engine of the graph as it is into `folder`, all of it or nothing.
 
         Raises:
             UserError: the ONNX file, a precision or a target is not usable.
+            GateError: fewer layers than the graph asks for run in int8, fp8 or half precision, or attention that has
+                to be fused is not.
             MissingDependencyError: the library, or a device that building needs, is not there.
             BuildError: the runtime refused the model; says at which node and why.
         """
         ...
 
-    def open(self, folder: Path) -> Session:
+    def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> Session:
         """Open an engine folder.
 
         Raises:

@@ -1,25 +1,31 @@
-"""The thin adapter that TensorRT 10.9 to 11.x and TensorRT-RTX share.
+"""Building engines with TensorRT 10.9 to 11.x and TensorRT-RTX; `nvinfer_session.py` runs them.
 
 Both libraries have the same Python API as far as it is used here; the module itself is passed in as `trt`. Networks
 are strongly typed everywhere (TensorRT 11 knows nothing else), enums are found by name because their numbers changed
-between versions, and capabilities are probed with `hasattr`.
+between versions, and capabilities are probed with `hasattr`. `tests/deploy/runtimes/test_api_surface.py` holds every
+name that is used here against all of these versions.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
 from onnx import ModelProto
 
-from calib_data.errors import UserError
+from calib_data.errors import BuildError, UserError
+from deploy.artifacts import atomic_write
+from deploy.graph_facts import GraphFacts, node_name
 from deploy.runtimes.cuda import compute_capability
 from deploy.runtimes.engine_folder import build_failed
-from deploy.runtimes.interface import Arrays, BatchProfile, BuildOptions, Engine, Runtime
+from deploy.runtimes.inspector import read_inspector
+from deploy.runtimes.interface import BatchProfile, BuildOptions, Engine, Runtime
+from deploy.runtimes.kernels import Compiled
 
 _MIB = 1 << 20
+# First compute capability whose tensor cores take a precision.
+_FIRST_TARGET = {"fp8": 89, "bf16": 80, "int8": 72, "fp16": 53}
 
 
 def compile_engine(
@@ -30,33 +36,38 @@ def compile_engine(
     options: BuildOptions,
     configure: Callable[[Any], None] = lambda config: None,
 ) -> memoryview:
-    """Build a serialized engine.
+    """Build a serialized engine of the graph as it is.
 
     Args:
         trt: the imported library.
         runtime: the runtime that builds, for messages.
         model: the model, in the precision that it shall run in.
         onnx_path: where it came from, for messages.
-        options: batch sizes for axis 0 of inputs where that is dynamic (no other axis may be), and the limit of the
-            workspace memory pool.
+        options: batch sizes for axis 0 of inputs where that is dynamic (no other axis may be), the limit of the
+            workspace memory pool, and the timing cache.
         configure: sets what is special to a library on the builder configuration.
 
     Raises:
-        BuildError: the parser or the builder refused the model; names the node when the library does.
+        BuildError: the parser or the builder refused the model; names the nodes when the library does.
     """
-    log = _messages(trt)
+    log = messages(trt)
+    log.errors.clear()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
-        raise build_failed(runtime, onnx_path, model, _parser_error(parser))
+        raise _not_supported(runtime, onnx_path, _refused_nodes(parser))
     config = builder.create_builder_config()
+    # names of ONNX nodes and types of tensors stay in the engine, for the inspector
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if hasattr(trt.BuilderFlag, "TF32"):
         # On by default, and then what is called fp32 multiplies with 10 bits of mantissa.
         config.clear_flag(trt.BuilderFlag.TF32)
+    if options.timing_cache is not None:
+        _load_timing_cache(config, options.timing_cache)
     configure(config)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
@@ -65,80 +76,60 @@ def compile_engine(
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise build_failed(runtime, onnx_path, model, "\n".join(log.errors[-2:]) or "The builder gave no reason.")
+        raise _build_error(runtime, onnx_path, model, "\n".join(log.errors[-2:]) or "The builder gave no reason.")
+    if options.timing_cache is not None:
+        _save_timing_cache(config, options.timing_cache)
     return memoryview(plan)
 
 
-class NvinferSession:
-    """An engine on the first GPU. Buffers are torch tensors, so no further CUDA binding is needed."""
+def inspect_engine(trt: Any, plan: bytes | memoryview) -> Compiled | None:
+    """What the inspector says about a plan, on a machine that can run it; None when that cannot be read."""
+    library = trt.Runtime(messages(trt))
+    cuda_engine = library.deserialize_cuda_engine(plan)
+    if cuda_engine is None:
+        return None
+    inspector = cuda_engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return read_inspector(text, getattr(cuda_engine, "device_memory_size_v2", None))
 
-    def __init__(self, trt: Any, engine: Engine) -> None:
-        _check_device(engine)
-        log = _messages(trt)
-        self._library: Any = trt.Runtime(log)
-        self._engine: Any = self._library.deserialize_cuda_engine(engine.path.read_bytes())
-        if self._engine is None:
+
+def check_targets(runtime_name: str, precision: str, facts: GraphFacts, targets: Sequence[str]) -> None:
+    """Refuse a precision that a target's tensor cores lack, before anything is built.
+
+    Args:
+        precision: what the engine is asked for.
+        facts: of the graph, whose own precisions are looked at too.
+        targets: such as "sm86"; any letter case.
+
+    Raises:
+        UserError: names the target and the first that has the precision.
+    """
+    for name in dict.fromkeys((precision, *facts.gemms())):
+        first = _FIRST_TARGET.get(name, 0)
+        lacking = [target.lower() for target in targets if int(target[2:]) < first]
+        if lacking:
             raise UserError(
-                f"{engine.runtime} cannot open {engine.path}",
-                why="\n".join(log.errors[-2:]) or "The library gave no reason.",
-                fix="Build the engine again on this machine with `upvits-deploy engine`.",
+                f"{runtime_name} cannot build {name} for {', '.join(lacking)}",
+                why=f"The first GPUs with {name} arithmetic are sm{first}; an engine for several targets has one graph "
+                "for all of them.",
+                fix=f"Leave out targets below sm{first}, or use another precision for them.",
             )
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise UserError(
-                f"{engine.runtime} cannot run {engine.path}",
-                why="\n".join(log.errors[-2:]) or "No execution context could be made.",
-                fix="Free GPU memory, or build with a smaller largest batch.",
-            )
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        inputs = {name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-        self.input_names: tuple[str, ...] = tuple(name for name in names if name in inputs)
-        self.output_names: tuple[str, ...] = tuple(name for name in names if name not in inputs)
-        self.settings: Mapping[str, str | int | bool] = {"device": torch.cuda.get_device_name(0)}
-        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self._batch = engine.batch
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-        if self._context is None:
-            raise ValueError("the session is closed")
-        with torch.cuda.stream(self._stream):
-            held = [self._bind_input(name, feeds[name]) for name in self.input_names]
-            outputs = {name: self._bind_output(name) for name in self.output_names}
-            if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise RuntimeError("the engine failed to run")
-            result = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
-            self._stream.synchronize()
-        del held  # inputs must stay alive until the GPU is done with them
-        return result
 
-    def close(self) -> None:
-        self._context = self._engine = self._library = None
+def refuse_operators(runtime: Runtime, model: ModelProto, onnx_path: Path, refused: Mapping[str, str]) -> None:
+    """Refuse operators that a library parses and then fails to build.
 
-    def __enter__(self) -> "NvinferSession":
-        return self
+    Args:
+        refused: reason by ONNX operator.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _bind_input(self, name: str, array: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
-        if not self._context.set_input_shape(name, array.shape):
-            raise UserError(
-                f"the engine does not take {name} of shape {tuple(array.shape)}",
-                why=f"It was built for batches of {self._batch.min} to {self._batch.max}.",
-                fix="Feed such a batch, or build an engine with another batch profile.",
-            )
-        tensor = torch.from_numpy(np.ascontiguousarray(array, self._dtypes[name])).cuda()
-        self._context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
-
-    def _bind_output(self, name: str) -> torch.Tensor:
-        dtype = torch.from_numpy(np.empty(0, self._dtypes[name])).dtype
-        tensor = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-        self._context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
+    Raises:
+        BuildError: names every such node.
+    """
+    found = [
+        (node_name(node), node.op_type, refused[node.op_type]) for node in model.graph.node if node.op_type in refused
+    ]
+    if found:
+        raise _not_supported(runtime, onnx_path, found)
 
 
 def check_version(engine: Engine, version: str) -> None:
@@ -155,13 +146,12 @@ def check_version(engine: Engine, version: str) -> None:
         )
 
 
-def device_here() -> str:
-    """This machine's GPU as a build target, such as "sm89"; "none" without one."""
-    capability = compute_capability()
-    return f"sm{capability[0]}{capability[1]}" if capability else "none"
+def check_device(engine: Engine) -> None:
+    """Refuse an engine that was built for other GPUs than that of this machine.
 
-
-def _check_device(engine: Engine) -> None:
+    Raises:
+        UserError: says both.
+    """
     device = device_here()
     if engine.targets and device not in engine.targets:
         raise UserError(
@@ -171,30 +161,25 @@ def _check_device(engine: Engine) -> None:
         )
 
 
-def _set_profile(profile: Any, name: str, shape: tuple[int, ...], batch: BatchProfile) -> None:
-    rest = shape[1:]
-    if any(size < 0 for size in rest):
-        raise UserError(
-            f"input {name} has shape {shape}",
-            why="Only the batch axis may be dynamic in an engine.",
-            fix="Export the model with a fixed image size.",
-        )
-    sizes = (batch.min, batch.opt, batch.max) if shape[0] < 0 else (shape[0],) * 3
-    profile.set_shape(name, *((size, *rest) for size in sizes))
+def device_here() -> str:
+    """This machine's GPU as a build target, such as "sm89"; "none" without one."""
+    capability = compute_capability()
+    return f"sm{capability[0]}{capability[1]}" if capability else "none"
 
 
-def _parser_error(parser: Any) -> str:
-    """What the parser says about the first node that it refused."""
-    if parser.num_errors == 0:
-        return "The parser gave no reason."
-    error = parser.get_error(0)
-    said = [line for line in error.desc().strip().splitlines() if "catchCudaError" not in line]  # no GPU: not the cause
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    return "\n".join([*([f"At node {name}:"] if name else []), *said])
+def is_out_of_memory(reason: str) -> bool:
+    """Whether a library's message speaks of GPU memory that ran out."""
+    said = reason.lower().replace("_", " ")
+    return any(words in said for words in ("out of memory", "outofmemory", "insufficient memory", "memory allocation"))
 
 
-def _messages(trt: Any) -> Any:
-    """A logger that keeps errors instead of printing them; the class can only be made once the library is there."""
+@functools.cache
+def messages(trt: Any) -> Any:
+    """The logger of a library: keeps errors in `errors` instead of printing them.
+
+    One for each library and for good: NVIDIA's libraries hold on to the first logger that they get, also after the
+    object that brought it is gone, and crash when it is collected.
+    """
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -206,3 +191,80 @@ def _messages(trt: Any) -> Any:
                 self.errors.append(message)
 
     return Messages()
+
+
+def _set_profile(profile: Any, name: str, shape: tuple[int, ...], batch: BatchProfile) -> None:
+    rest = shape[1:]
+    if any(size < 0 for size in rest):
+        raise UserError(
+            f"input {name} has shape {shape}",
+            why="Only the batch axis may be dynamic in an engine.",
+            fix="Export the model with a fixed image size.",
+        )
+    if not shape:
+        profile.set_shape(name, (), (), ())
+        return
+    sizes = (batch.min, batch.opt, batch.max) if shape[0] < 0 else (shape[0],) * 3
+    profile.set_shape(name, *((size, *rest) for size in sizes))
+
+
+def _load_timing_cache(config: Any, path: Path) -> None:
+    """Start from the timings of earlier builds. A cache that is broken or of another device is no reason to fail."""
+    for content in (_read(path), b""):
+        try:
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return
+        except (RuntimeError, TypeError, ValueError):
+            continue
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    cache = config.get_timing_cache()
+    if cache is not None:
+        with contextlib.suppress(OSError):  # the engine is built; only the next build takes longer
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, memoryview(cache.serialize()))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _refused_nodes(parser: Any) -> list[tuple[str, str, str]]:
+    """Name, operator and reason of every node that the parser refused."""
+    refused = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        # without a GPU the library complains about that too, which is not the cause
+        said = [line for line in error.desc().strip().splitlines() if "catchCudaError" not in line]
+        name = error.node_name() if hasattr(error, "node_name") else ""
+        operator = error.node_operator() if hasattr(error, "node_operator") else ""
+        reason = " ".join(said)
+        refused.append((name, operator, reason if reason not in ("", "false") else "the library does not have it"))
+    return refused
+
+
+def _not_supported(runtime: Runtime, onnx_path: Path, refused: Collection[tuple[str, str, str]]) -> BuildError:
+    """The error that names all nodes that were refused, each with its operator and the reason."""
+    lines = list(dict.fromkeys(f"{name or 'without a name'} ({operator}): {why}" for name, operator, why in refused))
+    nodes = ", ".join(dict.fromkeys(f"{name or 'without a name'} ({operator})" for name, operator, _ in refused))
+    return BuildError(
+        f"{runtime.name} cannot build {onnx_path.name}" + (f": node {nodes}" if nodes else ""),
+        why="\n".join(lines) or "The parser gave no reason.",
+        fix="No engine was written. Export without these operators, or use another runtime.",
+    )
+
+
+def _build_error(runtime: Runtime, onnx_path: Path, model: ModelProto, reason: str) -> BuildError:
+    if is_out_of_memory(reason):
+        return BuildError(
+            f"{runtime.name} ran out of GPU memory while building {onnx_path.name}",
+            why=reason,
+            fix="Build with a smaller largest batch (--batch 1:8:16), limit scratch memory (--workspace, in MiB), or "
+            "free GPU memory.",
+        )
+    return build_failed(runtime, onnx_path, model, reason)

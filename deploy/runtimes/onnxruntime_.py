@@ -1,50 +1,56 @@
-"""ONNX Runtime on the CPU, and on NVIDIA GPUs when its CUDA provider really works.
+"""ONNX Runtime on the CPU, and on NVIDIA GPUs through its CUDA, TensorRT and TensorRT-RTX providers.
 
-The only file that runs models with onnxruntime. (The trailing underscore keeps the module's name apart from the
-library's.)
+The sessions are in `onnxruntime_session.py`. (The trailing underscore keeps the module apart from the library.)
 """
 
 import functools
 import importlib.util
-import re
+import platform
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-import numpy as np
-import onnx
+from onnx import ModelProto, TensorProto, helper
 
-from calib_data.errors import MissingDependencyError, UserError
+from calib_data.errors import BuildError, MissingDependencyError, UserError
 from deploy.environment import usable_cores
-from deploy.graph import load_model
-from deploy.precision import PRECISIONS, convert
+from deploy.onnx_files import MAX_FILE_BYTES, load_model, weight_bytes
+from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.cuda import missing_gpu
-from deploy.runtimes.engine_folder import build_failed, check_request, read_engine, require, save_engine
-from deploy.runtimes.interface import Arrays, BuildOptions, Engine, Missing
+from deploy.runtimes.engine_folder import build_failed, check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
+from deploy.runtimes.onnxruntime_facts import built_of, unsigned_activations
+from deploy.runtimes.onnxruntime_session import (
+    OnnxRuntimeSession,
+    available_providers,
+    library_folder,
+    library_version,
+    load_errors,
+    optimised_graph,
+    preload_cuda,
+    reason,
+)
+from deploy.runtimes.threads import random_feeds, worthwhile_threads
 
-_CPU = "CPUExecutionProvider"
-_CUDA = "CUDAExecutionProvider"
-_TUNING_SECONDS = 3.0
-_WORTHWHILE = 0.7  # parallel efficiency
-_FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
+_CACHE = "cache"  # folder in an engine folder with what a provider compiled
+_OWN_SETTINGS = ("provider", "intra_op_threads")
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxRuntime:
-    """ONNX Runtime with one execution provider. The engine is the ONNX file itself, in the precision asked for."""
+    """ONNX Runtime with one execution provider. The engine is the ONNX file, and what the provider compiled of it."""
 
     name: str
     provider: str
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...]
+    rest: str
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return Missing("onnxruntime is not installed.", "pip install onnxruntime-gpu")
-        return _missing_cuda() if self.provider == _CUDA else None
+        return None if self.provider == providers.CPU else _missing_provider(self.provider)
 
     def missing_to_run(self) -> Missing | None:
         return self.missing_to_build()
@@ -53,132 +59,79 @@ class OnnxRuntime:
         model = check_request(self, onnx_path, folder, options)
         if options.targets:
             raise UserError(f"{self.name} builds for no particular device", fix="Leave the targets out for it.")
-        import onnxruntime
-
         started = time.perf_counter()
-        converted = convert(model, options.precision)
-        content = converted.SerializeToString()
-        settings: dict[str, str | int | bool] = {"provider": self.provider}
-        try:
-            OnnxRuntimeSession(content, self.provider).close()
-            if self.provider == _CPU:
-                settings["intra_op_threads"] = worthwhile_threads(content, options.batch.opt)
-        except _load_errors() as error:
-            raise build_failed(self, onnx_path, converted, _reason(error)) from error
-        return save_engine(
-            self,
-            folder,
-            "model.onnx",
-            content,
-            options=options,
-            targets=(),
-            seconds=time.perf_counter() - started,
-            library="onnxruntime",
-            library_version=onnxruntime.__version__,
-            onnx_path=onnx_path,
-            settings=settings,
-        )
+        with tempfile.TemporaryDirectory(prefix="upvits-") as work:
+            content, settings, built = self._compile(onnx_path, model, options, Path(work))
+            check_built(built, options, self.name)
+            engine = save_engine(
+                self,
+                folder,
+                "model.onnx",
+                content,
+                options=options,
+                targets=(),
+                seconds=time.perf_counter() - started,
+                library="onnxruntime",
+                library_version=library_version(),
+                onnx_path=onnx_path,
+                settings=settings,
+                built=built,
+            )
+            shutil.rmtree(folder / _CACHE, ignore_errors=True)
+            if any(Path(work).iterdir()):
+                shutil.copytree(work, folder / _CACHE)
+        return engine
 
-    def open(self, folder: Path) -> "OnnxRuntimeSession":
+    def _compile(
+        self, onnx_path: Path, model: ModelProto, options: BuildOptions, cache: Path
+    ) -> tuple[bytes, dict[str, str | int | bool], Built | None]:
+        """The engine's content, its settings and what was built; everything that the provider compiles is in `cache`.
+
+        Raises:
+            BuildError: ONNX Runtime refused the model, or left layers to another provider.
+        """
+        on_cpu = self.provider == providers.CPU
+        signed = not on_cpu or platform.machine().lower() not in ("x86_64", "amd64")
+        content = _one_file(model if signed else unsigned_activations(model))
+        chosen = providers.build_settings(self.provider, model, options)
+        settings: dict[str, str | int | bool] = {"provider": self.provider, **chosen}
+        try:
+            session = OnnxRuntimeSession(
+                content,
+                self.provider,
+                provider_options=chosen | providers.run_settings(self.provider, cache, cuda_graph=False),
+            )
+            left = session.left_to_cpu()
+            session.close()
+            if left:
+                why = f"These stay on the CPU: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}."
+                raise BuildError(f"{self.name} does not take the whole of {onnx_path.name}", why=why)
+            built = built_of(optimised_graph(content, self.provider, chosen), model) if _shows_graph(self) else None
+            if on_cpu:
+                feeds = random_feeds(model, options.batch.opt)
+                settings["intra_op_threads"] = worthwhile_threads(
+                    lambda count: OnnxRuntimeSession(content, threads=count), feeds, usable_cores()
+                )
+        except load_errors() as error:
+            raise build_failed(self, onnx_path, model, reason(error)) from error
+        return content, settings, built
+
+    def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OnnxRuntimeSession":
         engine = read_engine(folder, self.name)
         require(self.missing_to_run(), f"{self.name} cannot run here")
+        tuned = int(engine.settings.get("intra_op_threads", 0)) or None
+        stored = {name: str(value) for name, value in engine.settings.items() if name not in _OWN_SETTINGS}
+        graph = options.cuda_graph and self.provider != providers.CPU
         try:
-            threads = int(engine.settings.get("intra_op_threads", 0)) or None
-            return OnnxRuntimeSession(engine.path.read_bytes(), self.provider, threads=threads)
-        except _load_errors() as error:
-            raise UserError(f"{self.name} cannot open {engine.path}", why=_reason(error)) from error
-
-
-class OnnxRuntimeSession:
-    """An ONNX model on one execution provider: the one asked for or an error, never a silent fallback."""
-
-    def __init__(self, model: bytes, provider: str = _CPU, *, threads: int | None = None) -> None:
-        import onnxruntime
-
-        threads = threads or usable_cores()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = _FATAL
-        # Spinning threads fight for cores with whatever else runs, a second session of the same process included.
-        # PVTv2-B0 dense and half as wide in turns, 64 pixels, batch 8, on 2 cores beside one busy process: 58 and
-        # 32 ms with spinning, 27 and 14 ms without.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        with _quiet_library():
-            self._session: Any = onnxruntime.InferenceSession(model, options, providers=[_with_options(provider)])
-        if provider not in self._session.get_providers():
-            raise MissingDependencyError(
-                f"ONNX Runtime's {provider} does not work on this machine",
-                why=f"It fell back to {', '.join(self._session.get_providers())}.",
-                fix="Install the CUDA and cuDNN versions that this onnxruntime-gpu was built for, or run on the CPU.",
+            return OnnxRuntimeSession(
+                engine.path,
+                self.provider,
+                threads=options.threads or tuned,
+                provider_options=stored | providers.run_settings(self.provider, folder / _CACHE, cuda_graph=graph),
+                cuda_graph=graph,
             )
-        self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
-        self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
-        self.settings: Mapping[str, str | int | bool] = {
-            "provider": provider,
-            "intra_op_threads": threads,
-            "spinning": False,
-        }
-
-    def random_feeds(self, batch: int) -> Arrays | None:
-        """Random inputs for one call; None when an axis other than the first is dynamic."""
-        feeds = {}
-        generator = np.random.default_rng(0)
-        for value in self._session.get_inputs():
-            sizes = value.shape[1:]
-            if not all(isinstance(size, int) for size in sizes):
-                return None
-            noise = generator.random((batch, *sizes), np.float32)
-            feeds[value.name] = (255 * noise).astype(np.uint8) if value.type == "tensor(uint8)" else noise
-        return feeds
-
-    def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-        if self._session is None:
-            raise ValueError("the session is closed")
-        return dict(zip(self.output_names, self._session.run(self.output_names, dict(feeds)), strict=True))
-
-    def close(self) -> None:
-        self._session = None
-
-    def __enter__(self) -> "OnnxRuntimeSession":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
-    # fp32 means fp32: CUDA would otherwise multiply in TF32
-    return (provider, {"use_tf32": "0"}) if provider == _CUDA else provider
-
-
-def worthwhile_threads(model: bytes, batch: int) -> int:
-    """How many threads are worth their cores for a model on this CPU: one, half of the cores or all, timed in turns.
-
-    More threads are taken only where each of them still does at least 70 % of what it could: narrow layers are over
-    before another thread has woken up, and two of a virtual machine's cores may be one real core. PVTv2-B0 at 64
-    pixels, batch 8, on such a machine: 19.2 ms with one thread and 15.4 with two, but half as wide 8.9 and 9.1. Cores
-    that are not worth it serve more by running a second session; and timings on one thread spread less.
-    """
-    cores = usable_cores()
-    sessions = {count: OnnxRuntimeSession(model, threads=count) for count in sorted({1, max(1, cores // 2), cores})}
-    feeds = sessions[1].random_feeds(batch)
-    if len(sessions) == 1 or feeds is None:
-        return cores
-    times: dict[int, list[float]] = {count: [] for count in sessions}
-    started = time.perf_counter()
-    while len(times[1]) < 4 or (len(times[1]) < 60 and time.perf_counter() - started < _TUNING_SECONDS):
-        for count, session in sessions.items():
-            called = time.perf_counter()
-            session.run(feeds)
-            times[count].append(time.perf_counter() - called)
-    medians = {count: float(np.median(own[1:])) for count, own in times.items()}  # the first call warms up
-    best = 1
-    for count in medians:
-        if medians[best] / medians[count] >= _WORTHWHILE * count / best:
-            best = count
-    return best
+        except load_errors() as error:
+            raise UserError(f"{self.name} cannot open {engine.path}", why=reason(error)) from error
 
 
 def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
@@ -192,71 +145,89 @@ def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
         UserError: ONNX Runtime cannot load the file.
         MissingDependencyError: onnxruntime is not installed.
     """
+    model = load_model(path)
+    if weight_bytes(model) <= MAX_FILE_BYTES:
+        return open_model(model, threads=threads, name=str(path))
+    del model  # too large for one buffer: ONNX Runtime reads the checked files itself
+    return _open_on_cpu(path, threads, str(path))
+
+
+def open_model(model: ModelProto, *, threads: int | None = None, name: str = "the model") -> OnnxRuntimeSession:
+    """Run a model in memory on the CPU; otherwise as `open_onnx`. `name` is for messages."""
+    return _open_on_cpu(model.SerializeToString(), threads, name)
+
+
+def _open_on_cpu(model: bytes | Path, threads: int | None, name: str) -> OnnxRuntimeSession:
     require(CPU.missing_to_run(), "ONNX files cannot be run here")
     try:
-        return OnnxRuntimeSession(load_model(path).SerializeToString(), threads=threads)
-    except _load_errors() as error:
-        raise UserError(f"ONNX Runtime cannot load {path}", why=_reason(error)) from error
+        return OnnxRuntimeSession(model, threads=threads)
+    except load_errors() as error:
+        raise UserError(f"ONNX Runtime cannot load {name}", why=reason(error)) from error
 
 
-CPU = OnnxRuntime("onnxruntime", _CPU)
-CUDA = OnnxRuntime("onnxruntime-cuda", _CUDA)
+# What else the CPU provider takes it does not compute in: on x86 every fp16 operator but LayerNormalization runs
+# between casts in fp32 (onnxruntime 1.31), and bf16 and fp8 products are refused.
+CPU = OnnxRuntime("onnxruntime", providers.CPU, ("fp32", "int8"), "fp32")
+# Its int8 layers would be computed in floating point.
+CUDA = OnnxRuntime("onnxruntime-cuda", providers.CUDA, ("fp32", "fp16", "bf16"), "fp16")
+TENSORRT = OnnxRuntime("onnxruntime-tensorrt", providers.TENSORRT, ("fp32", "fp16", "bf16", "int8"), "fp16")
+TENSORRT_RTX = OnnxRuntime(
+    "onnxruntime-tensorrt-rtx", providers.TENSORRT_RTX, ("fp32", "fp16", "bf16", "int8", "fp8"), "fp16"
+)
+
+
+def _shows_graph(runtime: OnnxRuntime) -> bool:
+    """Whether the optimised graph can be read: what TensorRT compiled has no ONNX form."""
+    return runtime.provider in (providers.CPU, providers.CUDA)
+
+
+def _one_file(model: ModelProto) -> bytes:
+    if (size := weight_bytes(model)) > MAX_FILE_BYTES:
+        raise UserError(
+            f"the model's weights take {size / 2**30:.1f} GiB",
+            why="An engine of ONNX Runtime is one ONNX file, which ends at 2 GiB.",
+            fix="Use a narrower precision (int8), or build with TensorRT.",
+        )
+    return bytes(model.SerializeToString())
 
 
 @functools.cache
-def _missing_cuda() -> Missing | None:
-    """What the CUDA provider lacks. `get_available_providers` lists it on machines without a GPU too, so try it."""
-    import onnxruntime
-
-    if _CUDA not in onnxruntime.get_available_providers():
-        fix = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
-        return Missing("This build of onnxruntime has no CUDA provider.", fix)
+def _missing_provider(provider: str) -> Missing | None:
+    """What a GPU provider lacks. `get_available_providers` lists some on machines without a GPU too, so try it."""
+    plugin = provider == providers.TENSORRT_RTX and importlib.util.find_spec(providers.RTX_PLUGIN) is not None
+    if provider not in available_providers() and not plugin:
+        return _another_package(provider)
     if (missing := missing_gpu()) is not None:
         return missing
-    with _quiet_library():
-        if hasattr(onnxruntime, "preload_dlls"):  # 1.21 and later: finds the CUDA libraries that came with torch
-            onnxruntime.preload_dlls()
+    preload_cuda()
+    if provider == providers.TENSORRT:
+        library = library_folder() / "capi" / "libonnxruntime_providers_tensorrt.so"
+        if (missing := providers.missing_tensorrt(library)) is not None:
+            return missing
     shape = [1]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
         "probe",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
     )
-    probe = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     try:
-        OnnxRuntimeSession(probe.SerializeToString(), _CUDA).close()
+        OnnxRuntimeSession(probe.SerializeToString(), provider).close()
     except MissingDependencyError as error:
         return Missing(error.why, error.fix)
+    except load_errors() as error:
+        return Missing(f"The provider does not load: {reason(error)}", "Install the libraries that it asks for.")
     return None
 
 
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """A provider that fails to load writes to stderr from C++; what matters of it is raised from here."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(_FATAL)
-    try:
-        yield
-    finally:
-        onnxruntime.set_default_logger_severity(_WARNING)
-
-
-def _load_errors() -> tuple[type[Exception], ...]:
-    """Everything that creating a session raises for a model that it cannot take."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    return (
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NotImplemented,
-        state.RuntimeException,
-    )
-
-
-def _reason(error: Exception) -> str:
-    """The library's message without its code prefix."""
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
+def _another_package(provider: str) -> Missing:
+    """The package of onnxruntime that has a provider."""
+    if provider == providers.TENSORRT_RTX:
+        return Missing(
+            "This onnxruntime has no TensorRT-RTX provider; it comes as a plugin for the package onnxruntime.",
+            "pip uninstall onnxruntime-gpu; pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx",
+        )
+    kind = "TensorRT" if provider == providers.TENSORRT else "CUDA"
+    fix = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+    return Missing(f"This build of onnxruntime has no {kind} provider.", fix)

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib_data.errors import UserError
-from deploy.precision import PRECISIONS, convert
-from deploy.runtimes.cuda import compute_capability, missing_gpu
-from deploy.runtimes.engine_folder import check_request, read_engine, require, save_engine
-from deploy.runtimes.interface import BuildOptions, Engine, Missing
-from deploy.runtimes.nvinfer import NvinferSession, check_version, compile_engine
+from deploy.graph_facts import GraphFacts
+from deploy.runtimes.cuda import missing_gpu
+from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
+from deploy.runtimes.kernels import built_from
+from deploy.runtimes.nvinfer import (
+    check_targets,
+    check_version,
+    compile_engine,
+    device_here,
+    inspect_engine,
+)
+from deploy.runtimes.nvinfer_session import NvinferSession
 
 _OLDEST = (10, 9)
 _TOO_NEW = (12, 0)
@@ -22,7 +30,8 @@ class TensorRt:
     """Builds and runs where there is a GPU."""
 
     name: str = "tensorrt"
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+    rest: str = "fp16"
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt") is None:
@@ -41,16 +50,20 @@ class TensorRt:
         model = check_request(self, onnx_path, folder, options)
         import tensorrt as trt
 
-        major, minor = compute_capability() or (0, 0)
-        device = f"sm{major}{minor}"
+        device = device_here()
         if options.targets not in ((), (device,)):
             raise UserError(
                 f"TensorRT cannot build for {', '.join(options.targets)} here",
                 why=f"It builds for the GPU of this machine, which is {device}.",
                 fix="Leave the targets out, or use the runtime tensorrt-rtx, which builds for other GPUs.",
             )
+        facts = GraphFacts(model)
+        check_targets(self.name, options.precision, facts, (device,))
         started = time.perf_counter()
-        plan = compile_engine(trt, self, convert(model, options.precision), onnx_path, options)
+        plan = compile_engine(trt, self, model, onnx_path, options)
+        seconds = time.perf_counter() - started
+        built = built_from(inspect_engine(trt, plan), facts)
+        check_built(built, options, self.name)
         return save_engine(
             self,
             folder,
@@ -58,20 +71,21 @@ class TensorRt:
             plan,
             options=options,
             targets=(device,),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             library="tensorrt",
             library_version=trt.__version__,
             onnx_path=onnx_path,
             settings={"tf32": False, "strongly_typed": True},
+            built=built,
         )
 
-    def open(self, folder: Path) -> NvinferSession:
+    def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
         engine = read_engine(folder, self.name)
         require(self.missing_to_run(), f"{self.name} engines cannot run here")
         import tensorrt as trt
 
         check_version(engine, trt.__version__)
-        return NvinferSession(trt, engine)
+        return NvinferSession(trt, engine, options)
 
 
 def _unusable_version() -> Missing | None:

@@ -3,18 +3,25 @@
 import difflib
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calib_data.errors import UserError
-from deploy.precision import PRECISIONS, convert
+from deploy.graph_facts import GraphFacts
 from deploy.runtimes.cuda import compute_capability, missing_gpu
-from deploy.runtimes.engine_folder import check_request, read_engine, require, save_engine
-from deploy.runtimes.interface import BuildOptions, Engine, Missing
-from deploy.runtimes.nvinfer import NvinferSession, check_version, compile_engine
+from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
+from deploy.runtimes.kernels import built_from
+from deploy.runtimes.nvinfer import check_targets, check_version, compile_engine, refuse_operators
+from deploy.runtimes.nvinfer_session import NvinferSession
+from deploy.runtimes.plan_text import read_plan
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
+# The parser takes these, the builder does not (1.7).
+_NOT_BUILT = {
+    "NonMaxSuppression": "TensorRT-RTX has no kernel for it; export boxes and scores, and suppress outside the engine"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,8 @@ class TensorRtRtx:
     """Builds on any machine; runs on a GPU of one of the targets."""
 
     name: str = "tensorrt-rtx"
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+    rest: str = "fp16"
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt_rtx") is None:
@@ -41,8 +49,12 @@ class TensorRtRtx:
         model = check_request(self, onnx_path, folder, options)
         import tensorrt_rtx as trt
 
-        targets = options.targets or _default_targets(trt)
+        targets = tuple(target.lower() for target in options.targets) or _default_targets(trt)
         capabilities = [_capability(trt, target) for target in targets]
+        facts = GraphFacts(model)
+        check_targets(self.name, options.precision, facts, targets)
+        _refuse_turing(facts, targets)
+        refuse_operators(self, model, onnx_path, _NOT_BUILT)
 
         def for_targets(config: Any) -> None:
             config.num_compute_capabilities = len(capabilities)
@@ -50,28 +62,33 @@ class TensorRtRtx:
                 config.set_compute_capability(capability, index)
 
         started = time.perf_counter()
-        plan = compile_engine(trt, self, convert(model, options.precision), onnx_path, options, for_targets)
+        # The timing cache exists in name only: nothing is timed ahead of time.
+        plan = compile_engine(trt, self, model, onnx_path, replace(options, timing_cache=None), for_targets)
+        seconds = time.perf_counter() - started
+        built = built_from(read_plan(plan), facts)
+        check_built(built, options, self.name)
         return save_engine(
             self,
             folder,
             "engine.plan",
             plan,
             options=options,
-            targets=tuple(target.lower() for target in targets),
-            seconds=time.perf_counter() - started,
+            targets=targets,
+            seconds=seconds,
             library="tensorrt-rtx",
             library_version=trt.__version__,
             onnx_path=onnx_path,
             settings={"tf32": False, "strongly_typed": True},
+            built=built,
         )
 
-    def open(self, folder: Path) -> NvinferSession:
+    def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
         engine = read_engine(folder, self.name)
         require(self.missing_to_run(), f"{self.name} engines cannot run here")
         import tensorrt_rtx as trt
 
         check_version(engine, trt.__version__)
-        return NvinferSession(trt, engine)
+        return NvinferSession(trt, engine, options)
 
 
 def _default_targets(trt: Any) -> tuple[str, ...]:
@@ -92,6 +109,16 @@ def _capability(trt: Any, target: str) -> Any:
             fix=f"Targets: {', '.join(known)}.",
         )
     return getattr(trt.ComputeCapability, target.upper())
+
+
+def _refuse_turing(facts: GraphFacts, targets: tuple[str, ...]) -> None:
+    """TensorRT-RTX has no fp32 matrix products for Turing."""
+    if "sm75" in targets and "fp32" in facts.gemms():
+        raise UserError(
+            "tensorrt-rtx cannot build fp32 for sm75",
+            why="It has no fp32 matrix products and convolutions for Turing GPUs.",
+            fix="Use --precision fp16 or int8, or leave out sm75.",
+        )
 
 
 TENSORRT_RTX = TensorRtRtx()

@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from deploy import cli
 
-COMMANDS = ("build", "score", "plan", "prune", "distill", "export", "engine", "bench", "report", "models", "doctor")
+COMMANDS = (
+    "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
+    "models", "doctor",
+)  # fmt: skip
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:

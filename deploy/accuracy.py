@@ -1,0 +1,102 @@
+"""What a precision costs: top-1, agreement and signal-to-noise of sessions on real images, in one pass for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from calib_data.errors import GateError
+from deploy.runtimes.interface import Session
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A candidate held against a reference on the same images; percent, and dB.
+
+    Attributes:
+        top1: of the labelled images; None without labels.
+        agreement: images with the reference's top-1.
+        drop: points of top-1 lost against the reference; without labels, points of agreement lost.
+        sqnr_db: power of the reference's outputs over the power of the difference; 200 when they are equal.
+    """
+
+    images: int
+    top1: float | None
+    agreement: float
+    drop: float
+    sqnr_db: float
+
+
+def outputs_of(
+    sessions: Mapping[str, Session],
+    batches: Iterable[tuple[Array, Array]],
+    batch_size: int,
+    *,
+    total: int | None = None,
+    quiet: bool = True,
+) -> tuple[dict[str, Array], Array]:
+    """First outputs of sessions, and the labels, over batches that are decoded once for all of them.
+
+    Args:
+        sessions: by name.
+        batches: (input [B, ...] as the sessions take it, labels [B]), B at most `batch_size`.
+        batch_size: every session gets batches of exactly this size (engines may accept no smaller ones): the last one
+            is filled up, and what it was filled with left out of the result.
+        total: number of batches, for the progress bar.
+
+    Returns:
+        Outputs [N, K] float32 by name, labels [N].
+    """
+    collected: dict[str, list[Array]] = {name: [] for name in sessions}
+    labels: list[Array] = []
+    for images, batch_labels in track(batches, "accuracy", total=total, disable=quiet, transient=True):
+        filled = images if len(images) == batch_size else np.resize(images, (batch_size, *images.shape[1:]))
+        for name, session in sessions.items():
+            output = session.run({session.input_names[0]: filled})[session.output_names[0]]
+            collected[name].append(np.asarray(output, np.float32)[: len(images)])
+        labels.append(np.asarray(batch_labels))
+    return {name: np.concatenate(parts) for name, parts in collected.items()}, np.concatenate(labels)
+
+
+def accuracy(reference: Array, candidate: Array, labels: Array, name: str = "the candidate") -> Accuracy:
+    """Hold outputs [N, K] against the reference's, with labels [N] (-1: unlabelled).
+
+    Raises:
+        GateError: an output is not finite.
+    """
+    if not np.isfinite(candidate).all():
+        raise GateError(
+            f"{name} gives NaN or infinity",
+            why="Values overflow in this precision.",
+            fix="Use another precision: bf16 has the range of fp32.",
+        )
+    chosen, wanted = candidate.argmax(1), reference.argmax(1)
+    labelled = labels >= 0
+    agreement = 100.0 * float((chosen == wanted).mean())
+    top1 = 100.0 * float((chosen == labels)[labelled].mean()) if labelled.any() else None
+    before = 100.0 * float((wanted == labels)[labelled].mean()) if labelled.any() else 100.0
+    return Accuracy(
+        images=len(labels),
+        top1=top1,
+        agreement=agreement,
+        drop=before - (agreement if top1 is None else top1),
+        sqnr_db=sqnr_db(reference, candidate),
+    )
+
+
+def sqnr_db(reference: Array, candidate: Array) -> float:
+    """Signal-to-quantization-noise ratio in dB, at most 200.
+
+    >>> import numpy as np
+    >>> round(sqnr_db(np.array([[10.0, 0.0]]), np.array([[10.0, 0.1]])), 1)
+    40.0
+    """
+    signal = float(np.square(reference.astype(np.float64)).sum())
+    noise = float(np.square(reference.astype(np.float64) - candidate.astype(np.float64)).sum())
+    return min(200.0, 10.0 * float(np.log10(signal / noise))) if noise > 0 and signal > 0 else 200.0

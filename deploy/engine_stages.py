@@ -1,0 +1,288 @@
+"""The stages that build engines from ONNX graphs, and measure those that run on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from calib_data import batches
+from calib_data.errors import GateError
+from deploy.accuracy import Accuracy, accuracy, outputs_of
+from deploy.artifacts import Artifact, atomic_write
+from deploy.bench import BenchSettings, LatencyReport, interleave, throughput
+from deploy.environment import environment
+from deploy.gpu_monitor import GpuMonitor
+from deploy.job import MODELS, Job, Pixels, model_input, parity_images, stage, validation_images, write_json
+from deploy.measurements import Pair, bench_figures, findings, layer_figures
+from deploy.onnx_files import load_model
+from deploy.parity import TOLERANCES, Parity, check_parity, session_outputs
+from deploy.precision import for_cpu
+from deploy.precision_stage import graph_name, holds, precisions_for
+from deploy.recipe import split_names
+from deploy.report import Throughput
+from deploy.runtimes import (
+    BuildOptions,
+    Engine,
+    LayerTime,
+    RunOptions,
+    Runtime,
+    Session,
+    open_model,
+    read_engine,
+    runtime_named,
+)
+from deploy.runtimes.nvinfer import device_here
+from toolchain.planning import PruningPlan
+
+_PROFILED_CALLS = 20
+_THROUGHPUT_SECONDS = 3.0
+
+
+def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> list[Artifact]:
+    """5-engine: an engine of both networks for every runtime and precision; checked where it can run here."""
+    wanted = [(r, p) for r in job.runtimes.runtimes for p in precisions_for(r, job.recipe.engine.precision)]
+    built = []
+    for runtime, precision in wanted:
+        graph = graphs.get(graph_name(runtime, precision), exported)
+        if graph is exported or holds(graph, job.recipe.precision.max_drop):
+            built.append(_engine(job, exported, graph, runtime, precision))
+    return built
+
+
+def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, precision: str) -> Artifact:
+    recipe = job.recipe.engine
+    options = BuildOptions(
+        precision=precision,
+        batch=job.profile,
+        targets=recipe.targets if runtime.name.startswith("tensorrt") else (),
+        workspace_mib=recipe.workspace_mib,
+        require_fused_attention=recipe.require_fused_attention,
+    )
+    builder = _builder(runtime)
+
+    def work(folder: Path) -> None:
+        images = parity_images(job)
+        reference = load_file(exported.folder / "reference.safetensors")
+        parities = {}
+        for name in MODELS:
+            onnx_path = graph.folder / name / "model.onnx"
+            runtime.build(onnx_path, folder / name, replace(options, timing_cache=_timing_cache(builder)))
+            parities[name] = _parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
+        write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
+
+    settings = {"runtime": runtime.name, **asdict(options)}
+    return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
+
+
+def _builder(runtime: Runtime) -> dict[str, str]:
+    """What makes an engine invalid elsewhere: library version, and the device where it is built for the one at hand."""
+    here = environment()
+    library = runtime.name.partition("-")[0]
+    versions = {name: version for name, version in here.libraries.items() if name.startswith(library)}
+    # runtimes of the CPU are tuned to the cores that they may use
+    device = (
+        f"{here.cpu}, {here.cores_usable} cores" if runtime.rest == "fp32" else ", ".join(g.name for g in here.gpus)
+    )
+    return {"library": json.dumps(versions, sort_keys=True), "device": device}
+
+
+def _timing_cache(builder: Mapping[str, str]) -> Path:
+    """Where a builder's timings are kept between runs: they hold for one library version and one device."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upvits-deploy"
+    return home / f"{hashlib.sha256(json.dumps(builder, sort_keys=True).encode()).hexdigest()[:16]}.timing"
+
+
+def _parity(
+    job: Job,
+    runtime: Runtime,
+    precision: str,
+    folder: Path,
+    onnx_path: Path,
+    images: torch.Tensor,
+    reference: np.ndarray[Any, Any],
+) -> Parity:
+    """The engine against PyTorch; where it cannot run here, the graph that it was built from on ONNX Runtime."""
+    size = job.profile.opt
+    if runs_here(read_engine(folder)):
+        name = f"{runtime.name} {precision}"
+        # engines refuse batches below their smallest; only whole ones are compared
+        images = images.repeat(-(-size // len(images)), 1, 1, 1)
+        reference = np.tile(reference, (-(-size // len(reference)), 1))
+        whole = len(images) // size * size
+        images, reference = images[:whole], reference[:whole]
+        session: Session = runtime.open(folder)
+    else:
+        name = f"{precision} graph for {runtime.name} (run by ONNX Runtime on the CPU)"
+        session = open_model(for_cpu(load_model(onnx_path)))
+    with session:
+        outputs = session_outputs(session, [model_input(job, batch) for batch in torch.split(images, size)])
+    return check_parity(reference, outputs, tolerance=TOLERANCES[precision], candidate_name=name)
+
+
+def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifact]) -> Artifact:
+    """6-bench: accuracy and latency of all engines that run here, dense and pruned, all in turns."""
+    recipe = job.recipe.bench
+
+    def work(folder: Path) -> None:
+        pairs = {pair: artifact for artifact in built if (pair := _pair(artifact)) is not None}
+        options = RunOptions(cuda_graph=recipe.cuda_graph)
+        with ExitStack() as stack:
+            sessions = {
+                pair.session(model): stack.enter_context(_open(artifact.folder / model, options))
+                for pair, artifact in pairs.items()
+                for model in MODELS
+            }
+            costs = _accuracies(job, exported, pairs, sessions)
+            write_json(folder / "accuracy.json", {name: asdict(cost) for name, cost in costs.items()})
+            feeds = {batch: _feed(job, sessions, batch) for batch in recipe.batches}
+            settings = BenchSettings(
+                seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
+            )
+            with GpuMonitor() as monitor:
+                measured = interleave(sessions, feeds, settings, quiet=job.quiet) if sessions else None
+            layers = _layers(pairs, sessions, feeds)
+        plan = PruningPlan.load(pruned.folder / "plan.json")
+        engines = {
+            pair: (engine_of(artifact, "dense"), engine_of(artifact, "pruned")) for pair, artifact in pairs.items()
+        }
+        figures = bench_figures(measured, list(pairs), costs, job.recipe.precision.max_drop)
+        figures = figures.model_copy(
+            update={
+                "layer_times": [layer_figures(pair, max(feeds), *layers[pair]) for pair in pairs],
+                "findings": findings(figures, plan, engines, layers),
+                "throughput": _throughputs(job, pairs, feeds),
+                "gpu": monitor.as_json(),
+            }
+        )
+        atomic_write(folder / "latency.json", figures.model_dump_json(indent=2).encode())
+        write_json(folder / "sessions.json", _settings_used(measured, pairs))
+        write_json(folder / "environment.json", environment().as_json())
+
+    inputs = {artifact.manifest.stage: artifact.digest for artifact in built}
+    here = environment()
+    device = {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
+    settings = {**recipe.model_dump(), "max_drop": job.recipe.precision.max_drop}
+    return stage(job, "6-bench", settings, {**inputs, **device}, work)
+
+
+def runs_here(engine: Engine) -> bool:
+    """Whether this machine has what the engine's runtime needs, and a device that the engine was built for."""
+    if runtime_named(engine.runtime).missing_to_run() is not None:
+        return False
+    return not engine.targets or device_here() in engine.targets
+
+
+def engine_of(artifact: Artifact, name: str) -> Engine:
+    """The record of one engine of an engine artifact."""
+    return read_engine(artifact.folder / name)
+
+
+def _pair(artifact: Artifact) -> Pair | None:
+    """What an engine artifact is measured as; None where it cannot run here."""
+    engine = engine_of(artifact, "pruned")
+    return Pair(engine.runtime, engine.precision) if runs_here(engine) else None
+
+
+def _open(folder: Path, options: RunOptions) -> Session:
+    return runtime_named(read_engine(folder).runtime).open(folder, options)
+
+
+def _accuracies(
+    job: Job, exported: Artifact, pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session]
+) -> dict[str, Accuracy]:
+    """Every session on the validation images, which are decoded once for all.
+
+    Raises:
+        GateError: an engine in a precision that was asked for by name loses more than is allowed.
+    """
+    if not sessions:
+        return {}
+    size = job.profile.opt
+    chosen = validation_images(job, job.recipe.export.accuracy_images)
+    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, size))
+    outputs, labels = outputs_of(sessions, fed, size, total=-(-len(chosen) // size), quiet=job.quiet)
+    reference = load_file(exported.folder / "accuracy_reference.safetensors")
+    found = {
+        pair.session(model): accuracy(reference[model], outputs[pair.session(model)], labels, pair.session(model))
+        for pair in pairs
+        for model in MODELS
+    }
+    limit = job.recipe.precision.max_drop
+    for pair in pairs:
+        for name in (pair.session(model) for model in MODELS):
+            if pair.precision in split_names(job.recipe.engine.precision) and found[name].drop > limit:
+                raise GateError(
+                    f"the engine {name} loses {found[name].drop:.2f} points, {limit:g} are allowed",
+                    why=f"Measured on {found[name].images} validation images; its graph kept the limit.",
+                    fix="Allow more with --max-drop, or leave this precision out.",
+                )
+    return found
+
+
+def _feed(job: Job, sessions: Mapping[str, Session], batch: int) -> dict[str, Pixels]:
+    images = parity_images(job)
+    name = next(iter(sessions.values())).input_names[0] if sessions else "images"
+    return {name: model_input(job, images[torch.arange(batch) % len(images)])}
+
+
+def _throughputs(
+    job: Job, pairs: Mapping[Pair, Artifact], feeds: Mapping[int, Mapping[str, Pixels]]
+) -> list[Throughput]:
+    """Images per second of several sessions at once; one of them alone is in the latencies already."""
+    recipe = job.recipe.bench
+    found = []
+    for streams in (count for count in recipe.streams if count > 1):
+        for pair, artifact in pairs.items():
+            for model in MODELS:
+                options = RunOptions(threads=1, cuda_graph=recipe.cuda_graph)
+                feed = feeds[max(feeds)]
+                rate = throughput(lambda: _open(artifact.folder / model, options), feed, streams, _THROUGHPUT_SECONDS)  # noqa: B023
+                found.append(
+                    Throughput(
+                        model=model,
+                        runtime=pair.runtime,
+                        precision=pair.precision,
+                        batch=max(feeds),
+                        streams=streams,
+                        images_per_s=rate,
+                    )
+                )
+    return found
+
+
+def _layers(
+    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
+) -> dict[Pair, tuple[tuple[LayerTime, ...], tuple[LayerTime, ...]]]:
+    """Profiles of both networks at the largest batch; empty where a runtime has no profiler."""
+    feed = feeds[max(feeds)]
+    return {
+        pair: (
+            sessions[pair.session("dense")].layer_times(feed, _PROFILED_CALLS),
+            sessions[pair.session("pruned")].layer_times(feed, _PROFILED_CALLS),
+        )
+        for pair in pairs
+    }
+
+
+def _settings_used(measured: LatencyReport | None, pairs: Mapping[Pair, Artifact]) -> dict[str, dict[str, Any]]:
+    """What sessions ran with, by pair; threads stand with the latencies, since each engine has its own."""
+    if measured is None:
+        return {}
+    return {
+        f"{pair.runtime} {pair.precision}": {
+            name: value
+            for name, value in measured.sessions[pair.session("pruned")].items()
+            if name != "intra_op_threads"
+        }
+        for pair in pairs
+    }

@@ -1,0 +1,124 @@
+"""What an ONNX graph asks of a runtime: matrix products by precision, and attention blocks.
+
+Held against what a runtime made of the graph, these show an "int8" engine that is none, or attention left unfused.
+"""
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+_RESHAPING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+# What may stand between the two matrix products of attention and its softmax: scale, mask, layout and type changes.
+_PASSING = _RESHAPING | _QUANTIZING | {"Add", "Div", "Expand", "Mul", "Where"}
+_NAMES = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+}
+
+
+class GraphFacts:
+    """An index of a graph's nodes by what they make and read. Subgraphs of control flow are not looked into."""
+
+    def __init__(self, model: ModelProto) -> None:
+        inferred = onnx.shape_inference.infer_shapes(model)
+        graph = inferred.graph
+        self._nodes: list[NodeProto] = list(graph.node)
+        self._makers: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        values = (*graph.input, *graph.value_info, *graph.output)
+        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        self._weights = {tensor.name for tensor in graph.initializer}
+
+    def gemms(self) -> dict[str, int]:
+        """Matrix products and convolutions with constant weights, by the precision that they are to run in."""
+        counts: dict[str, int] = {}
+        for precision in self.gemm_nodes().values():
+            counts[precision] = counts.get(precision, 0) + 1
+        return counts
+
+    def gemm_nodes(self) -> dict[str, str]:
+        """The same one by one: precision ("fp32", "fp16", "bf16", "int8", "fp8" or "other") by name of the node.
+
+        int8 and fp8 need both factors quantized: a layer with quantized weights alone multiplies in what its images
+        are in.
+        """
+        return {
+            node_name(node): self._precision(node)
+            for node in self._nodes
+            if node.op_type in _PRODUCTS and self._constant_factors(node) == 1
+        }
+
+    def attention_blocks(self) -> int:
+        """Softmaxes between two matrix products of activations, and Attention nodes."""
+        return len(self.attention_nodes())
+
+    def attention_nodes(self) -> tuple[str, ...]:
+        """Names of these softmaxes and Attention nodes, in the order of the graph."""
+        return tuple(
+            node_name(node)
+            for node in self._nodes
+            if node.op_type == "Attention"
+            or (node.op_type == "Softmax" and self._has_product(node, before=True) and self._has_product(node))
+        )
+
+    def _precision(self, node: NodeProto) -> str:
+        factors = {self._quantized(name) for name in node.input[:2]}
+        if len(factors) == 1 and None not in factors:
+            return str(factors.pop())
+        images = next((name for name in node.input[:2] if not self._is_weight(name)), "")
+        return _NAMES.get(self._types.get(images, 0), "other")
+
+    def _quantized(self, name: str) -> str | None:
+        """Precision before the DequantizeLinear that a tensor comes from; None when it comes from none."""
+        maker = self._makers.get(name)
+        while maker is not None and maker.op_type in _RESHAPING:
+            maker = self._makers.get(maker.input[0])
+        if maker is None or maker.op_type != "DequantizeLinear":
+            return None
+        return _NAMES.get(self._types.get(maker.input[0], 0), "other")
+
+    def _constant_factors(self, node: NodeProto) -> int:
+        return sum(self._is_weight(name) for name in node.input[:2])
+
+    def _is_weight(self, name: str) -> bool:
+        while name not in self._weights:
+            maker = self._makers.get(name)
+            if maker is None or maker.op_type not in _RESHAPING | _QUANTIZING:
+                return maker is not None and maker.op_type == "Constant"
+            name = maker.input[0]
+        return True
+
+    def _has_product(self, node: NodeProto, *, before: bool = False) -> bool:
+        """Whether a product of activations is reached from a node, over nodes that may stand between the two."""
+        neighbours = self._nodes_before if before else self._nodes_after
+        pending, seen = list(neighbours(node)), set()
+        while pending:
+            found = pending.pop()
+            if found.op_type == "MatMul" and self._constant_factors(found) == 0:
+                return True
+            if found.op_type in _PASSING and found.output[0] not in seen:
+                seen.add(found.output[0])
+                pending.extend(neighbours(found))
+        return False
+
+    def _nodes_before(self, node: NodeProto) -> Iterator[NodeProto]:
+        return (self._makers[name] for name in node.input if name in self._makers)
+
+    def _nodes_after(self, node: NodeProto) -> Iterator[NodeProto]:
+        return (reader for name in node.output for reader in self._readers.get(name, []))
+
+
+def node_name(node: NodeProto) -> str:
+    """Name of a node; one without is named after its first output, as NVIDIA's parser does it."""
+    return node.name or f"node_of_{node.output[0]}"

@@ -1,0 +1,24 @@
+"""Precision as a change of the ONNX graph, done before a runtime sees it.
+
+TensorRT 11 and TensorRT-RTX know only strongly typed networks: what the graph says is what runs. So a precision is
+written into the graph, and every runtime gets the same one.
+"""
+
+from deploy.precision.calibration import Ranges, calibrate
+from deploy.precision.convert import PRECISIONS, QUANTIZED, Converted, convert
+from deploy.precision.emulation import for_cpu
+from deploy.precision.search import PutBack, put_back
+from deploy.precision.sensitivity import layer_sqnr
+
+__all__ = [
+    "PRECISIONS",
+    "QUANTIZED",
+    "Converted",
+    "PutBack",
+    "Ranges",
+    "calibrate",
+    "convert",
+    "for_cpu",
+    "layer_sqnr",
+    "put_back",
+]

@@ -1,0 +1,332 @@
+"""Several runs side by side: which one to deploy, and what each gains and costs.
+
+Latencies of two runs can only be compared where they were measured on the same device, at the same batch size. Where
+they were not, the comparison says so and leaves out what would be wrong: the Pareto front across runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from calib_data.errors import UserError
+from deploy.report import Report
+from deploy.report_views.charts import Choice, Scatter, pareto, scatter
+from deploy.report_views.details import stage_of
+from deploy.report_views.page import choices, render
+from deploy.report_views.results import engine_bytes
+from deploy.report_views.section import (
+    Cell,
+    Row,
+    Section,
+    count,
+    megabytes,
+    ms,
+    percent,
+    points,
+    short_count,
+    times,
+    words,
+)
+from deploy.report_views.summary import shortcomings
+from deploy.report_views.text import markdown_sections, terminal_sections
+from deploy.verdict import device_of, headline, verdict
+
+_MACHINE = ("cpu", "cores_usable", "gpus", "driver")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunChoice(_Document):
+    """One model of a run in one runtime and precision; `on_front`: no other one is both faster and more accurate."""
+
+    run: str
+    model: str
+    runtime: str
+    precision: str
+    batch: int
+    ms: float
+    accuracy: float
+    on_front: bool
+
+
+class RunLine(_Document):
+    """One run: what it is, what came out, and what fell short.
+
+    `ms`, `speedup` and `bytes` are those of the best choice of the run, None where nothing was measured.
+    """
+
+    run: str
+    verdict: str
+    model: str
+    ratio: float | None
+    params: int
+    macs: int
+    dense_top1: float | None
+    top1: float | None
+    agreement: float | None
+    device: str
+    runtime: str | None
+    precision: str | None
+    batch: int | None
+    ms: float | None
+    speedup: float | None
+    low: float | None
+    high: float | None
+    bytes: int | None
+    fell_short: list[str]
+
+
+class RunWidths(_Document):
+    """A prunable dimension: before, and after in every run (None where a run has no such dimension)."""
+
+    group: str
+    before: int
+    after: dict[str, int | None]
+
+
+class RunComparison(_Document):
+    """Runs side by side. `not_comparable` says why latencies of different runs cannot be compared, if they cannot."""
+
+    format_version: int = 1
+    runs: list[RunLine]
+    not_comparable: list[str]
+    choices: list[RunChoice]
+    widths: list[RunWidths]
+
+
+def compare_runs(reports: Mapping[str, Report]) -> RunComparison:
+    """Compare reports by run name, in the order given.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    if len(reports) < 2:
+        raise UserError("One run alone cannot be compared.", fix="Give two or more run directories.")
+    reasons = _differences(reports)
+    headlines = {name: best for name, report in reports.items() if (best := headline(report)) is not None}
+    found = _choices(reports)
+    front = [] if reasons else [c.name for c in pareto(_without_repeats(found, reports))]
+    return RunComparison(
+        runs=[_line(name, report) for name, report in reports.items()],
+        not_comparable=reasons,
+        choices=[
+            RunChoice(
+                run=choice.series,
+                model=choice.model,
+                runtime=choice.name.split(" ")[-2],
+                precision=choice.label,
+                batch=headlines[choice.series].batch,
+                ms=choice.ms,
+                accuracy=choice.accuracy,
+                on_front=choice.name in front,
+            )
+            for choice in found
+        ],
+        widths=_widths(reports),
+    )
+
+
+def comparison_sections(document: RunComparison) -> list[Section]:
+    """Tables of a comparison, most important first."""
+    found = [_runs(document), _front(document), _width_table(document)]
+    return [section for section in found if section.rows or section.remarks]
+
+
+def comparison_markdown(document: RunComparison) -> str:
+    """The comparison as Markdown."""
+    lines = ["# Runs compared", ""]
+    lines += [f"- **{line.run}**: {line.verdict}" for line in document.runs] + [""]
+    return "\n".join(lines + markdown_sections(comparison_sections(document))).rstrip() + "\n"
+
+
+def comparison_terminal(document: RunComparison) -> Group:
+    """The comparison for a terminal of 80 columns."""
+    parts: list[RenderableType] = []
+    for line in document.runs:
+        parts += [Text.assemble((f"{line.run}: ", "bold"), line.verdict)]
+        parts += [Text(f"! {text}", style="yellow") for text in line.fell_short] + [Text("")]
+    return Group(*parts, *terminal_sections(comparison_sections(document)))
+
+
+def comparison_html(reports: Mapping[str, Report]) -> str:
+    """The comparison as one self-contained page.
+
+    Raises:
+        UserError: there are fewer than two runs.
+    """
+    document = compare_runs(reports)
+    return render(
+        "comparison.html",
+        title=f"{len(reports)} runs compared",
+        document=document,
+        sections=comparison_sections(document),
+        chart=_chart(document, reports),
+    )
+
+
+def _line(name: str, report: Report) -> RunLine:
+    best = headline(report)
+    return RunLine(
+        run=name,
+        verdict=verdict(report),
+        model=report.model,
+        ratio=report.ratio,
+        params=report.pruned.params,
+        macs=report.pruned.macs,
+        dense_top1=report.dense.top1,
+        top1=report.pruned.top1,
+        agreement=report.pruned.agreement,
+        device=device_of(report),
+        runtime=best and best.runtime,
+        precision=best and best.precision,
+        batch=best and best.batch,
+        ms=best and best.pruned_ms,
+        speedup=best and best.speedup,
+        low=best and best.low,
+        high=best and best.high,
+        bytes=best and engine_bytes(report, "pruned", best),
+        fell_short=shortcomings(report),
+    )
+
+
+def _differences(reports: Mapping[str, Report]) -> list[str]:
+    """Why latencies or accuracies of these runs are not on one scale."""
+    reasons = []
+    unmeasured = [name for name, report in reports.items() if headline(report) is None]
+    if unmeasured:
+        reasons.append(f"Latency was not measured in {', '.join(unmeasured)}.")
+    machines = {name: {key: report.environment.get(key) for key in _MACHINE} for name, report in reports.items()}
+    for key in _MACHINE:
+        values = {name: str(machine[key]) for name, machine in machines.items()}
+        if len(set(values.values())) > 1:
+            told = "; ".join(f"{name}: {value}" for name, value in values.items())
+            reasons.append(f"The machines differ in {key.replace('_', ' ')} ({told}).")
+    batches = {name: best.batch for name, report in reports.items() if (best := headline(report)) is not None}
+    if len(set(batches.values())) > 1:
+        told = "; ".join(f"{name}: {batch}" for name, batch in batches.items())
+        reasons.append(f"The batch sizes differ ({told}).")
+    data = {name: report.data for name, report in reports.items()}
+    if len(set(data.values())) > 1:
+        told = "; ".join(f"{name}: {spec}" for name, spec in data.items())
+        reasons.append(f"Accuracy was measured on different data ({told}).")
+    if len({report.pruned.top1 is None for report in reports.values()}) > 1:
+        reasons.append("Some runs have labels and others do not.")
+    return reasons
+
+
+def _choices(reports: Mapping[str, Report]) -> list[Choice]:
+    """What could be deployed, of all runs; a run is one series."""
+    found = []
+    for number, (name, report) in enumerate(reports.items()):
+        best = headline(report)
+        for choice in choices(report, best.batch) if best else ():
+            named = f"{name} {choice.model} {choice.series} {choice.label}"
+            found.append(replace(choice, name=named, series=name, mark=number))
+    return found
+
+
+def _without_repeats(found: Sequence[Choice], reports: Mapping[str, Report]) -> list[Choice]:
+    """Runs that prune the same model measure the dense one again: keep the first run's."""
+    first: dict[tuple[str, str, str], str] = {}
+    for name, report in reports.items():
+        first.setdefault((report.model, report.weights, report.data), name)
+    return [c for c in found if c.model == "pruned" or c.series in first.values()]
+
+
+def _chart(document: RunComparison, reports: Mapping[str, Report]) -> Scatter | None:
+    """Accuracy over latency of all runs: of every run and model the choices that nothing else of it beats."""
+    if document.not_comparable:
+        return None
+    found = _without_repeats(_choices(reports), reports)
+    kept = [c for c in found if c in pareto(o for o in found if (o.series, o.model) == (c.series, c.model))]
+    labelled = document.runs[0].top1 is not None
+    title = f"Accuracy over latency, batch {document.runs[0].batch}"
+    return scatter(title, kept, "top-1, %" if labelled else "agreement, %", 380)
+
+
+def _runs(document: RunComparison) -> Section:
+    header = ("run", "model", "ratio", "parameters", "MACs", "top-1, %", "points", "best in", "batch", "ms", "faster",
+              "MB")  # fmt: skip
+    return Section(
+        "runs",
+        "Runs",
+        header,
+        tuple(map(_run_row, document.runs)),
+        tuple(_scale(document)),
+        text_columns=(0, 1, 7),
+        terminal=(0, 4, 5, 7, 9, 10, 11),
+        sortable=True,
+    )
+
+
+def _run_row(line: RunLine) -> Row:
+    change = line.top1 - line.dense_top1 if line.top1 is not None and line.dense_top1 is not None else None
+    where = "not measured" if line.batch is None else f"{line.runtime} {line.precision}"
+    return (
+        words(line.run),
+        words(line.model),
+        Cell("" if line.ratio is None else f"{line.ratio:g}", line.ratio),
+        Cell(short_count(line.params), line.params),
+        Cell(short_count(line.macs), line.macs),
+        percent(line.top1),
+        points(change),
+        words(where),
+        count(line.batch),
+        ms(line.ms),
+        times(line.speedup),
+        megabytes(line.bytes),
+    )
+
+
+def _scale(document: RunComparison) -> list[str]:
+    if document.not_comparable:
+        return [f"Latencies of these runs are not comparable. {reason}" for reason in document.not_comparable]
+    return [f"All measured on {document.runs[0].device} at batch {document.runs[0].batch}."]
+
+
+def _front(document: RunComparison) -> Section:
+    """The choices worth considering."""
+    front: Sequence[RunChoice] = sorted((c for c in document.choices if c.on_front), key=lambda c: c.ms)
+    return Section(
+        "front",
+        "Pareto front: nothing is both faster and more accurate",
+        ("run", "model", "runtime", "precision", "ms", "accuracy, %"),
+        tuple(
+            (words(c.run), words(c.model), words(c.runtime), words(c.precision), ms(c.ms), percent(c.accuracy))
+            for c in front
+        ),
+        text_columns=(0, 1, 2, 3),
+        terminal=(0, 1, 2, 3, 4, 5),
+        sortable=True,
+    )
+
+
+def _widths(reports: Mapping[str, Report]) -> list[RunWidths]:
+    """Widths of all runs; those of runs from different models are too unlike to stand side by side."""
+    plans = {name: report.plan for name, report in reports.items()}
+    if len({report.model for report in reports.values()}) > 1:
+        return []
+    after = {name: {w.group: w.after for w in plan.widths} if plan else {} for name, plan in plans.items()}
+    before = {w.group: w.before for plan in plans.values() if plan for w in plan.widths}
+    return [
+        RunWidths(group=group, before=size, after={name: after[name].get(group) for name in reports})
+        for group, size in before.items()
+    ]
+
+
+def _width_table(document: RunComparison) -> Section:
+    names = [line.run for line in document.runs]
+    return Section(
+        "widths",
+        "Widths",
+        ("group", "before", *names),
+        tuple((words(w.group), count(w.before), *(count(w.after[name]) for name in names)) for w in document.widths),
+        groups=tuple(stage_of(w.group) for w in document.widths),
+    )

@@ -1,0 +1,303 @@
+"""Models that ONNX Runtime runs: sessions on one execution provider.
+
+The only file that imports onnxruntime.
+"""
+
+import functools
+import importlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from calib_data.errors import MissingDependencyError
+from deploy.environment import usable_cores
+from deploy.runtimes import onnxruntime_providers as providers
+from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
+
+_FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
+_HEAVY = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """Buffers for one set of input shapes, and the binding of a session to them."""
+
+    binding: Any
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    run_options: Any
+
+
+class OnnxRuntimeSession:
+    """An ONNX model on one execution provider: the one asked for or an error, never a silent fallback."""
+
+    def __init__(
+        self,
+        model: bytes | Path,
+        provider: str = providers.CPU,
+        *,
+        threads: int | None = None,
+        provider_options: Mapping[str, str] | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        threads = threads or usable_cores()
+        self._model, self._provider, self._threads = model, provider, threads
+        self._provider_options = dict(provider_options or {})
+        self._cuda_graph = cuda_graph
+        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        options = _session_options(threads)
+        if provider != providers.CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        self._session: Any = _create(model, options, provider, self._provider_options)
+        if provider not in self._session.get_providers():
+            raise MissingDependencyError(
+                f"ONNX Runtime's {provider} does not work on this machine",
+                why=f"It fell back to {', '.join(self._session.get_providers())}.",
+                fix="Install the CUDA and cuDNN versions that this onnxruntime-gpu was built for, or run on the CPU.",
+            )
+        self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
+        self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+        on_gpu = provider != providers.CPU
+        self.settings: Mapping[str, str | int | bool] = {
+            "provider": provider,
+            "intra_op_threads": threads,
+            "spinning": False,
+            **({"cuda_graph": cuda_graph} if on_gpu else {}),
+        }
+
+    def run(self, feeds: Arrays) -> dict[str, _Array]:
+        if self._session is None:
+            raise ValueError("the session is closed")
+        if not self._cuda_graph:
+            return dict(zip(self.output_names, self._session.run(self.output_names, dict(feeds)), strict=True))
+        bound = self._bind(feeds)  # a recorded graph reads and writes the same addresses each time
+        for name, value in bound.inputs.items():
+            value.update_inplace(np.ascontiguousarray(feeds[name]))
+        self._session.run_with_iobinding(bound.binding, bound.run_options)
+        bound.binding.synchronize_outputs()
+        return {name: value.numpy() for name, value in bound.outputs.items()}
+
+    def time(self, feeds: Arrays, calls: int) -> CallTimes:
+        if self._session is None:
+            raise ValueError("the session is closed")
+        bound = self._bind(feeds)
+        if self._provider == providers.CPU:
+            total = np.empty(calls)
+            for index in range(calls):
+                started = time.perf_counter()
+                self._session.run_with_iobinding(bound.binding)
+                total[index] = time.perf_counter() - started
+            return CallTimes(total=total)
+        arrays = {name: np.ascontiguousarray(feeds[name]) for name in bound.inputs}
+        marks = np.empty((calls, 4))
+        for row in marks:
+            row[0] = time.perf_counter()
+            for name, value in bound.inputs.items():
+                value.update_inplace(arrays[name])
+            row[1] = time.perf_counter()
+            self._session.run_with_iobinding(bound.binding, bound.run_options)
+            bound.binding.synchronize_outputs()
+            row[2] = time.perf_counter()
+            for value in bound.outputs.values():
+                value.numpy()
+            row[3] = time.perf_counter()
+        steps = np.diff(marks, axis=1)
+        return CallTimes(total=steps.sum(1), h2d=steps[:, 0], compute=steps[:, 1], d2h=steps[:, 2])
+
+    def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
+        """Empty on GPUs: there the profiler sees how long a kernel takes to be submitted, not to run."""
+        if self._session is None:
+            raise ValueError("the session is closed")
+        if self._provider != providers.CPU:
+            return ()
+        with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
+            # A second session: profiling is switched on for good, and the first one is to stay as fast as it is.
+            with OnnxRuntimeSession(self._model, threads=self._threads) as warm:
+                warm.run(feeds)
+            options = _session_options(self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "trace")
+            profiled = _create(self._model, options, self._provider, {})
+            for _ in range(calls + 1):  # medians leave the first call, which warms up, without weight
+                profiled.run(self.output_names, dict(feeds))
+            return layer_times_of(Path(profiled.end_profiling()))
+
+    def left_to_cpu(self) -> tuple[str, ...]:
+        """Nodes with real work that a GPU's provider did not take, as "name (operator)"."""
+        if self._provider == providers.CPU or not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return ()
+        parts = self._session.get_provider_graph_assignment_info()
+        nodes = [node for part in parts if part.ep_name == providers.CPU for node in part.get_nodes()]
+        return tuple(f"{node.name} ({node.op_type})" for node in nodes if node.op_type in _HEAVY)
+
+    def close(self) -> None:
+        self._session = None
+        self._bound.clear()
+
+    def __enter__(self) -> "OnnxRuntimeSession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _bind(self, feeds: Arrays) -> _Bound:
+        """Static buffers for these shapes, made once; on CPUs they hold these very inputs."""
+        import onnxruntime
+
+        arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+        key = tuple(array.shape for array in arrays.values())
+        on_cpu = self._provider == providers.CPU
+        if key in self._bound:
+            if on_cpu:
+                for name, value in self._bound[key].inputs.items():
+                    value.update_inplace(arrays[name])
+            return self._bound[key]
+        device = "cpu" if on_cpu else "cuda"
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        inputs = {name: make(array.copy(), device, 0) for name, array in arrays.items()}
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.output_names:
+            binding.bind_output(name, device)
+        run_options = onnxruntime.RunOptions()
+        if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
+            run_options.add_run_config_entry("gpu_graph_id", "-1")
+        self._session.run_with_iobinding(binding, run_options)
+        outputs = dict(zip(self.output_names, binding.get_outputs(), strict=True))
+        binding.clear_binding_outputs()
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        run_options = onnxruntime.RunOptions()
+        if self._cuda_graph:
+            run_options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
+        self._bound[key] = _Bound(binding, inputs, outputs, run_options)
+        return self._bound[key]
+
+
+def optimised_graph(
+    model: bytes, provider: str = providers.CPU, provider_options: Mapping[str, str] | None = None
+) -> ModelProto:
+    """The graph as ONNX Runtime runs it on this machine, without its large weights."""
+    with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
+        path = Path(folder) / "optimised.onnx"
+        options = _session_options(1)
+        options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        _create(model, options, provider, dict(provider_options or {}))
+        return load_optimised(path)
+
+
+def library_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def library_folder() -> Path:
+    import onnxruntime
+
+    return Path(onnxruntime.__file__).parent
+
+
+def available_providers() -> tuple[str, ...]:
+    """Providers that this build of the library has, whether they work here or not."""
+    import onnxruntime
+
+    return tuple(onnxruntime.get_available_providers())
+
+
+def preload_cuda() -> None:
+    """Load the CUDA libraries that came with torch, where the library knows how (1.21 and later)."""
+    import onnxruntime
+
+    with _quiet_library():
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
+
+
+def _session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _FATAL
+    # Spinning threads fight for cores with whatever else runs, a second session of the same process included.
+    # PVTv2-B0 dense and half as wide in turns, 64 pixels, batch 8, on 2 cores beside one busy process: 58 and
+    # 32 ms with spinning, 27 and 14 ms without.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _create(model: bytes | Path, options: Any, provider: str, provider_options: Mapping[str, str]) -> Any:
+    """A session of the library, with nothing printed about it."""
+    import onnxruntime
+
+    source = str(model) if isinstance(model, Path) else model
+    with _quiet_library():
+        if provider == providers.TENSORRT_RTX and provider not in onnxruntime.get_available_providers():
+            options.add_provider_for_devices(_rtx_devices(), dict(provider_options))
+            return onnxruntime.InferenceSession(source, options)
+        chosen = [(provider, dict(provider_options))]
+        return onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+
+
+@functools.cache
+def _rtx_devices() -> list[Any]:
+    """GPUs of the TensorRT-RTX plugin, which registers itself with the library once."""
+    import onnxruntime
+
+    plugin = importlib.import_module(providers.RTX_PLUGIN)
+    onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
+    if not devices:
+        raise RuntimeError("the TensorRT-RTX plugin found no GPU that it can use")
+    return devices[:1]
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """A provider that fails to load writes to stderr from C++; what matters of it is raised from here."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNING)
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """Everything that creating a session raises for a model that it cannot take."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.RuntimeException,
+        # a provider that does not load
+        RuntimeError,
+        ValueError,
+    )
+
+
+def reason(error: Exception) -> str:
+    """The library's message without its code prefix."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
