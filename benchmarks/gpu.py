@@ -217,7 +217,9 @@ def benchmark(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     def in_time() -> bool:
         return time.perf_counter() - started < 60 * float(options.minutes)
 
-    settings = BenchSettings(seconds=options.seconds, rounds=6 if options.quick else 20)
+    settings = BenchSettings(seconds=options.seconds, rounds=20)
+    if options.quick:
+        settings = BenchSettings(seconds=options.seconds, rounds=4, warmup=1, warmup_seconds=0.0, min_iterations=4)
     dtype = torch.float16 if options.device == "cuda" else torch.float32
     rows: list[Row] = []
     with GpuMonitor() as monitor, tempfile.TemporaryDirectory() as folder:

@@ -56,7 +56,10 @@ class TorchSession:
         self._format = torch.channels_last if way.channels_last else torch.contiguous_format
         network = copy.deepcopy(model).eval().requires_grad_(False)
         network = network.to(self._device, _DTYPES[way.precision]).to(memory_format=self._format)
-        self._network: Any = torch.compile(network, dynamic=False) if way.compiled else network
+        if way.compiled:
+            # Networks share code, and every batch size is compiled; at the limit of 8 it would quietly go on eagerly.
+            torch._dynamo.config.recompile_limit = 64
+        self._network: Any = torch.compile(network, dynamic=False, fullgraph=True) if way.compiled else network
         self._bound: tuple[int, ...] | None = None
         self._host = self._input = self._output = self._answer = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -67,6 +70,7 @@ class TorchSession:
             "input": way.precision,
         }
 
+    @torch.inference_mode()
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         self._bind(feeds["images"])
         self._input.copy_(self._host)
@@ -79,7 +83,7 @@ class TorchSession:
         marks = [[self._mark() for _ in range(4)] for _ in range(calls)] if self._cuda else []
         for index in range(calls):
             started = time.perf_counter()
-            if not self._cuda:
+            if not self._cuda:  # host and device are one
                 self._compute()
             else:
                 enqueue[index] = self._submit(marks[index])
@@ -101,6 +105,8 @@ class TorchSession:
         """Give back the device's memory; nothing of the session can be used afterwards."""
         self._graph = self._network = None
         self._host = self._input = self._output = self._answer = torch.empty(0)
+        if self._way.compiled:
+            torch.compiler.reset()
         if self._cuda:
             torch.cuda.empty_cache()
 
@@ -114,11 +120,12 @@ class TorchSession:
 
     @torch.inference_mode()
     def _bind(self, images: np.ndarray[Any, np.dtype[Any]]) -> None:
-        """Buffers for this batch, and a first call, which compiles and records."""
+        """Put these images into the buffer of the host; for a new batch size make buffers, compile and record."""
         if self._bound == images.shape:
+            self._host.copy_(torch.from_numpy(images))
             return
         host = torch.from_numpy(images).to(_DTYPES[self._way.precision]).contiguous(memory_format=self._format)
-        self._host = host.pin_memory() if self._cuda else host
+        self._host = host.pin_memory() if self._cuda else host.clone(memory_format=self._format)
         self._input = self._host.to(self._device)
         self._graph = None
         if self._way.cuda_graph:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 
 from calib_data.errors import UserError
@@ -195,7 +196,7 @@ def interleave_own(
     stats: dict[str, dict[int, LatencyStats]] = {name: {} for name in sessions}
     medians: dict[str, dict[int, tuple[float, ...]]] = {name: {} for name in sessions}
     seconds = 0.0
-    with Progress(disable=quiet, transient=True) as progress:
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         task = progress.add_task("latency", total=len(batches) * settings.rounds)
         for batch in batches:
             taking = {name: (sessions[name], own[batch]) for name, own in feeds.items() if batch in own}

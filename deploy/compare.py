@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -193,7 +193,7 @@ def _engine_folders(models: Sequence[Target], scratch: Path, batches: Sequence[i
     ordered = sorted(batches)
     profile = BatchProfile(ordered[0], ordered[len(ordered) // 2], ordered[-1])
     folders = {}
-    with Progress(disable=quiet, transient=True) as progress:
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         for number, own in enumerate(progress.track(models, description="building")):
             if own.folder is not None:
                 folders[own.name] = own.folder
@@ -215,7 +215,7 @@ def _throughputs(
 ) -> list[StreamFigure]:
     wanted = [(own, batch, count) for own in models for batch in feeds[own.name] for count in streams]
     rates = []
-    with Progress(disable=quiet, transient=True) as progress:
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         for own, batch, count in progress.track(wanted, description="throughput"):
             # streams share the cores, instead of each taking all of them
             threads = options.threads or max(1, usable_cores() // count)

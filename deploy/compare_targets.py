@@ -18,6 +18,7 @@ from deploy.graph import load_model
 from deploy.graph_facts import GraphFacts
 from deploy.run_dir import RECIPE
 from deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
+from deploy.runtimes.engine_folder import require
 from deploy.runtimes.nvinfer import device_here
 
 _MEMORY_SHARE = 0.25  # of what is free, for the inputs of one call
@@ -74,7 +75,7 @@ def find_targets(paths: Sequence[Path], runtimes: str, batches: Sequence[int]) -
     Raises:
         UserError: a path is none of these or is broken, an engine that was named itself does not run here or does not
             take these batch sizes, or nothing is left.
-        MissingDependencyError: a runtime that was asked for does not work here.
+        MissingDependencyError: an engine that was named itself is of a runtime that does not work here.
     """
     wanted = None if runtimes.strip().lower() == "auto" else tuple(_named_runtimes(runtimes))
     labels = _short_names(paths)
@@ -87,6 +88,7 @@ def find_targets(paths: Sequence[Path], runtimes: str, batches: Sequence[int]) -
             skipped += left_out
         elif (path / BUILD_RECORD).is_file():
             engine = read_engine(path)
+            require(runtime_named(engine.runtime).missing_to_run(), f"{path} cannot be measured here")
             if (why := _in_the_way(engine, batches)) is not None:
                 raise UserError(
                     f"{path} cannot be measured", why=why, fix="Choose other batch sizes or another engine."

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import logging
@@ -21,12 +20,19 @@ from torch import nn
 
 from calib_data import Preprocess
 from calib_data.errors import BuildError, UserError
-from deploy.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
 from deploy.graph import add_uint8_input, ffn_to_channels_first, name_batch_axis, rename_input, rename_outputs
+from deploy.onnx_files import (
+    MAX_FILE_BYTES,
+    data_path,
+    declared_only,
+    model_digest,
+    save_model,
+    too_large_error,
+    weight_bytes,
+)
 
 MIN_OPSET, MAX_OPSET = 18, 23
 _EXAMPLE_BATCH = 2  # with 1 the exporter silently freezes the batch
-_MAX_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; the rest is for the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,9 @@ class ExportReport:
     """What was written.
 
     Attributes:
+        path: the ONNX file.
+        sha256: of the file, and of the file with its weights where they are apart (`deploy.onnx_files.model_digest`).
+        bytes: of all files together.
         nodes_before: nodes as the exporter made them.
         nodes: nodes in the file.
         rewritten_ffns: feed-forward networks that run channels-first from end to end (PVTv2; 0 for others).
@@ -61,6 +70,7 @@ def export_onnx(
     *,
     opset: int = 20,
     uint8_input: bool = False,
+    external_data: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Write a model as ONNX with a dynamic batch.
@@ -75,6 +85,7 @@ def export_onnx(
         preprocess: input size, mean and std, stored in the file's metadata too.
         opset: 18 to 23; Gelu is a single node from 20 on.
         uint8_input: take raw pixels.
+        external_data: put the weights in one file beside `path`, named like it with ".data" added.
         metadata: further entries for the file, such as labels and plan digest.
 
     Raises:
@@ -82,7 +93,7 @@ def export_onnx(
         BuildError: the model cannot be exported; says what the exporter stumbled over.
     """
     started = time.perf_counter()
-    _check_request(model, opset)
+    _check_request(model, opset, external_data)
     exported = _run_exporter(_frozen_copy(model), preprocess.input_size, opset)
     nodes_before = len(exported.graph.node)
     with _silence():
@@ -102,18 +113,11 @@ def export_onnx(
     if uint8_input:
         add_uint8_input(graph, preprocess.mean, preprocess.std)
     proto = _finish(graph, opset, {**_own_metadata(preprocess), **(metadata or {})})
-    content = proto.SerializeToString()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, content)
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full_error(path.parent, "the ONNX file could not be saved") from error
-        raise unwritable_error(path.parent, error) from error
+    save_model(proto, path, external_data=external_data)
     return ExportReport(
         path=path,
-        sha256=hashlib.sha256(content).hexdigest(),
-        bytes=len(content),
+        sha256=model_digest(path),
+        bytes=sum(file.stat().st_size for file in (path, data_path(path)) if file == path or external_data),
         opset=opset,
         nodes_before=nodes_before,
         nodes=len(proto.graph.node),
@@ -124,7 +128,7 @@ def export_onnx(
     )
 
 
-def _check_request(model: nn.Module, opset: int) -> None:
+def _check_request(model: nn.Module, opset: int, external_data: bool) -> None:
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UserError(
             f"opset {opset} is not supported",
@@ -132,12 +136,8 @@ def _check_request(model: nn.Module, opset: int) -> None:
             fix=f"Use {MIN_OPSET} to {MAX_OPSET}; 20 is the default.",
         )
     size = sum(tensor.numel() for tensor in model.state_dict().values()) * torch.float32.itemsize
-    if size > _MAX_BYTES:
-        raise UserError(
-            f"the model's weights take {size / 2**30:.1f} GiB",
-            why="An ONNX file ends at 2 GiB, and weights in separate files are not supported yet.",
-            fix="Export a smaller model.",
-        )
+    if size > MAX_FILE_BYTES and not external_data:
+        raise too_large_error(size)
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
@@ -181,16 +181,23 @@ def _run_exporter(model: nn.Module, input_size: tuple[int, int, int], opset: int
 
 def _finish(graph: gs.Graph, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
     graph.name = "upvits-deploy"
-    proto = gs.export_onnx(graph.cleanup().toposort())
+    proto: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
     proto.producer_name, proto.producer_version = "upvits-deploy", _own_version()
     found = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if found != opset:
         raise BuildError(f"the exporter made opset {found} instead of {opset}", fix=f"Ask for opset {found}.")
     del proto.graph.value_info[:]
-    proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    lean = declared_only(proto)  # both would read a copy of the weights, which ends at 2 GiB
+    proto.graph.value_info.extend(_inner(onnx.shape_inference.infer_shapes(lean, strict_mode=True), lean))
     onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
-    onnx.checker.check_model(proto)
+    onnx.checker.check_model(lean if weight_bytes(proto) > MAX_FILE_BYTES else proto)
     return proto
+
+
+def _inner(inferred: onnx.ModelProto, lean: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Shapes of the tensors between nodes."""
+    outside = {value.name for value in (*lean.graph.input, *lean.graph.output)}
+    return [value for value in inferred.graph.value_info if value.name not in outside]
 
 
 def _own_metadata(preprocess: Preprocess) -> dict[str, str]:

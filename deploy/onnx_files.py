@@ -67,7 +67,7 @@ def save_model(model: ModelProto, path: Path, *, external_data: bool = False) ->
         if not external_data:
             atomic_write(path, model.SerializeToString())
             return
-        data = path.with_name(f"{path.name}.data")
+        data = data_path(path)
         # The old file must not survive with the new one's weights when this is interrupted.
         path.unlink(missing_ok=True)
         lean = _write_data(model, data)
@@ -76,6 +76,11 @@ def save_model(model: ModelProto, path: Path, *, external_data: bool = False) ->
         if is_disk_full(error):
             raise disk_full_error(path.parent, "the ONNX file could not be saved") from error
         raise unwritable_error(path.parent, error) from error
+
+
+def data_path(path: Path) -> Path:
+    """The file that holds the weights of an ONNX file saved with external data."""
+    return path.with_name(f"{path.name}.data")
 
 
 def too_large_error(size: int) -> UserError:
@@ -106,6 +111,26 @@ def model_digest(path: Path) -> str:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def declared_only(model: ModelProto) -> ModelProto:
+    """A copy for shape inference, in which large weights are only declared, as inputs, and no data are held."""
+    lean = ModelProto()
+    lean.ir_version = model.ir_version
+    lean.opset_import.extend(model.opset_import)
+    lean.functions.extend(model.functions)
+    graph, kept = model.graph, lean.graph
+    kept.name = graph.name or "graph"
+    kept.node.extend(graph.node)
+    kept.input.extend(graph.input)
+    kept.output.extend(graph.output)
+    declared = {value.name for value in graph.input}
+    for tensor in graph.initializer:
+        if not uses_external_data(tensor) and math.prod(tensor.dims) <= _SMALL_BYTES // 8:
+            kept.initializer.append(tensor)
+        elif tensor.name not in declared:
+            kept.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return lean
 
 
 def _parse(path: Path) -> ModelProto:
@@ -200,7 +225,7 @@ def _read_external(path: Path, tensor: TensorProto, wanted: int) -> None:
 def _check_shapes(path: Path, model: ModelProto) -> None:
     """Refuse tensors that no machine could hold, before a runtime tries to."""
     try:
-        values = onnx.shape_inference.infer_shapes(_without_data(model), data_prop=True).graph
+        values = onnx.shape_inference.infer_shapes(declared_only(model), data_prop=True).graph
     except (onnx.shape_inference.InferenceError, ValueError):  # says nothing that the runtimes do not say better
         values = model.graph
     for value in (*values.input, *values.output, *values.value_info):
@@ -212,26 +237,6 @@ def _check_shapes(path: Path, model: ModelProto) -> None:
                 why=f"{value.name} is [{shape}]: {math.prod(fixed):.1e} values.",
                 fix=f"Export the model for smaller images; up to {_MAX_VALUES:.1e} values are taken.",
             )
-
-
-def _without_data(model: ModelProto) -> ModelProto:
-    """A copy for shape inference, in which large weights are only declared, as inputs."""
-    lean = ModelProto()
-    lean.ir_version = model.ir_version
-    lean.opset_import.extend(model.opset_import)
-    lean.functions.extend(model.functions)
-    graph, kept = model.graph, lean.graph
-    kept.name = graph.name or "graph"
-    kept.node.extend(graph.node)
-    kept.input.extend(graph.input)
-    kept.output.extend(graph.output)
-    declared = {value.name for value in graph.input}
-    for tensor in graph.initializer:
-        if not uses_external_data(tensor) and math.prod(tensor.dims) <= _SMALL_BYTES // 8:
-            kept.initializer.append(tensor)
-        elif tensor.name not in declared:
-            kept.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return lean
 
 
 def _write_data(model: ModelProto, data: Path) -> ModelProto:

@@ -5,6 +5,7 @@ All of it is rendered from the report, the recipe and the records of the engines
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -23,6 +24,14 @@ from deploy.triton import Port
 from deploy.verdict import comparisons, verdict
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_CPU = "CPUExecutionProvider"
+# By provider, the package that has it.
+_PROVIDERS = {
+    _CPU: "onnxruntime",
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+}
+_NOT_OPTIONS = ("provider", "intra_op_threads")  # settings of an engine that are no options of its provider
 _ABSOLUTE = re.compile(r"(?:(?<=[\s:'\"(=,])|^)(?:~?(?:/[^\s:'\"),/<>]+){2,}|[A-Za-z]:\\[^\s'\"),<>]+)")
 
 
@@ -115,9 +124,10 @@ def shortened_paths(run: Path, recipe: Mapping[str, Any], report: Report) -> dic
 
 
 def shorten(text: str, names: Mapping[str, str]) -> str:
-    """Replace paths by their names, long ones first; in JSON and TOML too, where backslashes are doubled."""
+    """Replace paths by their names, long ones first; also as JSON, TOML and HTML write them."""
     for path in sorted(names, key=len, reverse=True):
-        text = text.replace(path, names[path]).replace(json.dumps(path)[1:-1], names[path])
+        for written in (path, json.dumps(path)[1:-1], html.escape(path)):
+            text = text.replace(written, names[path])
     return text
 
 
@@ -125,7 +135,7 @@ def _examples(subject: Subject) -> list[_Example]:
     found = [_example(engine, file) for engine, file in subject.engines]
     examples = [example for example in found if example is not None]
     if not any(example.file == "run_onnxruntime.py" for example in examples):
-        provider = {"engine": "model/model.onnx", "provider": "CPUExecutionProvider"}
+        provider = {"engine": "model/model.onnx", "provider": _CPU, "options": ""}
         needs = _pinned("onnxruntime", _version("onnxruntime") or _version("onnxruntime-gpu"))
         examples.insert(0, _Example("run_onnxruntime.py", "onnxruntime", provider, _with_basics(needs)))
     if subject.stock_timm:
@@ -140,12 +150,17 @@ def _example(engine: Engine, file: str) -> _Example | None:
     name = f"run_{engine.runtime.replace('-', '_')}.py"
     if engine.library == "onnxruntime":
         provider = str(engine.settings["provider"])
-        package = "onnxruntime" if provider == "CPUExecutionProvider" else "onnxruntime-gpu"
-        needs = _with_basics(_pinned(package, engine.library_version))
-        return _Example(name, "onnxruntime", {"engine": file, "provider": provider}, needs)
+        if provider not in _PROVIDERS:  # a plugin that has to be registered first: no script for that
+            return None
+        options = {key: str(value) for key, value in engine.settings.items() if key not in _NOT_OPTIONS}
+        values = {"engine": file, "provider": provider, "options": json.dumps(options) if options else ""}
+        needs = _with_basics(_pinned(_PROVIDERS[provider], engine.library_version))
+        return _Example(name, "onnxruntime", values, needs)
     if engine.library == "openvino":
         needs = _with_basics(_pinned("openvino", _version("openvino") or engine.library_version.split("-")[0]))
-        return _Example(name, "openvino", {"engine": file, "device": str(engine.settings.get("device", "CPU"))}, needs)
+        settings = engine.settings
+        values = {"engine": file, "device": str(settings["device"]), "precision": str(settings["inference_precision"])}
+        return _Example(name, "openvino", values, needs)
     if engine.library in _TITLES:
         values = {
             "engine": file,

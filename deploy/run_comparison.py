@@ -7,13 +7,14 @@ they were not, the comparison says so and leaves out what would be wrong: the Pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from calib_data.errors import UserError
+from deploy.artifacts import atomic_write
 from deploy.report import Report
 from deploy.report_views.charts import Choice, Scatter, pareto, scatter
 from deploy.report_views.details import stage_of
@@ -65,6 +66,7 @@ class RunLine(_Document):
     run: str
     verdict: str
     model: str
+    weights: str
     ratio: float | None
     params: int
     macs: int
@@ -109,28 +111,24 @@ def compare_runs(reports: Mapping[str, Report]) -> RunComparison:
     """
     if len(reports) < 2:
         raise UserError("One run alone cannot be compared.", fix="Give two or more run directories.")
-    reasons = _differences(reports)
-    headlines = {name: best for name, report in reports.items() if (best := headline(report)) is not None}
-    found = _choices(reports)
-    front = [] if reasons else [c.name for c in pareto(_without_repeats(found, reports))]
-    return RunComparison(
+    document = RunComparison(
         runs=[_line(name, report) for name, report in reports.items()],
-        not_comparable=reasons,
-        choices=[
-            RunChoice(
-                run=choice.series,
-                model=choice.model,
-                runtime=choice.name.split(" ")[-2],
-                precision=choice.label,
-                batch=headlines[choice.series].batch,
-                ms=choice.ms,
-                accuracy=choice.accuracy,
-                on_front=choice.name in front,
-            )
-            for choice in found
-        ],
+        not_comparable=_differences(reports),
+        choices=[choice for name, report in reports.items() for choice in _choices(name, report)],
         widths=_widths(reports),
     )
+    front = [] if document.not_comparable else [choice.name for choice in pareto(_drawn(document))]
+    marked = [c.model_copy(update={"on_front": _name(c) in front}) for c in document.choices]
+    return document.model_copy(update={"choices": marked})
+
+
+def save_comparison(path: Path, document: RunComparison) -> None:
+    """Write the page to `path`, and the document as JSON beside it."""
+    if path.suffix != ".html":
+        raise UserError(f"{path} cannot hold a comparison.", why="It is a page in HTML.", fix="End its name in .html.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path.with_suffix(".json"), (document.model_dump_json(indent=2) + "\n").encode())
+    atomic_write(path, comparison_html(document).encode())
 
 
 def comparison_sections(document: RunComparison) -> list[Section]:
@@ -155,19 +153,14 @@ def comparison_terminal(document: RunComparison) -> Group:
     return Group(*parts, *terminal_sections(comparison_sections(document)))
 
 
-def comparison_html(reports: Mapping[str, Report]) -> str:
-    """The comparison as one self-contained page.
-
-    Raises:
-        UserError: there are fewer than two runs.
-    """
-    document = compare_runs(reports)
+def comparison_html(document: RunComparison) -> str:
+    """The comparison as one self-contained page."""
     return render(
         "comparison.html",
-        title=f"{len(reports)} runs compared",
+        title=f"{len(document.runs)} runs compared",
         document=document,
         sections=comparison_sections(document),
-        chart=_chart(document, reports),
+        chart=_chart(document),
     )
 
 
@@ -177,6 +170,7 @@ def _line(name: str, report: Report) -> RunLine:
         run=name,
         verdict=verdict(report),
         model=report.model,
+        weights=report.weights,
         ratio=report.ratio,
         params=report.pruned.params,
         macs=report.pruned.macs,
@@ -221,30 +215,48 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
     return reasons
 
 
-def _choices(reports: Mapping[str, Report]) -> list[Choice]:
-    """What could be deployed, of all runs; a run is one series."""
-    found = []
-    for number, (name, report) in enumerate(reports.items()):
-        best = headline(report)
-        for choice in choices(report, best.batch) if best else ():
-            named = f"{name} {choice.model} {choice.series} {choice.label}"
-            found.append(replace(choice, name=named, series=name, mark=number))
-    return found
+def _choices(name: str, report: Report) -> list[RunChoice]:
+    """What could be deployed of a run, at the batch size of its verdict."""
+    best = headline(report)
+    if best is None:
+        return []
+    return [
+        RunChoice(
+            run=name,
+            model=choice.model,
+            runtime=choice.series,
+            precision=choice.label,
+            batch=best.batch,
+            ms=choice.ms,
+            accuracy=choice.accuracy,
+            on_front=False,
+        )
+        for choice in choices(report, best.batch)
+    ]
 
 
-def _without_repeats(found: Sequence[Choice], reports: Mapping[str, Report]) -> list[Choice]:
-    """Runs that prune the same model measure the dense one again: keep the first run's."""
-    first: dict[tuple[str, str, str], str] = {}
-    for name, report in reports.items():
-        first.setdefault((report.model, report.weights, report.data), name)
-    return [c for c in found if c.model == "pruned" or c.series in first.values()]
+def _name(choice: RunChoice) -> str:
+    return f"{choice.run} {choice.model} {choice.runtime} {choice.precision}"
 
 
-def _chart(document: RunComparison, reports: Mapping[str, Report]) -> Scatter | None:
+def _drawn(document: RunComparison) -> list[Choice]:
+    """Choices as points of a chart, with the dense model of the first run where others measured the same one again."""
+    runs = [line.run for line in document.runs]
+    first: dict[tuple[str, str], str] = {}
+    for line in document.runs:
+        first.setdefault((line.model, line.weights), line.run)
+    return [
+        Choice(c.precision, _name(c), c.model, c.run, runs.index(c.run), c.ms, c.accuracy)
+        for c in document.choices
+        if c.model == "pruned" or c.run in first.values()
+    ]
+
+
+def _chart(document: RunComparison) -> Scatter | None:
     """Accuracy over latency of all runs: of every run and model the choices that nothing else of it beats."""
     if document.not_comparable:
         return None
-    found = _without_repeats(_choices(reports), reports)
+    found = _drawn(document)
     kept = [c for c in found if c in pareto(o for o in found if (o.series, o.model) == (c.series, c.model))]
     labelled = document.runs[0].top1 is not None
     title = f"Accuracy over latency, batch {document.runs[0].batch}"

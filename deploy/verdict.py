@@ -49,7 +49,8 @@ def comparisons(report: Report) -> list[Comparison]:
 
 def headline(report: Report) -> Best | None:
     """Return what to deploy: of the best precision of every runtime, the fastest. None when nothing was measured."""
-    return min(report.best, key=lambda best: best.pruned_ms, default=None)
+    largest = max((best.batch for best in report.best), default=0)
+    return min((b for b in report.best if b.batch == largest), key=lambda best: best.pruned_ms, default=None)
 
 
 def verdict(report: Report) -> str:
@@ -57,7 +58,7 @@ def verdict(report: Report) -> str:
     parts = [*_speed_part(headline(report)), *_accuracy_part(report)]
     fewer = 100 * (1 - report.pruned.params / report.dense.params)
     parts.append(f"{fewer:.0f} % fewer parameters")
-    device = device_of(report)
+    device = device_of(report) if report.best else ""
     return ", ".join(parts) + (f", measured on {device}." if device else ".")
 
 
@@ -85,16 +86,19 @@ def cost_of(report: Report, best: Best) -> AccuracyFigures | None:
 def shortfall(report: Report) -> str | None:
     """Say so when latency fell far less than the MACs did (less than half of the way), and what that points to."""
     macs_gain = report.dense.macs / report.pruned.macs
-    short = [c for c in comparisons(report) if c.speedup < 1 + (macs_gain - 1) / 2]
+    found = comparisons(report)
+    short = [c for c in found if c.speedup < 1 + (macs_gain - 1) / 2]
     if macs_gain <= 1 or not short:
         return None
-    where = "; ".join(f"{c.speedup:.2f}x on {c.runtime} {c.precision} at batch {c.batch}" for c in short)
+    least = min(short, key=lambda c: c.speedup)
     text = (
-        f"MACs fell {macs_gain:.1f}x, latency much less: {where}. MACs count only matrix products and convolutions. "
+        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(found)} measurements, least "
+        f"on {least.runtime} {least.precision} at batch {least.batch}: {least.speedup:.2f}x. "
+        "MACs count only matrix products and convolutions. "
         "Reading and writing activations, normalisation and softmax shrink with the width instead of its square, and "
         "the cost of starting each layer does not shrink at all."
     )
-    small, large = min(short, key=lambda c: c.batch), max(comparisons(report), key=lambda c: c.batch)
+    small, large = min(short, key=lambda c: c.batch), max(found, key=lambda c: c.batch)
     if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
         text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
     return text

@@ -37,7 +37,7 @@ def metadata(wheel: Path) -> Message:
 
 def sources() -> set[str]:
     """Every file of our packages that belongs into the wheel."""
-    belongs = {".py", ".typed", ".html"}
+    belongs = {".py", ".typed", ".html", ".css", ".js", ".jinja"}
     return {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
@@ -119,7 +119,7 @@ def test_exactly_one_onnxruntime_everywhere(metadata: Message, system: str, mach
 
 
 def test_optional_libraries_stay_in_extras(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra") or []) == {"tensorrt", "tensorrt-rtx", "modelopt", "detection", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"tensorrt", "tensorrt-rtx", "openvino", "detection", "dev"}
     core = {
         requirement.name
         for requirement in map(Requirement, metadata.get_all("Requires-Dist") or [])

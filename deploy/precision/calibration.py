@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Largest absolute values of what layers with constant weights read.
+    """Largest absolute values of what layers with constant weights read, and of what convolutions make.
 
     Attributes:
-        amax: by tensor, float64 [channels]: the axis that the layers sum over.
+        amax: by tensor, float64 [channels]: the axis that the layers sum over, and that convolutions make.
         images: how many images were seen.
         digest: sha256 of them.
         method: how a range follows from the values.
@@ -108,6 +108,10 @@ def _with_maxima(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
     for tensor, layer in layers.items():
         probes[tensor] = f"{tensor}_amax"
         _add_maximum(model.graph, layer, dims[layer.weight], probes[tensor])
+    for layer in weight_layers(model):
+        if layer.op == "Conv" and layer.result not in probes:
+            probes[layer.result] = f"{layer.result}_amax"
+            _add_maximum(model.graph, replace(layer, source=layer.result), dims[layer.weight], probes[layer.result])
     return model, probes
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from calib_data.errors import UserError
 from deploy.precision.calibration import Floats, Ranges
@@ -36,7 +36,9 @@ def quantizable_layers(model: ModelProto, precision: str) -> tuple[WeightLayer, 
     return tuple(layer for layer in layers if layer.op != "Conv" or taps[layer.weight] <= _FP8_TAPS)
 
 
-def quantize(model: ModelProto, ranges: Ranges, precision: str, layers: Collection[WeightLayer]) -> ModelProto:
+def quantize(
+    model: ModelProto, ranges: Ranges, precision: str, layers: Collection[WeightLayer], *, conv_results: bool = False
+) -> ModelProto:
     """A copy of a prepared model in which these layers read quantized activations and weights. Biases stay.
 
     Args:
@@ -44,6 +46,7 @@ def quantize(model: ModelProto, ranges: Ranges, precision: str, layers: Collecti
         ranges: of the tensors that the layers read.
         precision: "int8" or "fp8" (e4m3).
         layers: which ones.
+        conv_results: quantize what convolutions make too.
 
     Raises:
         UserError: the ranges are those of another model.
@@ -54,33 +57,47 @@ def quantize(model: ModelProto, ranges: Ranges, precision: str, layers: Collecti
     values = initializers(result)
     by_node = {layer.name: layer for layer in layers}
     whole = cut_projections(model)
-    done: set[str] = set()
+    done: dict[str, str] = {}  # tensors and weights that are quantized, by what to read instead
     nodes: list[NodeProto] = []
+    results = {layer.result for layer in layers if layer.op == "Conv"} if conv_results else set()
+
+    def quantized(tensor: str) -> str:
+        if tensor not in done:
+            done[tensor] = f"{tensor}_{precision}_dq"
+            nodes.extend(_quantize_activation(graph, tensor, activation_scale(ranges, tensor, precision), precision))
+        return done[tensor]
+
     for node in graph.node:
         layer = by_node.get(node.name)
-        if layer is not None:
-            axis = None if layer.name in whole else layer.out_axis
-            source = f"{layer.source}_{precision}"
-            weight = f"{layer.weight}_{precision}" + ("" if axis is None else f"_axis{axis}")
-            if source not in done:
-                scale = activation_scale(ranges, layer.source, precision)
-                graph.initializer.append(numpy_helper.from_array(np.asarray(scale, np.float32), f"{source}_scale"))
-                graph.initializer.append(_zero_point(f"{source}_zero_point", precision, ()))
-                parameters = [f"{source}_scale", f"{source}_zero_point"]
-                nodes.append(helper.make_node("QuantizeLinear", [layer.source, *parameters], [source], source))
-                nodes.append(
-                    helper.make_node("DequantizeLinear", [source, *parameters], [f"{source}_dq"], f"{source}_dq")
-                )
-            if weight not in done:
-                nodes.append(_add_weight(result, weight, values[layer.weight], precision, axis))
-            done |= {source, weight}
-            node.input[0], node.input[1] = f"{source}_dq", f"{weight}_dq"
+        for index, name in enumerate(node.input):
+            if name in results and layer is None:
+                node.input[index] = quantized(name)
+        if layer is None:
+            nodes.append(node)
+            continue
+        axis = None if layer.name in whole else layer.out_axis
+        weight = f"{layer.weight}_{precision}" + ("" if axis is None else f"_axis{axis}")
+        if weight not in done:
+            nodes.append(_add_weight(result, weight, values[layer.weight], precision, axis))
+            done[weight] = f"{weight}_dq"
+        node.input[0], node.input[1] = quantized(layer.source), done[weight]
         nodes.append(node)
     kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     graph.ClearField("node")
     graph.node.extend(kept)
     drop_unused_initializers(result)
     return result
+
+
+def _quantize_activation(graph: GraphProto, tensor: str, scale: Floats, precision: str) -> list[NodeProto]:
+    name = f"{tensor}_{precision}"
+    parameters = [f"{name}_scale", f"{name}_zero_point"]
+    graph.initializer.append(numpy_helper.from_array(np.asarray(scale, np.float32), parameters[0]))
+    graph.initializer.append(_zero_point(parameters[1], precision, ()))
+    return [
+        helper.make_node("QuantizeLinear", [tensor, *parameters], [name], name),
+        helper.make_node("DequantizeLinear", [name, *parameters], [f"{name}_dq"], f"{name}_dq"),
+    ]
 
 
 def activation_scale(ranges: Ranges, tensor: str, precision: str) -> Floats:

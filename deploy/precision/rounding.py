@@ -14,8 +14,8 @@ def rounding_nodes(graph: GraphProto, source: str, result: str, precision: str, 
     if precision in ("fp16", "bf16"):
         return _cast_pair(source, result, CASTS[precision])
     scaled, rounded = f"{result}_scaled", f"{result}_rounded"
-    _constant(graph, f"{result}_scale", np.float32(scale))
-    nodes = [helper.make_node("Div", [source, f"{result}_scale"], [scaled], scaled)]
+    _constant(graph, f"{result}_step", np.float32(scale))
+    nodes = [helper.make_node("Div", [source, f"{result}_step"], [scaled], scaled)]
     if precision == "fp8":
         nodes += _cast_pair(scaled, rounded, CASTS["fp8"])
     else:
@@ -25,7 +25,7 @@ def rounding_nodes(graph: GraphProto, source: str, result: str, precision: str, 
         nodes.append(
             helper.make_node("Clip", [f"{result}_whole", f"{result}_low", f"{result}_high"], [rounded], rounded)
         )
-    return [*nodes, helper.make_node("Mul", [rounded, f"{result}_scale"], [result], result)]
+    return [*nodes, helper.make_node("Mul", [rounded, f"{result}_step"], [result], result)]
 
 
 def rounded(values: Array, precision: str) -> Array:

@@ -104,6 +104,7 @@ class _Paths:
         graph = model.graph
         self.nodes = {node.name: node for node in graph.node}
         self._layers = {layer.name: layer for layer in weight_layers(model)}
+        self._values = initializers(model)
         self._outputs = {value.name for value in graph.output}
         self._readers: dict[str, list[_Reader]] = {}
         for node in graph.node:
@@ -142,11 +143,18 @@ class _Paths:
         return 1 if layer.op in ("Conv", "Gemm") else len(self.shape(layer.source)) - 1
 
     def _moved(self, node: NodeProto, axis: int) -> int | None:
-        """Where a transpose or reshape takes an axis; None when the node is neither or breaks the axis up."""
+        """Where a node that only moves, picks or averages takes an axis; None when it does more or breaks it up."""
         before, after = self.shape(node.input[0]), self.shape(node.output[0])
         if node.op_type == "Transpose":
             permutation = list(get_attribute(node, "perm", range(len(before))[::-1]))
             return permutation.index(axis)
+        if node.op_type == "Gather" and len(after) == len(before) + self._index_rank(node) - 1:
+            picked = int(get_attribute(node, "axis", 0)) % len(before)
+            return None if picked == axis else axis + (len(after) - len(before)) * (picked < axis)
+        if node.op_type == "ReduceMean":
+            averaged = {int(other) % len(before) for other in self._averaged(node)}
+            lost = 0 if get_attribute(node, "keepdims", 1) else sum(other < axis for other in averaged)
+            return axis - lost if averaged and axis not in averaged else None
         if node.op_type != "Reshape" or None in before[axis:]:
             return None
         inner = np.prod([size or 0 for size in before[axis + 1 :]])
@@ -156,6 +164,16 @@ class _Paths:
             if np.prod([size or 0 for size in after[place + 1 :]]) == inner and after[place] == before[axis]:
                 return place
         return None
+
+    def _index_rank(self, node: NodeProto) -> int:
+        index = self._values.get(node.input[1])
+        return len(self.shape(node.input[1])) if index is None else index.ndim
+
+    def _averaged(self, node: NodeProto) -> Sequence[int]:
+        """Axes of a ReduceMean; empty when they are not known."""
+        if len(node.input) > 1:
+            return list(self._values.get(node.input[1], ()))
+        return list(get_attribute(node, "axes", ()))
 
 
 def _shape(value: object) -> tuple[int | None, ...]:

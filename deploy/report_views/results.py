@@ -35,6 +35,7 @@ def result(report: Report) -> Section:
     ]
     if pruned.agreement is not None:
         rows.append((words("same top-1 as dense, %"), words(""), percent(pruned.agreement), words("")))
+    rows = [row for row in rows if row[1].text or row[2].text]
     rows += _headline_rows(report)
     return Section("result", "Dense against pruned", ("", "dense", "pruned", "change"), tuple(rows),
                    terminal=(0, 1, 2, 3))  # fmt: skip
@@ -116,6 +117,8 @@ def latency_parts(report: Report) -> Section:
 
 def accuracy(report: Report) -> Section:
     """What each precision costs."""
+    images = sorted({a.images for a in report.accuracy})
+    differing = len(images) > 1
     rows = tuple(
         (
             words(a.model),
@@ -129,7 +132,7 @@ def accuracy(report: Report) -> Section:
             decibels(a.worst_layer_sqnr_db),
             count(a.quantized),
             count(None if a.quantized is None else len(a.kept)),
-            count(a.images),
+            count(a.images if differing else None),
             words(a.measured_on),
         )
         for a in report.accuracy
@@ -140,7 +143,8 @@ def accuracy(report: Report) -> Section:
         if a.kept
     ]
     unit = "top-1" if any(a.top1 is not None for a in report.accuracy) else "agreement"
-    remark = f"Change of {unit} in points, and SQNR of the logits, against the same model in PyTorch fp32."
+    remark = f"Change of {unit} in points, and SQNR of the logits, against the same model in PyTorch fp32"
+    remark += f", on {images[0]} images." if len(images) == 1 else "."
     return Section(
         "accuracy",
         "Accuracy of each precision",
@@ -190,14 +194,19 @@ def _headline_rows(report: Report) -> list[Row]:
     if head is None:
         return []
     what = f"{head.runtime} {precisions(head)}"
+    speed = f"{head.speedup:.2f}x {'faster' if head.speedup >= 1 else 'the speed'}"
     rows: list[Row] = [
-        (words(f"ms at batch {head.batch}, {what}"), ms(head.dense_ms), ms(head.pruned_ms),
-         Cell(f"{head.speedup:.2f}x faster", head.speedup))
-    ]  # fmt: skip
+        (
+            words(f"ms at batch {head.batch}, {what}"),
+            ms(head.dense_ms),
+            ms(head.pruned_ms),
+            Cell(speed, head.speedup),
+        )
+    ]
     dense, pruned = engine_bytes(report, "dense", head), engine_bytes(report, "pruned", head)
     if dense is not None and pruned is not None:
-        change = Cell(f"{dense / pruned:.2f}x smaller", dense / pruned)
-        rows.append((words(f"engine, MB, {what}"), megabytes(dense), megabytes(pruned), change))
+        size = f"{dense / pruned:.2f}x smaller" if dense >= pruned else f"{pruned / dense:.2f}x larger"
+        rows.append((words(f"engine, MB, {what}"), megabytes(dense), megabytes(pruned), Cell(size, dense / pruned)))
     return rows
 
 

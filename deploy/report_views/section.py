@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 MINUS = "\N{MINUS SIGN}"
@@ -56,6 +56,19 @@ class Section:
     bars: tuple[Bar, ...] = ()
     groups: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+
+
+def without_empty_columns(section: Section) -> Section:
+    """The section without columns that have no text in any row."""
+    kept = [i for i in range(len(section.header)) if any(row[i].text for row in section.rows)]
+    place = {column: number for number, column in enumerate(kept)}
+    return replace(
+        section,
+        header=tuple(section.header[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in section.rows),
+        text_columns=tuple(place[i] for i in section.text_columns if i in place),
+        terminal=section.terminal and tuple(place[i] for i in section.terminal if i in place),
+    )
 
 
 def words(text: str) -> Cell:

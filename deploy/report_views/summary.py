@@ -97,6 +97,8 @@ def _built_short(report: Report) -> list[str]:
 
 
 def _unmeasured(report: Report) -> list[str]:
+    if not comparisons(report):
+        return []  # that nothing was measured is said already
     ran = {(runtime, precision) for runtime, precision, _, _ in measured(report.pruned.latency_ms)}
     idle: dict[str, list[str]] = {}
     for e in report.engines:

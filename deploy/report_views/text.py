@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deploy.report import Report
 from deploy.report_views import details, results
-from deploy.report_views.section import Section
+from deploy.report_views.section import Section, without_empty_columns
 from deploy.report_views.summary import shortcomings, subject
 from deploy.verdict import verdict
 
@@ -38,7 +38,7 @@ def sections(report: Report) -> list[Section]:
         details.stages(report),
         details.notes(report),
     ]
-    return [section for section in found if section.rows or section.remarks or section.commands]
+    return [without_empty_columns(section) for section in found if section.rows or section.remarks or section.commands]
 
 
 def markdown(report: Report) -> str:

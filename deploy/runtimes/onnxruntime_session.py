@@ -5,6 +5,7 @@ The only file that imports onnxruntime.
 
 import functools
 import importlib
+import os
 import re
 import tempfile
 import time
@@ -155,7 +156,7 @@ class OnnxRuntimeSession:
 
     def _bind(self, feeds: Arrays) -> _Bound:
         """Static buffers for these shapes, made once; on CPUs they hold these very inputs."""
-        import onnxruntime
+        onnxruntime = _library()
 
         arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
         key = tuple(array.shape for array in arrays.values())
@@ -202,28 +203,36 @@ def optimised_graph(
         return load_optimised(path)
 
 
-def library_version() -> str:
+def _library() -> Any:
+    """The library. Since 1.31 it reports its use to its maker, also on Linux; here it only does when told to."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
+
+    return onnxruntime
+
+
+def library_version() -> str:
+    onnxruntime = _library()
 
     return str(onnxruntime.__version__)
 
 
 def library_folder() -> Path:
-    import onnxruntime
+    onnxruntime = _library()
 
     return Path(onnxruntime.__file__).parent
 
 
 def available_providers() -> tuple[str, ...]:
     """Providers that this build of the library has, whether they work here or not."""
-    import onnxruntime
+    onnxruntime = _library()
 
     return tuple(onnxruntime.get_available_providers())
 
 
 def preload_cuda() -> None:
     """Load the CUDA libraries that came with torch, where the library knows how (1.21 and later)."""
-    import onnxruntime
+    onnxruntime = _library()
 
     with _quiet_library():
         if hasattr(onnxruntime, "preload_dlls"):
@@ -231,7 +240,7 @@ def preload_cuda() -> None:
 
 
 def _session_options(threads: int) -> Any:
-    import onnxruntime
+    onnxruntime = _library()
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -245,7 +254,7 @@ def _session_options(threads: int) -> Any:
 
 def _create(model: bytes | Path, options: Any, provider: str, provider_options: Mapping[str, str]) -> Any:
     """A session of the library, with nothing printed about it."""
-    import onnxruntime
+    onnxruntime = _library()
 
     source = str(model) if isinstance(model, Path) else model
     with _quiet_library():
@@ -259,7 +268,7 @@ def _create(model: bytes | Path, options: Any, provider: str, provider_options: 
 @functools.cache
 def _rtx_devices() -> list[Any]:
     """GPUs of the TensorRT-RTX plugin, which registers itself with the library once."""
-    import onnxruntime
+    onnxruntime = _library()
 
     plugin = importlib.import_module(providers.RTX_PLUGIN)
     onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
@@ -272,7 +281,7 @@ def _rtx_devices() -> list[Any]:
 @contextmanager
 def _quiet_library() -> Iterator[None]:
     """A provider that fails to load writes to stderr from C++; what matters of it is raised from here."""
-    import onnxruntime
+    onnxruntime = _library()
 
     onnxruntime.set_default_logger_severity(_FATAL)
     try:
@@ -283,7 +292,7 @@ def _quiet_library() -> Iterator[None]:
 
 def load_errors() -> tuple[type[Exception], ...]:
     """Everything that creating a session raises for a model that it cannot take."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    state = _library().capi.onnxruntime_pybind11_state
 
     return (
         state.Fail,

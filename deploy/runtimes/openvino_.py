@@ -11,6 +11,7 @@ The only file that imports openvino. (The trailing underscore keeps the module a
 
 import functools
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, shape_inference
 
 from calib_data.errors import UserError
@@ -106,7 +108,7 @@ class OpenVino:
                     usable_cores(),
                 )
         except RuntimeError as error:
-            raise build_failed(self, onnx_path, model, _reason(error)) from error
+            raise build_failed(self, onnx_path, model, _unknown_operator(error, model) or _reason(error)) from error
         return save_engine(
             self,
             folder,
@@ -146,8 +148,10 @@ class OpenVinoSession:
         self._model, self._device, self._hint, self._threads = model, device, hint, threads
         compiled = _compile(model, device, hint, threads)
         self._request: Any = compiled.create_infer_request()
-        self.input_names: tuple[str, ...] = tuple(port.any_name for port in compiled.inputs)
-        self.output_names: tuple[str, ...] = tuple(port.any_name for port in compiled.outputs)
+        graph = onnx.load_model_from_string(model).graph  # a tensor of OpenVINO's has several names, in no order
+        weights = {tensor.name for tensor in graph.initializer}
+        self.input_names: tuple[str, ...] = tuple(v.name for v in graph.input if v.name not in weights)
+        self.output_names: tuple[str, ...] = tuple(value.name for value in graph.output)
         self.settings: Mapping[str, str | int | bool] = {
             "device": str(_core().get_property(device, "FULL_DEVICE_NAME")).strip(),
             "inference_precision": hint,
@@ -176,7 +180,7 @@ class OpenVinoSession:
         # A second one: counting is compiled in, and the first is to stay as fast as it is.
         compiled = _compile(self._model, self._device, self._hint, self._threads, profile=True)
         request = compiled.create_infer_request()
-        inputs = [np.ascontiguousarray(feeds[name]) for name in self.input_names]
+        inputs = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
         found: dict[str, list[Any]] = {}
         for call in range(calls + 1):
             request.infer(inputs)
@@ -351,6 +355,16 @@ def _reason(error: Exception) -> str:
     """The library's message without the places in its sources."""
     lines = [line.strip() for line in str(error).splitlines()]
     return "\n".join(line for line in lines if line and not line.startswith(("Exception from", "at ")))
+
+
+def _unknown_operator(error: Exception, model: ModelProto) -> str:
+    """Names a node whose operator the library does not know; "" when that is not what went wrong."""
+    found = re.search(r"No conversion rule found for operations: *(\S+)", str(error))
+    if found is None:
+        return ""
+    operator = found[1].strip(",").rsplit(".", 1)[-1]
+    names = [node.name or node.output[0] for node in model.graph.node if node.op_type == operator]
+    return f"OpenVINO does not know the operator {operator} of node {', '.join(names[:3])}."
 
 
 OPENVINO = OpenVino("openvino", "CPU", "fp32")

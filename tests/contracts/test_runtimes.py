@@ -11,7 +11,9 @@ import pytest
 from onnx import helper
 
 from calib_data.errors import BuildError, MissingDependencyError, UserError
+from deploy.graph_facts import GraphFacts
 from deploy.parity import TOLERANCES, check_parity
+from deploy.precision import calibrate, convert
 from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Runtime, open_onnx, read_engine
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -56,6 +58,14 @@ def write(path: Path, **arguments: str) -> Path:
     return path
 
 
+def write_converted(path: Path, precision: str, rest: str) -> Path:
+    """The small model in a precision: runtimes build graphs as they are."""
+    model = small_model()
+    ranges = calibrate(model, [IMAGES], quiet=True) if precision in ("int8", "fp8") else None
+    onnx.save(convert(model, precision, ranges=ranges, rest=rest).model, path)
+    return path
+
+
 @pytest.fixture(params=RUNTIMES.values(), ids=RUNTIMES)
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     found: Runtime = request.param
@@ -88,9 +98,12 @@ def test_what_is_missing_is_said_and_building_is_refused(runtime: Runtime, tmp_p
     assert not (tmp_path / "engine").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, precision: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.onnx")
+    if precision not in ready.precisions:
+        pytest.skip(f"{ready.name} does not build {precision}")
+    plain = write(tmp_path / "plain.onnx")
+    path = write_converted(tmp_path / "model.onnx", precision, ready.rest)
     engine = ready.build(path, tmp_path / "engine", options_for(precision))
     content = engine.path.read_bytes()
     assert engine.path.parent == engine.folder == tmp_path / "engine"
@@ -100,6 +113,12 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
     assert engine.onnx_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert engine.seconds >= 0
     assert engine.library_version[0].isdigit()
+    if engine.built is not None:
+        facts = GraphFacts(onnx.load(path))
+        assert engine.built.planned == facts.gemms()
+        assert engine.built.gemms == facts.gemms()
+        assert engine.built.attention_blocks == 0
+        assert engine.built.source
     assert read_engine(tmp_path / "engine") == engine
     record = json.loads((tmp_path / "engine" / "build.json").read_text())
     assert record["file"] == engine.path.name
@@ -112,7 +131,7 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
             ready.open(engine.folder)
         assert missing.fix in str(refusal.value)
         return
-    with open_onnx(path) as reference, ready.open(engine.folder) as session:
+    with open_onnx(plain) as reference, ready.open(engine.folder) as session:
         assert session.input_names == ("images",)
         assert session.output_names == ("logits",)
         for batch in (1, 4):
@@ -120,6 +139,13 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
             wanted, got = reference.run(feeds)["logits"], session.run(feeds)["logits"]
             assert got.dtype == np.float32
             check_parity(wanted, got, tolerance=TOLERANCES[precision])
+        times = session.time({"images": IMAGES[:2]}, 3)
+        assert times.total.shape == (3,)
+        for stage in (times.total, times.h2d, times.compute, times.d2h, times.enqueue):
+            assert stage is None or (np.isfinite(stage).all() and (stage >= 0).all())
+        assert (times.total > 0).all()
+        layers = session.layer_times({"images": IMAGES[:2]}, 2)
+        assert all(layer.ms >= 0 and layer.name for layer in layers)
     with pytest.raises(ValueError, match="closed"):
         session.run({"images": IMAGES})
 
@@ -216,7 +242,7 @@ def test_files_of_the_user_are_not_touched(ready: Runtime, tmp_path: Path) -> No
 
 
 def test_an_unknown_precision_is_refused(ready: Runtime, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fp32, fp16"):
+    with pytest.raises(UserError, match=f"Precisions of {ready.name}"):
         ready.build(write(tmp_path / "model.onnx"), tmp_path / "engine", options_for("fp12"))
     assert not (tmp_path / "engine").exists()
 

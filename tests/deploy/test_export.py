@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import deploy.export
+import deploy.onnx_files
 from calib_data.errors import BuildError, UserError
 from deploy.export import export_onnx
 from deploy.graph import ffn_to_channels_first, load_model
@@ -129,7 +130,7 @@ def test_a_model_that_fails_is_a_build_error_and_leaves_nothing(tmp_path: Path) 
 def test_what_cannot_be_written_is_refused(vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="opset 17"):
         export_onnx(vit.model, tmp_path / "model.onnx", vit.preprocess, opset=17)
-    monkeypatch.setattr(deploy.export, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(deploy.export, "MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="2 GiB"):
         export_onnx(vit.model, tmp_path / "model.onnx", vit.preprocess)
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +147,7 @@ def test_an_existing_file_survives_a_failed_write(
 
     exported = onnx.load(vit.report.path)
     monkeypatch.setattr(deploy.export, "_run_exporter", lambda *arguments: exported)
-    monkeypatch.setattr(deploy.export, "atomic_write", full)
+    monkeypatch.setattr(deploy.onnx_files, "atomic_write", full)
     with pytest.raises(UserError, match="no space left"):
         export_onnx(vit.model, path, vit.preprocess)
     assert path.read_bytes() == b"precious"

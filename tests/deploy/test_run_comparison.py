@@ -1,5 +1,7 @@
 """Several runs side by side, and never more comparable than they were measured."""
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
@@ -12,6 +14,7 @@ from deploy.run_comparison import (
     comparison_markdown,
     comparison_sections,
     comparison_terminal,
+    save_comparison,
 )
 from deploy.verdict import verdict
 from tests.deploy.sample_report import sample_document, sample_report
@@ -96,10 +99,10 @@ def test_what_cannot_be_compared_is_not(changes: dict[str, object], reason: str)
     assert any(reason in text for text in document.not_comparable)
     assert not any(choice.on_front for choice in document.choices)
     assert "front" not in {section.key for section in comparison_sections(document)}
-    for text in (comparison_markdown(document), comparison_html(reports), printed(document)):
+    for text in (comparison_markdown(document), comparison_html(document), printed(document)):
         assert reason in " ".join(text.split())
         assert "not comparable" in text
-    assert "Pareto" not in comparison_html(reports)
+    assert "Pareto" not in comparison_html(document)
 
 
 def test_widths_stand_side_by_side_for_runs_of_one_model_only() -> None:
@@ -120,3 +123,12 @@ def test_the_terminal_fits_80_columns_and_names_every_run_whole() -> None:
 def test_one_run_is_not_a_comparison() -> None:
     with pytest.raises(UserError, match="cannot be compared"):
         compare_runs({"run": sample_report()})
+
+
+def test_a_comparison_is_written_as_a_page_and_as_json(tmp_path: Path) -> None:
+    document = compare_runs(three_runs())
+    save_comparison(tmp_path / "new" / "all.html", document)
+    assert RunComparison.model_validate_json((tmp_path / "new" / "all.json").read_text()) == document
+    assert (tmp_path / "new" / "all.html").read_text().count("<h1") == 1
+    with pytest.raises(UserError, match="cannot hold a comparison"):
+        save_comparison(tmp_path / "all.json", document)

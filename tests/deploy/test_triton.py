@@ -1,4 +1,4 @@
-"""The Triton repository: its configuration parses with Triton's own protobuf classes and says what the ONNX file says."""
+"""The Triton repository: its configuration parses with Triton's own protobuf and says what the ONNX file says."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def engine_of(folder: Path, runtime: str, smallest: int = 1) -> Engine:
     path = folder / "engine.plan"
     path.write_bytes(b"a plan")
     return Engine(
-        runtime=runtime, precision="fp16", targets=("sm89",), path=path, bytes=6, seconds=1.0, sha256="", library=runtime,
-        library_version="10.9", onnx_sha256="", batch=BatchProfile(smallest, 4, 16), settings={},
+        runtime=runtime, precision="fp16", targets=("sm89",), path=path, bytes=6, seconds=1.0, sha256="",
+        library=runtime, library_version="10.9", onnx_sha256="", batch=BatchProfile(smallest, 4, 16), settings={},
     )  # fmt: skip
 
 

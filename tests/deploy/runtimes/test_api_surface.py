@@ -225,11 +225,11 @@ def inspected(trt: Any, products: dict[str, str], attention: tuple[str, ...] = (
     return json.dumps({"Layers": layers, **io})
 
 
-@pytest.fixture
-def fp16_vit(vit: Exported, tmp_path: Path) -> Path:
-    model = convert(onnx.load(vit.report.path), "fp16").model
-    onnx.save(model, tmp_path / "fp16.onnx")
-    return tmp_path / "fp16.onnx"
+@pytest.fixture(scope="module")
+def fp16_vit(vit: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fp16") / "fp16.onnx"
+    onnx.save(convert(onnx.load(vit.report.path), "fp16").model, path)
+    return path
 
 
 def test_building_calls_what_every_version_has(trt: Any, fp16_vit: Path, tmp_path: Path) -> None:
