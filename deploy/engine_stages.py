@@ -19,7 +19,7 @@ from calib_data import batches
 from calib_data.errors import GateError
 from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.artifacts import Artifact, atomic_write
-from deploy.bench import BenchSettings, LatencyReport, interleave, throughput
+from deploy.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from deploy.environment import environment
 from deploy.gpu_monitor import GpuMonitor
 from deploy.job import MODELS, Job, Pixels, model_input, parity_images, stage, validation_images, write_json
@@ -150,12 +150,13 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
             )
             with GpuMonitor() as monitor:
                 measured = interleave(sessions, feeds, settings, quiet=job.quiet) if sessions else None
+            joules = _energy(pairs, sessions, feeds) if monitor.samples else {}
             layers = _layers(pairs, sessions, feeds)
         plan = PruningPlan.load(pruned.folder / "plan.json")
         engines = {
             pair: (engine_of(artifact, "dense"), engine_of(artifact, "pruned")) for pair, artifact in pairs.items()
         }
-        figures = bench_figures(measured, list(pairs), costs, job.recipe.precision.max_drop)
+        figures = bench_figures(measured, list(pairs), costs, job.recipe.precision.max_drop, joules)
         figures = figures.model_copy(
             update={
                 "layer_times": [layer_figures(pair, max(feeds), *layers[pair]) for pair in pairs],
@@ -271,6 +272,19 @@ def _layers(
             sessions[pair.session("pruned")].layer_times(feed, _PROFILED_CALLS),
         )
         for pair in pairs
+    }
+
+
+def _energy(
+    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
+) -> dict[tuple[str, int], float | None]:
+    """Energy per image of every session on a GPU, by session and batch size."""
+    return {
+        (pair.session(model), batch): joules_per_image(sessions[pair.session(model)], feed)
+        for pair in pairs
+        if runtime_named(pair.runtime).rest != "fp32"
+        for model in MODELS
+        for batch, feed in feeds.items()
     }
 
 

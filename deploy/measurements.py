@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from deploy.accuracy import Accuracy
 from deploy.bench import LatencyReport
-from deploy.diagnosis import Measured, diagnose, layer_table
+from deploy.diagnosis import Measured, diagnose
+from deploy.layer_table import layer_table
 from deploy.report import Bench, Best, Finding, Latency, LayerTimes
 from deploy.runtimes import Engine, LayerTime
 from toolchain.planning import PruningPlan
@@ -28,7 +29,11 @@ class Pair:
 
 
 def bench_figures(
-    measured: LatencyReport | None, pairs: Sequence[Pair], costs: Mapping[str, Accuracy], max_drop: float
+    measured: LatencyReport | None,
+    pairs: Sequence[Pair],
+    costs: Mapping[str, Accuracy],
+    max_drop: float,
+    joules: Mapping[tuple[str, int], float | None],
 ) -> Bench:
     """Arrange measurements for the report.
 
@@ -37,6 +42,7 @@ def bench_figures(
         pairs: what was measured.
         costs: accuracy by session name.
         max_drop: points of accuracy that a precision may cost the pruned network.
+        joules: energy per image by session name and batch size, where it was measured.
     """
     figures = Bench()
     if measured is None:
@@ -45,7 +51,8 @@ def bench_figures(
         names = {model: pair.session(model) for model in ("dense", "pruned")}
         for model, tree in (("dense", figures.dense), ("pruned", figures.pruned)):
             tree.setdefault(pair.runtime, {})[pair.precision] = {
-                f"b{batch}": _latency(measured, names[model], batch) for batch in measured.stats[names[model]]
+                f"b{batch}": _latency(measured, names[model], batch, joules.get((names[model], batch)))
+                for batch in measured.stats[names[model]]
             }
         for batch in measured.stats[names["pruned"]]:
             ratio = measured.ratio(names["dense"], names["pruned"], batch)
@@ -134,7 +141,7 @@ def _best(
     )
 
 
-def _latency(measured: LatencyReport, name: str, batch: int) -> Latency:
+def _latency(measured: LatencyReport, name: str, batch: int, joules: float | None) -> Latency:
     stats = measured.stats[name][batch]
     threads = measured.sessions[name].get("intra_op_threads")
     return Latency(
@@ -154,4 +161,5 @@ def _latency(measured: LatencyReport, name: str, batch: int) -> Latency:
         compute=stats.compute,
         d2h=stats.d2h,
         enqueue=stats.enqueue,
+        joules_per_image=joules,
     )

@@ -6,7 +6,7 @@ machine are measured again by themselves, in the bench stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, as
             )
 
 
-def left_out(job: Job, graphs: dict[str, Artifact]) -> Sequence[str]:
+def left_out(job: Job, graphs: Mapping[str, Artifact]) -> Sequence[str]:
     """A note for every precision that `auto` had to leave out."""
     return [
         f"{name} engines were left out: "

@@ -4,11 +4,12 @@ An engine folder holds one engine file and `build.json`, which is written last: 
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
@@ -202,9 +203,15 @@ def build_failed(runtime: Runtime, onnx_path: Path, model: ModelProto, reason: s
 def _node_named_in(reason: str, model: ModelProto) -> str:
     """Name and operator of the node in a message; libraries differ in wording, but all quote names."""
     named = [node for node in model.graph.node if node.name and node.name in reason]
-    typed = [node for node in model.graph.node if f"{node.domain}:{node.op_type}(" in reason]
+    typed = [node for node in model.graph.node if _operator_pattern(node).search(reason)]
     found = max(named, key=lambda node: len(node.name), default=None) or next(iter(typed), None)
     return f"{found.name or 'without a name'} ({found.op_type})" if found is not None else ""
+
+
+def _operator_pattern(node: NodeProto) -> re.Pattern[str]:
+    """An operator as libraries write it: "domain:Operator(", "domain.Operator", or in a list of "operations: "."""
+    domain, operator = re.escape(node.domain), re.escape(node.op_type)
+    return re.compile(rf"{domain}:{operator}\(|operations?: [\w., ]*\b{operator}\b")
 
 
 def _engine(record: _BuildRecord, folder: Path) -> Engine:

@@ -85,7 +85,8 @@ class Built:
         source: where this was read, for example "engine inspector" or "compiled graph in the plan".
         layers: kernels or layers that run.
         by_precision: layers by the precision that they compute in ("fp32", "fp16", "bf16", "int8", "fp8", "other").
-        gemms: matrix products and convolutions with constant weights, by precision.
+        gemms: matrix products and convolutions with constant weights, by precision; "removed" counts those that no
+            kernel computes, because their result is constant or unused.
         planned: the same as the ONNX graph asks for it.
         attention_blocks: attention blocks of the ONNX graph.
         attention_fused: how many of them are one fused kernel; None where the runtime does not tell.
@@ -111,7 +112,8 @@ class CallTimes:
     """Times of calls in seconds, float64 [N] each.
 
     Attributes:
-        total: host to host: input copied to the device, computed, output copied back; on CPUs the call itself.
+        total: host wall time, host to host: input copied to the device, computed, output copied back; on CPUs the
+            call itself.
         h2d: input to the device; None where there is no device or the runtime does not tell.
         compute: on the device.
         d2h: output from the device.

@@ -21,7 +21,7 @@ from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.cuda import missing_gpu
 from deploy.runtimes.engine_folder import build_failed, check_built, check_request, read_engine, require, save_engine
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
-from deploy.runtimes.onnxruntime_facts import built_of, unsigned_activations
+from deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
 from deploy.runtimes.onnxruntime_session import (
     OnnxRuntimeSession,
     available_providers,
@@ -92,7 +92,8 @@ class OnnxRuntime:
         """
         on_cpu = self.provider == providers.CPU
         signed = not on_cpu or platform.machine().lower() not in ("x86_64", "amd64")
-        content = _one_file(model if signed else unsigned_activations(model))
+        ready = biases_apart(model) if on_cpu else model
+        content = _one_file(ready if signed else unsigned_activations(ready))
         chosen = providers.build_settings(self.provider, model, options)
         settings: dict[str, str | int | bool] = {"provider": self.provider, **chosen}
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploy.graph_facts import GraphFacts
 from deploy.runtimes.interface import Built, LayerTime
@@ -125,6 +125,29 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
         for changed in around:
             changed.input[2] = zero
     del graph.value_info[:]
+    return result
+
+
+def biases_apart(model: ModelProto) -> ModelProto:
+    """The same numbers with the biases of quantized Gemm nodes added after them.
+
+    ONNX Runtime's integer kernel for Gemm takes a bias only as integers; with one in fp32 it multiplies in fp32.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        one = all(attribute.f == 1 for attribute in node.attribute if attribute.name == "beta")
+        own = NodeProto()
+        own.CopyFrom(node)
+        nodes.append(own)
+        wanted = node.op_type == "Gemm" and len(node.input) == 3 and {*node.input[:2]} <= dequantized and one
+        if wanted and node.input[2] not in dequantized:
+            bias, own.output[0] = own.input.pop(), f"{node.output[0]}_without_bias"
+            nodes.append(helper.make_node("Add", [own.output[0], bias], [node.output[0]], f"{node.name}_bias"))
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
     return result
 
 

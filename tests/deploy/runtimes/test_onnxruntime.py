@@ -18,10 +18,10 @@ from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, onnxruntime_
 from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.interface import Arrays, CallTimes
 from deploy.runtimes.onnxruntime_ import CPU, TENSORRT, TENSORRT_RTX
-from deploy.runtimes.onnxruntime_facts import unsigned_activations
-from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
+from deploy.runtimes.onnxruntime_facts import biases_apart, unsigned_activations
+from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession, optimised_graph
 from tests.deploy.conftest import Exported
-from tests.deploy.runtimes.foreign import computed, decibel, pictures_of, quantized, two_inputs
+from tests.deploy.runtimes.foreign import FLOAT, computed, decibel, finish, pictures_of, quantized, two_inputs
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -74,12 +74,33 @@ def test_unsigned_activations_are_the_same_numbers_and_needed() -> None:
     feeds = {"x": pictures_of(3)}
     np.testing.assert_array_equal(computed(model, feeds)[0], computed(changed, feeds)[0])
     counts = [
-        [node.op_type for node in onnxruntime_.optimised_graph(m.SerializeToString()).graph.node].count(
-            "MatMulIntegerToFloat"
-        )
+        [node.op_type for node in optimised_graph(m.SerializeToString()).graph.node].count("MatMulIntegerToFloat")
         for m in (model, changed)
     ]
     assert counts == [0, 2]
+
+
+def test_a_bias_in_fp32_does_not_keep_a_product_from_int8() -> None:
+    rng = np.random.default_rng(6)
+    weights: dict[str, Any] = {
+        "scale": np.array(0.03, np.float32),
+        "zero": np.array(0, np.int8),
+        "w_q": rng.integers(-127, 128, (5, 16), np.int8),
+        "bias": rng.normal(size=5).astype(np.float32),
+    }
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+        onnx.helper.make_node("DequantizeLinear", ["w_q", "scale", "zero"], ["w"]),
+        onnx.helper.make_node("Gemm", ["dq", "w", "bias"], ["y"], "gemm", transB=1),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    model = finish(nodes, [value("x", FLOAT, ["n", 16])], [value("y", FLOAT, ["n", 5])], weights)
+    x = {"x": rng.normal(size=(3, 16)).astype(np.float32)}
+    changed = biases_apart(model)
+    np.testing.assert_allclose(computed(changed, x)[0], computed(model, x)[0], atol=1e-6)
+    operators = [node.op_type for node in optimised_graph(changed.SerializeToString()).graph.node]
+    assert "QGemm" in operators
 
 
 @pytest.mark.usefixtures("one_core")

@@ -16,7 +16,7 @@ from deploy.precision.half import to_half
 from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, open_onnx, openvino_
 from deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU, widened
 from tests.deploy.conftest import Exported
-from tests.deploy.runtimes.foreign import decibel, pictures_of, quantized, two_inputs
+from tests.deploy.runtimes.foreign import FLOAT, computed, decibel, finish, pictures_of, quantized, two_inputs
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -70,6 +70,33 @@ def test_int8_runs_in_int8_and_is_right(tmp_path: Path) -> None:
     assert engine.built.gemms == {"int8": 2}
     with OPENVINO.open(engine.folder) as session:
         assert 30 < decibel(exact, session.run({"x": pictures_of(2)})["y"]) < 60
+
+
+@needs_openvino
+@pytest.mark.parametrize("size", [4, 8])
+def test_int8_convolutions_are_right_whatever_their_size(size: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    weights: dict[str, Any] = {
+        "scale": np.array(4 / 127, np.float32),
+        "zero": np.array(0, np.int8),
+        "k_q": rng.integers(-127, 128, (32, 32, size, size), np.int8),
+    }
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "quantize"),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], "dequantize"),
+        onnx.helper.make_node("DequantizeLinear", ["k_q", "scale", "zero"], ["k"], "kernel"),
+        onnx.helper.make_node("Conv", ["dq", "k"], ["y"], "conv", strides=[size, size]),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    shapes = [value("x", FLOAT, ["n", 32, 16, 16])], [value("y", FLOAT, ["n", 32, 16 // size, 16 // size])]
+    model = finish(nodes, *shapes, weights)
+    onnx.save(model, tmp_path / "model.onnx")
+    engine = OPENVINO.build(tmp_path / "model.onnx", tmp_path / "engine", BuildOptions("int8", BatchProfile(1, 2, 4)))
+    x = rng.normal(size=(2, 32, 16, 16)).astype(np.float32)
+    with OPENVINO.open(engine.folder) as session:
+        assert decibel(computed(model, {"x": x})[0], session.run({"x": x})["y"]) > 30
+    assert engine.built is not None
+    assert engine.built.gemms == ({"int8": 1} if size == 4 else {"fp32": 1})
 
 
 @needs_openvino
