@@ -6,7 +6,11 @@ report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}})
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# onnxruntime reports its use unless told otherwise before it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from deploy.pipeline import build

@@ -30,8 +30,8 @@ _SENSITIVITY_BATCHES = 4
 
 
 def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
-    """Precisions to build: those asked for; by default int8 beside fp32 on CPUs, beside fp16 elsewhere."""
-    usual = ("fp32" if runtime.rest == "fp32" else "fp16", "int8")
+    """Precisions to build: those asked for; by default fp32, bf16 and int8 on CPUs, fp16 and int8 elsewhere."""
+    usual = ("fp32", "bf16", "int8") if runtime.rest == "fp32" else ("fp16", "int8")
     wanted = dict.fromkeys(p for name in split_names(spec) for p in (usual if name == "auto" else (name,)))
     return tuple(name for name in wanted if name in runtime.precisions)
 

@@ -21,17 +21,24 @@ from deploy.precision.weight_layers import Array, WeightLayer, drop_unused_initi
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _FP8_TAPS = 32
+_IMAGE_CHANNELS = 4
 
 
-def quantizable_layers(model: ModelProto, precision: str) -> tuple[WeightLayer, ...]:
+def quantizable_layers(model: ModelProto, precision: str, *, on_cpu: bool = False) -> tuple[WeightLayer, ...]:
     """The layers of a prepared model that runtimes can run in this precision.
 
     int8: all. TensorRT-RTX 1.7 has int8 kernels for patch embeddings, 1x1 and depthwise convolutions, classifiers and
-    odd widths alike. fp8: not convolutions of more than 32 taps; it has fp8 kernels for 5x5, but for 6x6 none.
+    odd widths alike. On CPUs not convolutions of images (4 channels at most), which would need a quantized result too:
+    2 dB of DeiT-T for no time. fp8: not convolutions of more than 32 taps: there are fp8 kernels for 5x5, none for 6x6.
     """
     layers = weight_layers(model)
     if precision == "int8":
-        return layers
+        channels = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) > 1}
+        return tuple(
+            layer
+            for layer in layers
+            if not (on_cpu and layer.op == "Conv" and layer.groups == 1 and channels[layer.weight] <= _IMAGE_CHANNELS)
+        )
     taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
     return tuple(layer for layer in layers if layer.op != "Conv" or taps[layer.weight] <= _FP8_TAPS)
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
 from deploy.graph import load_model
+from deploy.onnx_files import model_digest
 from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
 
 BUILD_RECORD = "build.json"
@@ -135,7 +136,7 @@ def save_engine(
         sha256=hashlib.sha256(content).hexdigest(),
         library=library,
         library_version=library_version,
-        onnx_sha256=file_digest(onnx_path),
+        onnx_sha256=model_digest(onnx_path),
         batch=options.batch,
         settings=dict(settings),
         built=built,

@@ -53,10 +53,9 @@ def test_weight_layers_are_int8_and_attention_is_not(name: str, rest: str, reque
             attention += 1
             assert "DequantizeLinear" not in {made[name].op_type for name in own.input}
     assert attention == 2 * sum(own.op_type == "Softmax" for own in model.graph.node)
-    assert (
-        len(converted.quantized)
-        == sum(own.op_type in ("MatMul", "Gemm", "Conv") for own in model.graph.node) - attention
-    )
+    products = sum(own.op_type in ("MatMul", "Gemm", "Conv") for own in model.graph.node)
+    patch_embedding = 1 if rest == "fp32" else 0  # stays on CPUs
+    assert len(converted.quantized) == products - attention - patch_embedding
     quantizers = [own.input[0] for own in model.graph.node if own.op_type == "QuantizeLinear"]
     assert len(quantizers) == len(set(quantizers))  # what several layers read is quantized once
     assert sqnr(run(original, images), run(model, images)) > 27.0
@@ -142,7 +141,7 @@ def test_cpus_get_quantized_results_of_convolutions_too() -> None:
         node("Relu", ["b"], ["c"], "relu"),
         node("Add", ["b", "c"], ["y"], "sum"),
     ]
-    model = graph_of(nodes, {"w1": random(4, 3, 3, 3), "w2": random(4, 4, 1, 1)}, ["batch", 3, 8, 8])
+    model = graph_of(nodes, {"w1": random(8, 3, 3, 3), "w2": random(8, 8, 1, 1)}, ["batch", 3, 8, 8])
     ranges = calibrate(model, [random(4, 3, 8, 8)], quiet=True)
     quantized = {
         rest: [
@@ -152,7 +151,7 @@ def test_cpus_get_quantized_results_of_convolutions_too() -> None:
         ]
         for rest in ("fp16", "fp32")
     }
-    assert quantized["fp32"] == ["x", "a", "b"]
+    assert quantized["fp32"] == ["a", "b"]  # the image itself stays
     assert len(quantized["fp16"]) == 2
 
 
