@@ -122,6 +122,9 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
     strange = [target for target in wanted.targets if re.fullmatch(r"sm[1-9][0-9]{1,2}", target) is None]
     if strange:
         raise UserError(f"Unknown target {strange[0]!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
+    for runtime in runtimes:
+        for precision in precisions_for(runtime, wanted.precision):
+            runtime.targets_for(precision, wanted.targets if runtime.name.startswith("tensorrt") else ())
 
 
 def check_precision(spec: str, runtimes: Sequence[Runtime]) -> None:

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
     """Nested recipe values from the options that were given; a recipe file's values stand below them."""
     from deploy.recipe import read_recipe_file

@@ -71,9 +71,7 @@ def bench_figures(
 
 def layer_figures(pair: Pair, batch: int, dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> LayerTimes:
     """Profiles of both networks, side by side."""
-    return LayerTimes(
-        runtime=pair.runtime, precision=pair.precision, batch=batch, layers=layer_table(dense, pruned)
-    )
+    return LayerTimes(runtime=pair.runtime, precision=pair.precision, batch=batch, layers=layer_table(dense, pruned))
 
 
 def findings(
@@ -82,36 +80,29 @@ def findings(
     engines: Mapping[Pair, tuple[Engine, Engine]],
     layers: Mapping[Pair, tuple[Sequence[LayerTime], Sequence[LayerTime]]],
 ) -> list[Finding]:
-    """Why latency fell less than the MACs did, for the precision of every runtime that is to be deployed."""
-    found = []
-    for best in figures.best:
-        pair, batch = Pair(best.runtime, best.precision), f"b{best.batch}"
-        sides = (
-            (plan.before, plan.dense_widths, figures.dense),
-            (plan.after, plan.widths, figures.pruned),
+    """Why latency fell less than the MACs did, in the runtime and precision that is the fastest."""
+    best = min(figures.best, key=lambda best: best.pruned_ms, default=None)
+    if best is None:
+        return []
+    pair, batch = Pair(best.runtime, best.precision), f"b{best.batch}"
+    sides = ((plan.before, plan.dense_widths, figures.dense), (plan.after, plan.widths, figures.pruned))
+    dense, pruned = (
+        Measured(
+            macs=cost.macs,
+            latency=latencies[pair.runtime][pair.precision][batch],
+            layers=own_layers,
+            built=engine.built,
+            widths=widths.channels,
+            head_dims={name: widths.channels[name] // heads for name, heads in widths.num_heads.items()},
+            threads=latencies[pair.runtime][pair.precision][batch].threads,
         )
-        dense, pruned = (
-            Measured(
-                macs=cost.macs,
-                latency=latencies[pair.runtime][pair.precision][batch],
-                layers=own_layers,
-                built=engine.built,
-                widths=widths.channels,
-                head_dims={name: widths.channels[name] // heads for name, heads in widths.num_heads.items()},
-                threads=latencies[pair.runtime][pair.precision][batch].threads,
-            )
-            for (cost, widths, latencies), own_layers, engine in zip(sides, layers[pair], engines[pair], strict=True)
-        )
-        speedup = figures.speedup[pair.runtime][pair.precision][batch]
-        found += diagnose(
-            dense, pruned, runtime=pair.runtime, precision=pair.precision, batch=best.batch, speedup=speedup
-        )
-    return found
+        for (cost, widths, latencies), own_layers, engine in zip(sides, layers[pair], engines[pair], strict=True)
+    )
+    speedup = figures.speedup[pair.runtime][pair.precision][batch]
+    return diagnose(dense, pruned, runtime=pair.runtime, precision=pair.precision, batch=best.batch, speedup=speedup)
 
 
-def _best(
-    measured: LatencyReport, pairs: Sequence[Pair], costs: Mapping[str, Accuracy], max_drop: float
-) -> Best:
+def _best(measured: LatencyReport, pairs: Sequence[Pair], costs: Mapping[str, Accuracy], max_drop: float) -> Best:
     """The fastest pair at the largest batch that keeps its accuracy, and why not the others."""
     batch = max(measured.stats[pairs[0].session("pruned")])
     ms = {pair: measured.stats[pair.session("pruned")][batch].median for pair in pairs}

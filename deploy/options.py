@@ -83,9 +83,7 @@ BatchProfileOption = Annotated[
 Workspace = Annotated[int | None, typer.Option(help="Most scratch memory, MiB.", rich_help_panel=ENGINE)]
 RequireFused = Annotated[
     bool | None,
-    typer.Option(
-        "--require-fused-attention", help="Refuse engines with attention in pieces.", rich_help_panel=ENGINE
-    ),
+    typer.Option("--require-fused-attention", help="Refuse engines with attention in pieces.", rich_help_panel=ENGINE),
 ]
 ExternalData = Annotated[
     bool | None,
@@ -102,11 +100,9 @@ Uint8 = Annotated[
 ]
 BenchBatches = Annotated[str | None, typer.Option(help="Batch sizes to time. \\[default: 1,8]", rich_help_panel=BENCH)]
 BenchSeconds = Annotated[
-    float | None, typer.Option(help="Seconds per batch size. \\[default: 10]", rich_help_panel=BENCH)
+    float | None, typer.Option(help="Seconds per batch size and pair. \\[default: 6]", rich_help_panel=BENCH)
 ]
-Streams = Annotated[
-    str | None, typer.Option(help="Sessions at once, e.g. 1,4. \\[default: 1]", rich_help_panel=BENCH)
-]
+Streams = Annotated[str | None, typer.Option(help="Sessions at once, e.g. 1,4. \\[default: 1]", rich_help_panel=BENCH)]
 CudaGraph = Annotated[
     bool | None, typer.Option("--cuda-graph", help="Replay recorded work on GPUs.", rich_help_panel=BENCH)
 ]

@@ -103,7 +103,9 @@ def run_stages(job: Job, until: str) -> Artifacts:
     engines = tuple(engine_stages.engines(job, exported, graphs))
     if until == "engine":
         return Artifacts(scored, pruned, tuned, exported, graphs, engines)
-    return Artifacts(scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines))
+    return Artifacts(
+        scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines)
+    )
 
 
 def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:

@@ -20,8 +20,8 @@ from calib_data import batches, proxy_images
 from calib_data.errors import GateError
 from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.artifacts import Artifact
-from deploy.onnx_files import load_model, save_model
 from deploy.job import EVAL_BATCH, MODELS, Job, model_input, read_json, stage, validation_images, write_json
+from deploy.onnx_files import load_model, save_model
 from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from deploy.recipe import split_names
 from deploy.runtimes import Runtime, open_model
@@ -89,21 +89,21 @@ def _graph(
         return converted.model, {"precision": precision, "rest": precision, "accuracy": asdict(cost(converted))}
     images = proxy_images(job.calibration, job.preprocess, job.recipe.precision.calib_images, job.recipe.seed)
     fed = [model_input(job, batch) for batch in torch.split(images, 8)]
-    ranges = calibrate(fp32, fed, quiet=job.quiet)
+    ranges = calibrate(fp32, fed, quiet=job.quiet, total=len(fed))
     converted = convert(fp32, precision, ranges=ranges, rest=rest)
     first = found = cost(converted)
-    errors = layer_sqnr(fp32, converted, fed[:_SENSITIVITY_BATCHES])
-    if found.drop > job.recipe.precision.max_drop:
-        order = sorted(errors, key=lambda node: errors[node])
-        limit = job.recipe.precision.max_drop
-        search = put_back(fp32, ranges, precision, rest, order, lambda one: cost(one).drop <= limit)
-        converted, found = search.converted, cost(search.converted)
-    worst = min(converted.quantized, key=lambda node: errors[node], default=None)
+    errors = layer_sqnr(fp32, converted, fed[:_SENSITIVITY_BATCHES], quiet=job.quiet, total=_SENSITIVITY_BATCHES)
+    tried = 1
+    if found.drop > (limit := job.recipe.precision.max_drop):
+        search = put_back(fp32, ranges, precision, rest, list(errors), lambda one: cost(one).drop <= limit)
+        converted, found, tried = search.converted, cost(search.converted), search.tried
+    worst = next((node for node in errors if node in converted.quantized), None)
     return converted.model, {
         "precision": precision,
         "rest": rest,
         "accuracy": asdict(found),
         "accuracy_without_search": asdict(first),
+        "graphs_tried": tried,
         "quantized": list(converted.quantized),
         "kept": list(converted.kept),
         "folded": list(converted.folded),
@@ -124,7 +124,9 @@ def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
 
 def holds(artifact: Artifact, max_drop: float) -> bool:
     """Whether both networks keep their accuracy in this precision."""
-    return all(record["accuracy"]["drop"] <= max_drop for record in read_json(artifact.folder / "precision.json").values())
+    return all(
+        record["accuracy"]["drop"] <= max_drop for record in read_json(artifact.folder / "precision.json").values()
+    )
 
 
 def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, asked: bool) -> None:

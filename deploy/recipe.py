@@ -103,7 +103,7 @@ class BenchRecipe(_Part):
     """How latency is measured; `seconds` is the time per batch size for each pair of dense and pruned engines."""
 
     batches: tuple[int, ...] = (1, 8)
-    seconds: float = Field(10.0, gt=0)
+    seconds: float = Field(6.0, gt=0)
     warmup: int = Field(5, ge=1)
     rounds: int = Field(20, ge=2)
     streams: tuple[int, ...] = (1,)

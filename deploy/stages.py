@@ -31,6 +31,7 @@ from toolchain.models import label_names_of
 from toolchain.scores import Scores
 from toolchain.timm_config import architecture_of
 
+
 def score(job: Job) -> Artifact:
     """1-score: the importance of every unit of the dense network."""
     recipe = job.recipe.score

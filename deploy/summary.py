@@ -42,7 +42,15 @@ class Artifacts:
     @property
     def all(self) -> list[Artifact]:
         """In the order of the stages."""
-        found = (self.scored, self.pruned, self.tuned, self.exported, *self.graphs.values(), *self.engines, self.benched)
+        found = (
+            self.scored,
+            self.pruned,
+            self.tuned,
+            self.exported,
+            *self.graphs.values(),
+            *self.engines,
+            self.benched,
+        )
         return [artifact for artifact in found if artifact is not None]
 
 
@@ -171,7 +179,7 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
         f"batch {recipe.distill.batch_size}",
         "latency": f"all engines in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
-        f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, inputs and outputs on the host",
+        f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, host to host",
         "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against fp32, at most "
         f"{recipe.precision.max_drop:g} points may be lost; quantization calibrated on "
         f"{recipe.precision.calib_images} images of {recipe.precision.calib or 'the training data'}",
@@ -199,4 +207,4 @@ def _left_out(job: Job, engines: Sequence[Artifact]) -> list[str]:
         elif not runs_here(engine):
             targets = ", ".join(engine.targets)
             notes.append(f"{engine.runtime} engines were built for {targets}, and not run here: this GPU is another.")
-    return notes
+    return list(dict.fromkeys(notes))

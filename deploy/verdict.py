@@ -26,6 +26,11 @@ class Comparison:
     high: float | None
 
 
+def on_gpu(runtime: str) -> bool:
+    """Whether a runtime's engines run on an NVIDIA GPU."""
+    return runtime in _GPU_RUNTIMES
+
+
 def comparisons(report: Report) -> list[Comparison]:
     """Return every pair of measurements, in the report's order of runtimes and precisions, small batches first."""
     found = []
@@ -92,8 +97,8 @@ def shortfall(report: Report) -> str | None:
         return None
     least = min(short, key=lambda c: c.speedup)
     text = (
-        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(found)} measurements, least "
-        f"on {least.runtime} {least.precision} at batch {least.batch}: {least.speedup:.2f}x. "
+        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(found)} measurements, "
+        f"least on {least.runtime} {least.precision} at batch {least.batch}: {least.speedup:.2f}x. "
         "MACs count only matrix products and convolutions. "
         "Reading and writing activations, normalisation and softmax shrink with the width instead of its square, and "
         "the cost of starting each layer does not shrink at all."
@@ -128,9 +133,7 @@ def _accuracy_part(report: Report) -> list[str]:
             else f"{abs(change):.2f} points of top-1 {direction} ({dense:.2f} to {pruned:.2f} %)"
         )
     elif report.pruned.agreement is not None:
-        parts.append(
-            f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images"
-        )
+        parts.append(f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images")
     else:
         return ["accuracy not measured"]
     if best is not None and cost is not None and best.precision != "fp32":

@@ -64,7 +64,7 @@ def findings(report: Report) -> Section:
         tuple((words(f.cause), words(f.evidence), words(f.advice)) for f in report.findings),
         (gap,) if gap else (),
         text_columns=(0, 1, 2),
-        terminal=(0, 1, 2),
+        terminal=(0, 2),
     )
 
 

@@ -8,7 +8,7 @@ from deploy.bench import UNSTABLE_CV
 from deploy.report import BuiltFigures, Report
 from deploy.report_views.results import engine_bytes, measured, precisions
 from deploy.report_views.section import inline, short_count, signed, three_digits
-from deploy.verdict import comparisons, cost_of, headline, shortfall
+from deploy.verdict import comparisons, cost_of, headline, on_gpu, shortfall
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ def shortcomings(report: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def planned_short(built: BuiltFigures) -> list[str]:
-    """Where an engine has fewer low-precision products, or fewer fused attention blocks, than were planned."""
+def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
+    """Where an engine has fewer low-precision products, or on GPUs fewer fused attention blocks, than were planned."""
     short = [
         f"{built.gemms.get(name, 0)} of {wanted} {name} matrix products"
         for name, wanted in built.planned.items()
         if name != "fp32" and built.gemms.get(name, 0) < wanted
     ]
-    if built.attention_fused is not None and built.attention_fused < built.attention_blocks:
+    if on_gpu(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
         short.append(f"{built.attention_fused} of {built.attention_blocks} attention blocks fused")
     return short
 
@@ -90,9 +90,9 @@ def _unstable(report: Report) -> list[str]:
 
 def _built_short(report: Report) -> list[str]:
     return [
-        f"Built otherwise than planned: {e.model} {e.runtime} {e.precision}: {', '.join(planned_short(e.built))}."
+        f"Built otherwise than planned: {e.model} {e.runtime} {e.precision}: {', '.join(short)}."
         for e in report.engines
-        if e.built is not None and planned_short(e.built)
+        if e.built is not None and (short := planned_short(e.runtime, e.built))
     ]
 
 

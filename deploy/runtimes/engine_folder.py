@@ -70,6 +70,17 @@ def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: Buil
     return load_model(onnx_path)
 
 
+def no_targets(runtime: Runtime, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets of a runtime whose engines are for no particular device: none.
+
+    Raises:
+        UserError: some were given.
+    """
+    if targets:
+        raise UserError(f"{runtime.name} builds for no particular device", fix="Leave the targets out for it.")
+    return ()
+
+
 def require(missing: Missing | None, what: str) -> None:
     """Raise MissingDependencyError when something is missing."""
     if missing is not None:

@@ -244,6 +244,15 @@ class Runtime(Protocol):
         """What this machine lacks to run engines; None when nothing."""
         ...
 
+    def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """The devices that an engine would be built for: `targets`, or by default the usual ones that have the
+        precision. Empty for runtimes whose engines are for no particular device.
+
+        Raises:
+            UserError: a target is unknown, cannot be built for here, or lacks the precision.
+        """
+        ...
+
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         """Build an engine of the graph as it is into `folder`, all of it or nothing.
 

@@ -8,7 +8,7 @@ name that is used here against all of these versions.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from calib_data.errors import BuildError, UserError
 from deploy.artifacts import atomic_write
-from deploy.graph_facts import GraphFacts, node_name
+from deploy.graph_facts import node_name
 from deploy.runtimes.cuda import compute_capability
 from deploy.runtimes.engine_folder import build_failed
 from deploy.runtimes.inspector import read_inspector
@@ -93,21 +93,21 @@ def inspect_engine(trt: Any, plan: bytes | memoryview) -> Compiled | None:
     return read_inspector(text, getattr(cuda_engine, "device_memory_size_v2", None))
 
 
-def check_targets(runtime_name: str, precision: str, facts: GraphFacts, targets: Sequence[str]) -> None:
-    """Refuse a precision that a target's tensor cores lack, before anything is built.
+def has_precision(target: str, precision: str) -> bool:
+    """Whether the tensor cores of a target such as "sm86" have a precision."""
+    return int(target[2:]) >= _FIRST_TARGET.get(precision, 0)
 
-    Args:
-        precision: what the engine is asked for.
-        facts: of the graph, whose own precisions are looked at too.
-        targets: such as "sm86"; any letter case.
+
+def check_targets(runtime_name: str, precisions: Iterable[str], targets: Sequence[str]) -> None:
+    """Refuse precisions that a target's tensor cores lack, before anything is built.
 
     Raises:
         UserError: names the target and the first that has the precision.
     """
-    for name in dict.fromkeys((precision, *facts.gemms())):
-        first = _FIRST_TARGET.get(name, 0)
-        lacking = [target.lower() for target in targets if int(target[2:]) < first]
+    for name in precisions:
+        lacking = [target for target in targets if not has_precision(target, name)]
         if lacking:
+            first = _FIRST_TARGET[name]
             raise UserError(
                 f"{runtime_name} cannot build {name} for {', '.join(lacking)}",
                 why=f"The first GPUs with {name} arithmetic are sm{first}; an engine for several targets has one graph "

@@ -19,7 +19,15 @@ from deploy.environment import usable_cores
 from deploy.onnx_files import MAX_FILE_BYTES, load_model, weight_bytes
 from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.cuda import missing_gpu
-from deploy.runtimes.engine_folder import build_failed, check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.engine_folder import (
+    build_failed,
+    check_built,
+    check_request,
+    no_targets,
+    read_engine,
+    require,
+    save_engine,
+)
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
 from deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
 from deploy.runtimes.onnxruntime_session import (
@@ -55,10 +63,12 @@ class OnnxRuntime:
     def missing_to_run(self) -> Missing | None:
         return self.missing_to_build()
 
+    def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return no_targets(self, targets)
+
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
-        if options.targets:
-            raise UserError(f"{self.name} builds for no particular device", fix="Leave the targets out for it.")
+        no_targets(self, options.targets)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="upvits-") as work:
             content, settings, built = self._compile(onnx_path, model, options, Path(work))

@@ -28,7 +28,15 @@ from calib_data.errors import UserError
 from deploy.environment import usable_cores
 from deploy.graph_facts import GraphFacts
 from deploy.onnx_files import MAX_FILE_BYTES, weight_bytes
-from deploy.runtimes.engine_folder import build_failed, check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.engine_folder import (
+    build_failed,
+    check_built,
+    check_request,
+    no_targets,
+    read_engine,
+    require,
+    save_engine,
+)
 from deploy.runtimes.interface import (
     DEFAULT_RUN,
     Arrays,
@@ -84,10 +92,12 @@ class OpenVino:
     def missing_to_run(self) -> Missing | None:
         return self.missing_to_build()
 
+    def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return no_targets(self, targets)
+
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
-        if options.targets:
-            raise UserError(f"{self.name} builds for no particular device", fix="Leave the targets out for it.")
+        no_targets(self, options.targets)
         if (size := weight_bytes(model)) > MAX_FILE_BYTES // 2:  # half-precision weights are written as fp32
             raise UserError(
                 f"the model's weights take {size / 2**30:.1f} GiB",

@@ -46,19 +46,24 @@ class TensorRt:
     def missing_to_run(self) -> Missing | None:
         return self.missing_to_build()
 
+    def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        device = device_here()
+        if targets not in ((), (device,)):
+            raise UserError(
+                f"TensorRT cannot build for {', '.join(targets)} here",
+                why=f"It builds for the GPU of this machine, which is {device}.",
+                fix="Leave the targets out, or use the runtime tensorrt-rtx, which builds for other GPUs.",
+            )
+        check_targets(self.name, (precision,), (device,))
+        return (device,)
+
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
         import tensorrt as trt
 
-        device = device_here()
-        if options.targets not in ((), (device,)):
-            raise UserError(
-                f"TensorRT cannot build for {', '.join(options.targets)} here",
-                why=f"It builds for the GPU of this machine, which is {device}.",
-                fix="Leave the targets out, or use the runtime tensorrt-rtx, which builds for other GPUs.",
-            )
+        targets = self.targets_for(options.precision, options.targets)
         facts = GraphFacts(model)
-        check_targets(self.name, options.precision, facts, (device,))
+        check_targets(self.name, facts.gemms(), targets)
         started = time.perf_counter()
         plan = compile_engine(trt, self, model, onnx_path, options)
         seconds = time.perf_counter() - started
@@ -70,7 +75,7 @@ class TensorRt:
             "engine.plan",
             plan,
             options=options,
-            targets=(device,),
+            targets=targets,
             seconds=seconds,
             library="tensorrt",
             library_version=trt.__version__,

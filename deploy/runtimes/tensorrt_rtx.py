@@ -13,7 +13,7 @@ from deploy.runtimes.cuda import compute_capability, missing_gpu
 from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from deploy.runtimes.kernels import built_from
-from deploy.runtimes.nvinfer import check_targets, check_version, compile_engine, refuse_operators
+from deploy.runtimes.nvinfer import check_targets, check_version, compile_engine, has_precision, refuse_operators
 from deploy.runtimes.nvinfer_session import NvinferSession
 from deploy.runtimes.plan_text import read_plan
 
@@ -45,14 +45,23 @@ class TensorRtRtx:
         # Asked before the library is: on a machine without a driver it could only return an empty engine.
         return self.missing_to_build() or missing_gpu()
 
+    def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        import tensorrt_rtx as trt
+
+        wanted = tuple(target.lower() for target in targets)
+        for target in wanted:
+            _capability(trt, target)
+        check_targets(self.name, (precision,), wanted)
+        return wanted or tuple(t for t in _default_targets(trt) if has_precision(t, precision))
+
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
         import tensorrt_rtx as trt
 
-        targets = tuple(target.lower() for target in options.targets) or _default_targets(trt)
+        targets = self.targets_for(options.precision, options.targets)
         capabilities = [_capability(trt, target) for target in targets]
         facts = GraphFacts(model)
-        check_targets(self.name, options.precision, facts, targets)
+        check_targets(self.name, facts.gemms(), targets)
         _refuse_turing(facts, targets)
         refuse_operators(self, model, onnx_path, _NOT_BUILT)
 

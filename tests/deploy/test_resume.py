@@ -18,8 +18,14 @@ from safetensors.torch import save_file
 
 import toolchain
 
-STAGES = ("1-score", "2-prune", "3-distill", "4-export", "5-engine/onnxruntime-fp32", "6-bench")
-TIMES = {"latency_ms", "speedup", "speedup_low", "speedup_high", "stages", "seconds", "load_average"}
+STAGES = (
+    "1-score", "2-prune", "3-distill", "4-export", "4-precision/int8-fp32", "5-engine/onnxruntime-fp32",
+    "5-engine/onnxruntime-int8", "6-bench",
+)  # fmt: skip
+TIMES = {
+    "latency_ms", "speedup", "speedup_low", "speedup_high", "stages", "seconds", "load_average", "best", "layer_times",
+    "findings", "threads", "reproduce",
+}  # fmt: skip
 
 
 @pytest.fixture
