@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from deploy.job import MODELS, Job, Pixels, model_input, parity_images, stage, v
 from deploy.measurements import Pair, bench_figures, findings, layer_figures
 from deploy.onnx_files import load_model
 from deploy.parity import TOLERANCES, Parity, check_parity, session_outputs
-from deploy.precision import for_cpu
+from deploy.precision import QUANTIZED, for_cpu
 from deploy.precision_stage import graph_name, holds, precisions_for
 from deploy.recipe import split_names
 from deploy.report import Throughput
@@ -48,15 +48,35 @@ _PROFILED_CALLS = 20
 _THROUGHPUT_SECONDS = 3.0
 
 
-def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> list[Artifact]:
-    """5-engine: an engine of both networks for every runtime and precision; checked where it can run here."""
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Engine artifacts, and a note for each precision that `auto` had to leave out."""
+
+    artifacts: tuple[Artifact, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Engines:
+    """5-engine: an engine of both networks for every runtime and precision; checked where it can run here.
+
+    Raises:
+        GateError: an engine is not what its graph asks for, or computes something else. A quantized one that nobody
+            asked for by name is left out instead.
+    """
+    asked = split_names(job.recipe.engine.precision)
     wanted = [(r, p) for r in job.runtimes.runtimes for p in precisions_for(r, job.recipe.engine.precision)]
-    built = []
+    built, left_out = [], []
     for runtime, precision in wanted:
         graph = graphs.get(graph_name(runtime, precision), exported)
-        if graph is exported or holds(graph, job.recipe.precision.max_drop):
+        if graph is not exported and not holds(graph, job.recipe.precision.max_drop):
+            continue
+        try:
             built.append(_engine(job, exported, graph, runtime, precision))
-    return built
+        except GateError as error:
+            if precision not in QUANTIZED or precision in asked:
+                raise
+            left_out.append(f"{runtime.name} {precision} was left out: {error.what}. {error.why}")
+    return Engines(tuple(built), tuple(left_out))
 
 
 def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, precision: str) -> Artifact:
@@ -78,7 +98,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
             onnx_path = graph.folder / name / "model.onnx"
             runtime.build(onnx_path, folder / name, replace(options, timing_cache=_timing_cache(builder)))
             parities[name] = _parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
-        write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
+        write_json(folder / "parity.json", {name: p.as_json() for name, p in parities.items() if p is not None})
 
     settings = {"runtime": runtime.name, **asdict(options)}
     return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
@@ -110,23 +130,37 @@ def _parity(
     onnx_path: Path,
     images: torch.Tensor,
     reference: np.ndarray[Any, Any],
-) -> Parity:
-    """The engine against PyTorch; where it cannot run here, the graph that it was built from on ONNX Runtime."""
-    size = job.profile.opt
-    if runs_here(read_engine(folder)):
-        name = f"{runtime.name} {precision}"
-        # engines refuse batches below their smallest; only whole ones are compared
-        images = images.repeat(-(-size // len(images)), 1, 1, 1)
-        reference = np.tile(reference, (-(-size // len(reference)), 1))
-        whole = len(images) // size * size
-        images, reference = images[:whole], reference[:whole]
-        session: Session = runtime.open(folder)
+) -> Parity | None:
+    """The engine against PyTorch; where it cannot run here, the graph that it was built from on ONNX Runtime.
+
+    A quantized engine is held against its graph: what quantization itself costs was judged by `--max-drop` before. None
+    where there is nothing to hold against each other.
+    """
+    size, here = job.profile.opt, runs_here(read_engine(folder))
+    if precision in QUANTIZED and not here:
+        return None
+    # engines refuse batches below their smallest; only whole ones are compared
+    images = images.repeat(-(-size // len(images)), 1, 1, 1)
+    reference = np.tile(reference, (-(-size // len(reference)), 1))
+    whole = len(images) // size * size
+    images, reference = images[:whole], reference[:whole]
+    fed = [model_input(job, batch) for batch in torch.split(images, size)]
+    reference_name = "PyTorch"
+    if precision in QUANTIZED:
+        reference, reference_name = _graph_outputs(onnx_path, fed), f"its {precision} graph on ONNX Runtime (CPU)"
+    if here:
+        with runtime.open(folder) as session:
+            candidate, name = session_outputs(session, fed), f"{runtime.name} {precision}"
     else:
         name = f"{precision} graph for {runtime.name} (run by ONNX Runtime on the CPU)"
-        session = open_model(for_cpu(load_model(onnx_path)))
-    with session:
-        outputs = session_outputs(session, [model_input(job, batch) for batch in torch.split(images, size)])
-    return check_parity(reference, outputs, tolerance=TOLERANCES[precision], candidate_name=name)
+        candidate = _graph_outputs(onnx_path, fed)
+    tolerance = TOLERANCES[precision]
+    return check_parity(reference, candidate, tolerance=tolerance, reference_name=reference_name, candidate_name=name)
+
+
+def _graph_outputs(onnx_path: Path, fed: Sequence[Pixels]) -> np.ndarray[Any, Any]:
+    with open_model(for_cpu(load_model(onnx_path))) as session:
+        return session_outputs(session, fed)
 
 
 def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifact]) -> Artifact:
@@ -209,7 +243,7 @@ def _accuracies(
     if not sessions:
         return {}
     size = job.profile.opt
-    chosen = validation_images(job, job.recipe.export.accuracy_images)
+    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
     fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, size))
     outputs, labels = outputs_of(sessions, fed, size, total=-(-len(chosen) // size), quiet=job.quiet)
     reference = load_file(exported.folder / "accuracy_reference.safetensors")

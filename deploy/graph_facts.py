@@ -59,6 +59,12 @@ class GraphFacts:
             if node.op_type in _PRODUCTS and self._constant_factors(node) == 1
         }
 
+    def in_fp32(self) -> tuple[str, ...]:
+        """Kinds of nodes that compute in fp32, casts and quantization left out, in alphabetical order."""
+        silent = ("Cast", "QuantizeLinear", "DequantizeLinear", "Constant")
+        computing = (node for node in self._nodes if node.op_type not in silent and node.output)
+        return tuple(sorted({n.op_type for n in computing if self._types.get(n.output[0]) == TensorProto.FLOAT}))
+
     def attention_blocks(self) -> int:
         """Softmaxes between two matrix products of activations, and Attention nodes."""
         return len(self.attention_nodes())

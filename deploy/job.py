@@ -103,13 +103,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def validation_images(job: Job, most: int) -> Images:
+def validation_images(source: DataSource, most: int) -> Images:
     """At most so many validation images, evenly spread, since folders come class by class.
 
     Raises:
         UserError: there are none.
     """
-    val = job.source.val
+    val = source.val
     wanted = min(most, len(val))
     if wanted == 0:
         raise UserError("The data have no validation images.", fix="Parity and latency are measured on real images.")
@@ -119,7 +119,7 @@ def validation_images(job: Job, most: int) -> Images:
 
 def parity_images(job: Job) -> Tensor:
     """Some validation images [N, 3, H, W], as the network sees them."""
-    chosen = validation_images(job, job.recipe.export.parity_images)
+    chosen = validation_images(job.source, job.recipe.export.parity_images)
     return torch.cat([images for images, _ in batches(chosen, job.preprocess, EVAL_BATCH)])
 
 

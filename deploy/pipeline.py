@@ -100,11 +100,11 @@ def run_stages(job: Job, until: str) -> Artifacts:
     graphs = precisions(job, exported)
     if until == "precision":
         return Artifacts(scored, pruned, tuned, exported, graphs)
-    engines = tuple(engine_stages.engines(job, exported, graphs))
+    engines = engine_stages.engines(job, exported, graphs)
     if until == "engine":
         return Artifacts(scored, pruned, tuned, exported, graphs, engines)
     return Artifacts(
-        scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines)
+        scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines.artifacts)
     )
 
 

@@ -20,6 +20,7 @@ from calib_data import batches, proxy_images
 from calib_data.errors import GateError
 from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.artifacts import Artifact
+from deploy.graph_facts import GraphFacts
 from deploy.job import EVAL_BATCH, MODELS, Job, model_input, read_json, stage, validation_images, write_json
 from deploy.onnx_files import load_model, save_model
 from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
@@ -86,7 +87,8 @@ def _graph(
 
     if precision not in QUANTIZED:
         converted = convert(fp32, precision)
-        return converted.model, {"precision": precision, "rest": precision, "accuracy": asdict(cost(converted))}
+        record = {"precision": precision, "rest": precision, "in_fp32": GraphFacts(converted.model).in_fp32()}
+        return converted.model, {**record, "accuracy": asdict(cost(converted))}
     images = proxy_images(job.calibration, job.preprocess, job.recipe.precision.calib_images, job.recipe.seed)
     fed = [model_input(job, batch) for batch in torch.split(images, 8)]
     ranges = calibrate(fp32, fed, quiet=job.quiet, total=len(fed))
@@ -101,6 +103,7 @@ def _graph(
     return converted.model, {
         "precision": precision,
         "rest": rest,
+        "in_fp32": GraphFacts(converted.model).in_fp32(),
         "accuracy": asdict(found),
         "accuracy_without_search": asdict(first),
         "graphs_tried": tried,
@@ -114,7 +117,7 @@ def _graph(
 
 
 def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
-    chosen = validation_images(job, job.recipe.export.accuracy_images)
+    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
     fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, EVAL_BATCH))
     with open_model(for_cpu(graph)) as session:
         total = -(-len(chosen) // EVAL_BATCH)

@@ -203,6 +203,7 @@ class AccuracyFigures(_Document):
     `measured_on` says what ran: the engine itself, or its graph on ONNX Runtime's CPU provider. `drop` is the loss of
     top-1 against the same model in PyTorch fp32, in points (of agreement with it where there are no labels).
     `worst_layer` is the quantized layer with the largest error of its own, `worst_layer_sqnr_db` that error.
+    `in_fp32` names the kinds of nodes that stay fp32 in a graph of half precision.
     `quantized` layers run in int8 or fp8; `kept` ones were put back to `rest` by the search for `--max-drop`.
     """
 
@@ -216,6 +217,7 @@ class AccuracyFigures(_Document):
     sqnr_db: float
     measured_on: str
     rest: str | None = None
+    in_fp32: list[str] = []
     quantized: int | None = None
     kept: list[str] = []
     worst_layer: str | None = None

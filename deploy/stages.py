@@ -154,7 +154,7 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
 
 def _save_accuracy_reference(job: Job, folder: Path) -> None:
     """What precisions are judged against: outputs of the fp32 graphs, just held against PyTorch, and the labels."""
-    chosen = validation_images(job, job.recipe.export.accuracy_images)
+    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
     fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, EVAL_BATCH))
     with open_onnx(folder / "dense/model.onnx") as dense, open_onnx(folder / "pruned/model.onnx") as pruned:
         total = -(-len(chosen) // EVAL_BATCH)

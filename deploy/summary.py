@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.artifacts import Artifact, package_versions
-from deploy.engine_stages import engine_of, runs_here
+from deploy.engine_stages import Engines, engine_of, runs_here
 from deploy.job import MODELS, Job, read_json
 from deploy.measurements import Pair
 from deploy.precision_stage import graph_name, left_out
@@ -22,7 +22,7 @@ from deploy.report import (
     Width,
     engine_figures,
 )
-from deploy.runtimes import runtime_named
+from deploy.runtimes import Engine, runtime_named
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
 
@@ -36,7 +36,7 @@ class Artifacts:
     tuned: Artifact | None = None
     exported: Artifact | None = None
     graphs: Mapping[str, Artifact] = field(default_factory=dict)
-    engines: tuple[Artifact, ...] = ()
+    engines: Engines = field(default_factory=Engines)
     benched: Artifact | None = None
 
     @property
@@ -48,7 +48,7 @@ class Artifacts:
             self.tuned,
             self.exported,
             *self.graphs.values(),
-            *self.engines,
+            *self.engines.artifacts,
             self.benched,
         )
         return [artifact for artifact in found if artifact is not None]
@@ -92,7 +92,9 @@ def summarise(job: Job, done: Artifacts) -> Report:
         layer_times=latency.layer_times,
         findings=latency.findings,
         gpu=latency.gpu,
-        engines=[engine_figures(name, engine_of(a, name), job.folder) for a in done.engines for name in MODELS],
+        engines=[
+            engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
+        ],
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan),
         measurement=_measurement(
@@ -100,12 +102,20 @@ def summarise(job: Job, done: Artifacts) -> Report:
         ),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
-        notes=[*_skipped_images(job), *left_out(job, done.graphs), *_left_out(job, done.engines)],
+        notes=[
+            *_skipped_images(job),
+            *left_out(job, done.graphs),
+            *done.engines.left_out,
+            *_left_out(job, done.engines.artifacts),
+        ],
     )
 
 
 def _parities(done: Artifacts) -> list[Parity]:
-    folders = [done.exported.folder if done.exported else None, *(artifact.folder for artifact in done.engines)]
+    folders = [
+        done.exported.folder if done.exported else None,
+        *(artifact.folder for artifact in done.engines.artifacts),
+    ]
     return [
         Parity(model=name, **{key: values[key] for key in _PARITY_KEYS})
         for folder in folders
@@ -120,7 +130,7 @@ def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
     measured = read_json(done.benched.folder / "accuracy.json")
     records = {name: read_json(artifact.folder / "precision.json") for name, artifact in done.graphs.items()}
     found = []
-    for artifact in done.engines:
+    for artifact in done.engines.artifacts:
         engine = engine_of(artifact, "pruned")
         pair = Pair(engine.runtime, engine.precision)
         by_model = records.get(graph_name(runtime_named(pair.runtime), pair.precision), {})
@@ -136,14 +146,23 @@ def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
                     precision=pair.precision,
                     measured_on="the engine" if own is not None else "its graph on ONNX Runtime (CPU)",
                     rest=record.get("rest"),
-                    quantized=len(record["quantized"]) if "quantized" in record else None,
+                    in_fp32=record.get("in_fp32", []) if record.get("rest") in ("fp16", "bf16") else [],
                     kept=record.get("kept", []),
-                    worst_layer=record.get("worst_layer"),
-                    worst_layer_sqnr_db=record.get("worst_layer_sqnr_db"),
+                    **_quantized(record, engine_of(artifact, model)),
                     **(own or record["accuracy"]),
                 )
             )
     return found
+
+
+def _quantized(record: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+    """How many layers are quantized, and the worst of them, where the runtime took the graph as it is."""
+    if "quantized" not in record:
+        return {}
+    planned = len(record["quantized"]) if engine.built is None else engine.built.planned.get(engine.precision, 0)
+    if planned != len(record["quantized"]):
+        return {"quantized": planned}
+    return {"quantized": planned, **{name: record[name] for name in ("worst_layer", "worst_layer_sqnr_db")}}
 
 
 def _reproduce(job: Job) -> list[str]:

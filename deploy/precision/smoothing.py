@@ -41,7 +41,7 @@ def fold_outliers(
     """
     result = ModelProto()
     result.CopyFrom(model)
-    values, paths = initializers(result), _Paths(result)
+    values, paths = initializers(result), ChannelPaths(result)
     amax = dict(ranges.amax)
     folded = []
     for norm in [node for node in result.graph.node if node.op_type == "LayerNormalization"]:
@@ -97,7 +97,7 @@ class _Reader:
     index: int
 
 
-class _Paths:
+class ChannelPaths:
     """Follows a channel axis from a tensor to the layers that sum over it."""
 
     def __init__(self, model: ModelProto) -> None:

@@ -211,7 +211,7 @@ def reproduce(report: Report) -> Section:
 
 def notes(report: Report) -> Section:
     """What is missing from the report."""
-    return Section("notes", "What was left out and why", remarks=tuple(report.notes), terminal=())
+    return Section("notes", "What was left out and why", remarks=tuple(report.notes))
 
 
 def facts(key: str, title: str, values: dict[str, Any]) -> Section:

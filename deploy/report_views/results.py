@@ -142,6 +142,8 @@ def accuracy(report: Report) -> Section:
         for a in report.accuracy
         if a.kept
     ]
+    fp32 = sorted({kind for a in report.accuracy for kind in a.in_fp32})
+    wide = [f"Around fp16 and bf16 layers, fp32 stays in {', '.join(fp32)}."] if fp32 else []
     unit = "top-1" if any(a.top1 is not None for a in report.accuracy) else "agreement"
     remark = f"Change of {unit} in points, and SQNR of the logits, against the same model in PyTorch fp32"
     remark += f", on {images[0]} images." if len(images) == 1 else "."
@@ -151,7 +153,7 @@ def accuracy(report: Report) -> Section:
         ("model", "runtime", "precision", "top-1, %", "change", "agrees, %", "SQNR, dB", "worst layer", "worst, dB",
          "quantized", "kept", "images", "measured on"),
         rows,
-        (remark, *kept) if rows else (),
+        (remark, *wide, *kept) if rows else (),
         text_columns=(0, 1, 2, 7, 12),
         terminal=(0, 1, 2, 3, 4, 5, 6),
         sortable=True,

@@ -56,7 +56,10 @@ def terminal(report: Report) -> Group:
     parts: list[RenderableType] = [Text(verdict(report), style="bold"), Text("")]
     if short:
         parts += [*(Text(f"! {text}", style="yellow") for text in short), Text("")]
-    return Group(*parts, *terminal_sections(sections(report)))
+    parts += terminal_sections(sections(report))
+    if report.notes:
+        parts += [Text(""), Text("What was left out, and why: see report.md.", style="dim")]
+    return Group(*parts)
 
 
 def markdown_sections(found: Iterable[Section]) -> list[str]:

@@ -150,7 +150,7 @@ def test_a_run_on_own_images_and_own_checkpoint(
     arguments = (
         "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", str(tmp_path / "own.safetensors"),
         "--data", f"imagefolder:{photos}", "--image-size", "64", "--epochs", "1", "--runtime", "onnxruntime",
-        "--bench-seconds", "0.2", "--bench-batches", "1,2", "-o", str(out),
+        "--bench-seconds", "0.2", "--bench-batches", "1,2", "--max-drop", "100", "-o", str(out),
     )  # fmt: skip
     code, printed, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0
@@ -162,7 +162,8 @@ def test_a_run_on_own_images_and_own_checkpoint(
     assert report["speedup"]["onnxruntime"]["fp32"]["b2"] > 0
     assert all(gate["passed"] for gate in report["parity"])
     assert {engine["path"] for engine in report["engines"]} == {
-        "5-engine/onnxruntime-fp32/dense/model.onnx", "5-engine/onnxruntime-fp32/pruned/model.onnx"
+        f"5-engine/onnxruntime-{precision}/{name}/model.onnx"
+        for precision in ("fp32", "int8") for name in ("dense", "pruned")
     }  # fmt: skip
     assert all((out / engine["path"]).stat().st_size == engine["bytes"] for engine in report["engines"])
     assert 0 <= report["pruned"]["top1_after_prune"] <= 100

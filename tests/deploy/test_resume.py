@@ -44,7 +44,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [
         "build", "-m", "deit_tiny", "-r", "0.5", "--weights", str(tmp_path / "w.safetensors"), "--data",
         f"imagefolder:{tmp_path / 'photos'}", "--image-size", "32", "--epochs", "2", "--batch-size", "16",
-        "--runtime", "onnxruntime", "--bench-seconds", "0.2", "--quiet",
+        "--runtime", "onnxruntime", "--bench-seconds", "0.2", "--calib-images", "16", "--max-drop", "100", "--quiet",
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import toolchain
+from benchmarks.precision import with_outliers
 from calib_data import batches, open_source, proxy_images
 from deploy.export import export_onnx
 from deploy.precision import Ranges, calibrate, convert, for_cpu
@@ -16,7 +17,7 @@ from deploy.runtimes.plan_text import read_plan
 from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 from ..conftest import Exported
-from .graphs import Array, run, sqnr, with_outliers
+from .graphs import Array, run, sqnr
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.precision import with_outliers
 from deploy.precision import calibrate, convert
 from deploy.precision.quantize import quantize
 from deploy.precision.smoothing import fold_outliers
 from deploy.precision.weight_layers import prepared, weight_layers
 
 from ..conftest import Exported
-from .graphs import graph_of, run, sqnr, with_outliers
+from .graphs import graph_of, run, sqnr
 
 node = onnx.helper.make_node
 
