@@ -34,10 +34,10 @@ from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, cost_by_alignment, rounding_up_pays, sweep
 from calib_data.errors import MissingDependencyError, UserError
 from deploy.artifacts import atomic_write
-from deploy.bench import BenchSettings, LatencyStats, interleave
 from deploy.environment import environment
-from deploy.export import export_onnx
-from deploy.gpu_monitor import GpuMonitor
+from deploy.graphs.export import export_onnx
+from deploy.measure.bench import BenchSettings, LatencyStats, interleave
+from deploy.measure.gpu_monitor import GpuMonitor
 from deploy.precision import QUANTIZED, calibrate, convert
 from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, Session, runtime_named
 from deploy.runtimes.cuda import compute_capability, missing_gpu

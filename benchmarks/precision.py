@@ -23,10 +23,10 @@ from rich.table import Table
 
 import toolchain
 from calib_data import DataSource, Preprocess, batches, open_source, proxy_images
-from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.environment import environment
+from deploy.graphs.files import load_model
 from deploy.job import validation_images
-from deploy.onnx_files import load_model
+from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
 from deploy.precision import Ranges, calibrate, convert, for_cpu
 from deploy.precision.half import to_half
 from deploy.precision.quantize import quantizable_layers, quantize

@@ -131,7 +131,7 @@ def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -
     from deploy.pipeline import prepare, preview, run_job
     from deploy.plan_view import plan_table
     from deploy.recipe import make_recipe
-    from deploy.report_views import terminal
+    from deploy.report.views import terminal
 
     console = Console(quiet=quiet)
     if until == "plan":
@@ -175,7 +175,7 @@ def bench(
 ) -> None:
     """Compare the latency of any models in turns: the first is what the others are held against."""
     from deploy.artifacts import atomic_write, disk_errors
-    from deploy.compare import compare, comparison_table
+    from deploy.measure.compare import compare, comparison_table
 
     found = compare(
         models,
@@ -212,9 +212,9 @@ def report(
 ) -> None:
     """Show the report of a run and write its pages again from report.json; or compare several runs."""
     from deploy.artifacts import disk_errors
-    from deploy.report import load_report
-    from deploy.report_views import save_report, terminal
-    from deploy.run_comparison import compare_runs, comparison_terminal, save_comparison
+    from deploy.report.document import load_report
+    from deploy.report.runs import compare_runs, comparison_terminal, save_comparison
+    from deploy.report.views import save_report, terminal
 
     if len(runs) > 1:
         compared = compare_runs({str(run): load_report(run) for run in runs})
@@ -244,7 +244,7 @@ def package(
     quiet: opt.Quiet = False,
 ) -> None:
     """Make a folder that runs without this tool: model, engines, examples, model card, Triton repository."""
-    from deploy.package import package as make
+    from deploy.handover.package import package as make
 
     folder = make(run, output, quiet=quiet)
     Console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)

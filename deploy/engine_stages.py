@@ -17,19 +17,19 @@ from safetensors.numpy import load_file
 
 from calib_data import batches
 from calib_data.errors import GateError
-from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.artifacts import Artifact, atomic_write
-from deploy.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from deploy.environment import environment
-from deploy.gpu_monitor import GpuMonitor
+from deploy.graphs.files import load_model
 from deploy.job import MODELS, Job, Pixels, model_input, parity_images, stage, validation_images, write_json
-from deploy.measurements import Pair, bench_figures, findings, layer_figures
-from deploy.onnx_files import load_model
-from deploy.parity import TOLERANCES, Parity, check_parity, session_outputs
+from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
+from deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
+from deploy.measure.figures import Pair, bench_figures, findings, layer_figures
+from deploy.measure.gpu_monitor import GpuMonitor
+from deploy.measure.parity import TOLERANCES, Parity, check_parity, session_outputs
 from deploy.precision import QUANTIZED, for_cpu
 from deploy.precision_stage import graph_name, holds, precisions_for
 from deploy.recipe import split_names
-from deploy.report import Throughput
+from deploy.report.document import Throughput
 from deploy.runtimes import (
     BuildOptions,
     Engine,

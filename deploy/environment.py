@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from deploy.gpu_monitor import Gpu, nvidia_driver
+from deploy.measure.gpu_monitor import Gpu, nvidia_driver
 
 _LIBRARIES = (
     "torch",

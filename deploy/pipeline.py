@@ -17,8 +17,8 @@ from deploy.checks import check_classes, check_engine_request, check_forward, li
 from deploy.job import Job
 from deploy.precision_stage import precisions
 from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
-from deploy.report import Report
-from deploy.report_views import save_report
+from deploy.report.document import Report
+from deploy.report.views import save_report
 from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
 from deploy.summary import Artifacts, summarise

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 
 from calib_data import batches, proxy_images
 from calib_data.errors import GateError
-from deploy.accuracy import Accuracy, accuracy, outputs_of
 from deploy.artifacts import Artifact
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
+from deploy.graphs.files import load_model, save_model
 from deploy.job import EVAL_BATCH, MODELS, Job, model_input, read_json, stage, validation_images, write_json
-from deploy.onnx_files import load_model, save_model
+from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
 from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from deploy.recipe import split_names
 from deploy.runtimes import Runtime, open_model

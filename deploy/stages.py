@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import toolchain
 from calib_data import Preprocess, batches, proxy_images
-from deploy.accuracy import outputs_of
 from deploy.artifacts import Artifact, canonical_digest, file_digest
-from deploy.export import export_onnx
+from deploy.graphs.export import export_onnx
 from deploy.job import EVAL_BATCH, Job, model_input, parity_images, stage, validation_images, write_json
-from deploy.parity import check_parity, model_outputs, session_outputs
+from deploy.measure.accuracy import outputs_of
+from deploy.measure.parity import check_parity, model_outputs, session_outputs
 from deploy.recipe import Recipe, distill_settings
 from deploy.runtimes import open_onnx
 from toolchain.checkpoints import weights_digest

@@ -9,9 +9,9 @@ from typing import Any
 from deploy.artifacts import Artifact, package_versions
 from deploy.engine_stages import Engines, engine_of, runs_here
 from deploy.job import MODELS, Job, read_json
-from deploy.measurements import Pair
+from deploy.measure.figures import Pair
 from deploy.precision_stage import graph_name, left_out
-from deploy.report import (
+from deploy.report.document import (
     AccuracyFigures,
     Bench,
     ModelFigures,

@@ -12,7 +12,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calib_data.errors import UserError
-from deploy.graph import PREPROCESS
+from deploy.graphs.surgery import PREPROCESS
 from deploy.precision.weight_layers import opset_of, prepared, with_opset
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

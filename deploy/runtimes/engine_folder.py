@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
-from deploy.graph import load_model
-from deploy.onnx_files import model_digest
+from deploy.graphs.files import load_model, model_digest
 from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
 
 BUILD_RECORD = "build.json"

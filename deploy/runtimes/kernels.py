@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
 from deploy.runtimes.interface import Built
 
 PRODUCT_OPS = ("MatMul", "Conv")

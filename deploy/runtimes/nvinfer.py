@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from calib_data.errors import BuildError, UserError
 from deploy.artifacts import atomic_write
-from deploy.graph_facts import node_name
+from deploy.graphs.facts import node_name
 from deploy.runtimes.cuda import compute_capability
 from deploy.runtimes.engine_folder import build_failed
 from deploy.runtimes.inspector import read_inspector

@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from calib_data.errors import BuildError, MissingDependencyError, UserError
 from deploy.environment import usable_cores
-from deploy.onnx_files import MAX_FILE_BYTES, load_model, weight_bytes
+from deploy.graphs.files import MAX_FILE_BYTES, load_model, weight_bytes
 from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.cuda import missing_gpu
 from deploy.runtimes.engine_folder import (

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
 from deploy.runtimes.interface import Built, LayerTime
 
 _INT8_GEMMS = frozenset(

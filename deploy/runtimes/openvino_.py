@@ -26,8 +26,8 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, shape_inferen
 
 from calib_data.errors import UserError
 from deploy.environment import usable_cores
-from deploy.graph_facts import GraphFacts
-from deploy.onnx_files import MAX_FILE_BYTES, weight_bytes
+from deploy.graphs.facts import GraphFacts
+from deploy.graphs.files import MAX_FILE_BYTES, weight_bytes
 from deploy.runtimes.engine_folder import (
     build_failed,
     check_built,

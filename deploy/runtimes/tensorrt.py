@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib_data.errors import UserError
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
 from deploy.runtimes.cuda import missing_gpu
 from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions

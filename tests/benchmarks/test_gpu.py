@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu import GPU_WAYS, Networks, main, make_networks, markdown, measure
 from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, aligned_to, cost_by_alignment, rounding_up_pays, sweep
-from deploy.bench import BenchSettings
+from deploy.measure.bench import BenchSettings
 from deploy.runtimes.interface import Missing
 from toolchain import count_macs
 

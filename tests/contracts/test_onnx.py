@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import toolchain
-from deploy.export import export_onnx
-from deploy.parity import check_parity, model_outputs, session_outputs
+from deploy.graphs.export import export_onnx
+from deploy.measure.parity import check_parity, model_outputs, session_outputs
 from deploy.runtimes import open_onnx
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
 from toolchain.planning import Component

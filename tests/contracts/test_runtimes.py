@@ -11,8 +11,8 @@ import pytest
 from onnx import helper
 
 from calib_data.errors import BuildError, MissingDependencyError, UserError
-from deploy.graph_facts import GraphFacts
-from deploy.parity import TOLERANCES, check_parity
+from deploy.graphs.facts import GraphFacts
+from deploy.measure.parity import TOLERANCES, check_parity
 from deploy.precision import calibrate, convert
 from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Runtime, open_onnx, read_engine
 

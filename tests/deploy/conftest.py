@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calib_data import Preprocess
-from deploy.export import ExportReport, export_onnx
+from deploy.graphs.export import ExportReport, export_onnx
 
 
 @dataclass(frozen=True, slots=True)

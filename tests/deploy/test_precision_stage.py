@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import toolchain
 from calib_data.errors import GateError, UserError
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
 from deploy.pipeline import build
 from deploy.precision_stage import graph_name, precisions_for
 from deploy.runtimes import runtime_named

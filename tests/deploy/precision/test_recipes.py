@@ -10,7 +10,7 @@ import torch
 import toolchain
 from benchmarks.precision import with_outliers
 from calib_data import batches, open_source, proxy_images
-from deploy.export import export_onnx
+from deploy.graphs.export import export_onnx
 from deploy.precision import Ranges, calibrate, convert, for_cpu
 from deploy.runtimes.interface import BatchProfile, BuildOptions
 from deploy.runtimes.plan_text import read_plan

@@ -16,7 +16,7 @@ import torch
 import deploy.runtimes.nvinfer
 import deploy.runtimes.tensorrt
 from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.facts import GraphFacts
 from deploy.precision import convert
 from deploy.runtimes import BatchProfile, BuildOptions, RunOptions
 from deploy.runtimes.interface import Engine

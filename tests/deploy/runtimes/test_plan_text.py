@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from calib_data.errors import GateError
-from deploy.export import export_onnx
-from deploy.graph_facts import GraphFacts
+from deploy.graphs.export import export_onnx
+from deploy.graphs.facts import GraphFacts
 from deploy.precision import calibrate, convert
 from deploy.runtimes import BatchProfile, BuildOptions, Engine
 from deploy.runtimes.kernels import Compiled, Kernel, built_from

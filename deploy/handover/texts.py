@@ -1,0 +1,225 @@
+"""What people read and run in a package: examples, requirements, README and model card.
+
+All of it is rendered from the report, the recipe and the records of the engines; no figure is typed in.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from deploy.handover.triton import Port
+from deploy.report.document import Report
+from deploy.report.verdict import comparisons, verdict
+from deploy.runtimes.interface import Engine
+
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_CPU = "CPUExecutionProvider"
+# By provider, the package that has it.
+_PROVIDERS = {
+    _CPU: "onnxruntime",
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+}
+_NOT_OPTIONS = ("provider", "intra_op_threads")  # settings of an engine that are no options of its provider
+_ABSOLUTE = re.compile(r"(?:(?<=[\s:'\"(=,])|^)(?:~?(?:/[^\s:'\"),/<>]+){2,}|[A-Za-z]:\\[^\s'\"),<>]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the texts are about.
+
+    Attributes:
+        engines: the engines in the package, each with its file relative to the package.
+        labels: names of the classes; None for a network without classifier.
+        stock_timm: timm alone loads the PyTorch folder.
+        triton: names of the models in the Triton repository.
+    """
+
+    report: Report
+    recipe: dict[str, Any]
+    engines: tuple[tuple[Engine, str], ...]
+    image: Port
+    answer: Port
+    labels: tuple[str, ...] | None
+    preprocess: dict[str, Any]
+    stock_timm: bool
+    triton: tuple[str, ...]
+    has_report: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """An example file: what it is rendered from, and what it needs."""
+
+    file: str
+    template: str
+    values: dict[str, str]
+    requires: tuple[str, ...]
+
+
+def example_files(subject: Subject) -> dict[str, str]:
+    """One script a runtime, by file name; ONNX Runtime's is always there, with the fp32 ONNX file if need be."""
+    common = {
+        "input": subject.image.name,
+        "output": subject.answer.name,
+        "output_dtype": subject.answer.dtype,
+        "pixels": subject.image.dtype == "uint8",
+        "squash": subject.preprocess["crop_mode"] == "squash",
+        "labelled": subject.labels is not None,
+    }
+    return {
+        example.file: _render(example.template, **common, **example.values, file=example.file)
+        for example in _examples(subject)
+    }
+
+
+def requirements(subject: Subject) -> dict[str, str]:
+    """What each example needs, with the versions that it was made with, by file name."""
+    return {
+        f"requirements/{Path(example.file).stem.removeprefix('run_')}.txt": "".join(
+            f"{line}\n" for line in example.requires
+        )
+        for example in _examples(subject)
+    }
+
+
+def readme(subject: Subject) -> str:
+    """README.md."""
+    return _render("README", subject=subject, examples=_examples(subject), left_out=_triton_left_out(subject))
+
+
+def model_card(subject: Subject) -> str:
+    """MODEL_CARD.md; may still hold paths of the recipe (see `shorten`)."""
+    report = subject.report
+    return _render(
+        "MODEL_CARD",
+        subject=subject,
+        report=report,
+        verdict=verdict(report),
+        comparisons=comparisons(report),
+        recipe=tomli_w.dumps(subject.recipe),
+        gates_passed=sum(gate.passed for gate in report.parity),
+    )
+
+
+def shortened_paths(run: Path, recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
+    """Absolute paths in a run's documents, and the last component of each to show instead."""
+    values = [*_strings(recipe), *_strings(report.model_dump(mode="json"))]
+    found = {match.group() for value in values for match in _ABSOLUTE.finditer(value)}
+    # a specification such as imagefolder:/data/my photos may hold spaces, which the pattern cannot follow
+    whole = [part for value in _strings(recipe) for part in (value, value.partition(":")[2])]
+    found |= {part for part in whole if Path(part).is_absolute()}
+    return {path: re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in {*found, str(run)}}
+
+
+def shorten(text: str, names: Mapping[str, str]) -> str:
+    """Replace paths by their names, long ones first; also as JSON, TOML and HTML write them."""
+    for path in sorted(names, key=len, reverse=True):
+        for written in (path, json.dumps(path)[1:-1], html.escape(path)):
+            text = text.replace(written, names[path])
+    return text
+
+
+def _examples(subject: Subject) -> list[_Example]:
+    found = [_example(engine, file) for engine, file in subject.engines]
+    examples = [example for example in found if example is not None]
+    if not any(example.file == "run_onnxruntime.py" for example in examples):
+        provider = {"engine": "model/model.onnx", "provider": _CPU, "options": ""}
+        needs = _pinned("onnxruntime", _version("onnxruntime") or _version("onnxruntime-gpu"))
+        examples.insert(0, _Example("run_onnxruntime.py", "onnxruntime", provider, _with_basics(needs)))
+    if subject.stock_timm:
+        packages = ("torch", "torchvision", "timm", "safetensors", "pillow")
+        examples.append(_Example("run_timm.py", "timm", {}, tuple(_pinned(name, _version(name)) for name in packages)))
+    # several precisions of a runtime that could not be measured: the script is for the first, README says so
+    return list({example.file: example for example in reversed(examples)}.values())[::-1]
+
+
+def _example(engine: Engine, file: str) -> _Example | None:
+    """The script for an engine; None for a runtime that is not known here."""
+    name = f"run_{engine.runtime.replace('-', '_')}.py"
+    if engine.library == "onnxruntime":
+        provider = str(engine.settings["provider"])
+        if provider not in _PROVIDERS:  # a plugin that has to be registered first: no script for that
+            return None
+        options = {key: str(value) for key, value in engine.settings.items() if key not in _NOT_OPTIONS}
+        values = {"engine": file, "provider": provider, "options": json.dumps(options) if options else ""}
+        needs = _with_basics(_pinned(_PROVIDERS[provider], engine.library_version))
+        return _Example(name, "onnxruntime", values, needs)
+    if engine.library == "openvino":
+        needs = _with_basics(_pinned("openvino", _version("openvino") or engine.library_version.split("-")[0]))
+        settings = engine.settings
+        values = {"engine": file, "device": str(settings["device"]), "precision": str(settings["inference_precision"])}
+        return _Example(name, "openvino", values, needs)
+    if engine.library in _TITLES:
+        values = {
+            "engine": file,
+            "title": _TITLES[engine.library],
+            "module": engine.library.replace("-", "_"),
+            "library": engine.library,
+            "library_version": engine.library_version,
+            "targets": ", ".join(engine.targets),
+        }
+        cuda = _pinned("cuda-bindings", _version("cuda-bindings"))
+        return _Example(name, "tensorrt", values, _with_basics(_pinned(engine.library, engine.library_version), cuda))
+    return None
+
+
+def _with_basics(*needs: str) -> tuple[str, ...]:
+    return (*needs, *(_pinned(name, _version(name)) for name in ("numpy", "pillow")))
+
+
+def _pinned(package: str, found: str | None) -> str:
+    return package if found is None else f"{package}=={found}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package).partition("+")[0]  # local builds such as +cu130 are in no index
+    except PackageNotFoundError:
+        return None
+
+
+def _triton_left_out(subject: Subject) -> str | None:
+    """Why there is no TensorRT model in the Triton repository."""
+    if any(name.endswith("_tensorrt") for name in subject.triton):
+        return None
+    libraries = {engine.library for engine, _ in subject.engines}
+    if "tensorrt" in libraries:
+        return "The TensorRT engine takes no single images, which a server has to be able to send."
+    if "tensorrt-rtx" in libraries:
+        return "Triton's TensorRT backend runs plans of TensorRT itself; it cannot run those of TensorRT-RTX."
+    return "There was no engine of TensorRT, which builds only on the GPU that it builds for."
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [found for item in value.values() for found in _strings(item)]
+    return [found for item in value for found in _strings(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _render(name: str, **values: object) -> str:
+    def read(name: str) -> str:
+        return files("deploy").joinpath("templates", "package", name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(read),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = lambda value: f"{value:,}".replace(",", " ")
+    return environment.get_template(f"{name}.jinja").render(**values)

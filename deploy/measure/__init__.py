@@ -1,0 +1,1 @@
+"""Measuring: parity, accuracy, latency, and what holds latency up."""

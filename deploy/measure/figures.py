@@ -1,0 +1,156 @@
+"""From measurements to figures of the report: pairs of dense and pruned, and what to deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deploy.measure.accuracy import Accuracy
+from deploy.measure.bench import LatencyReport
+from deploy.measure.diagnosis import Measured, diagnose
+from deploy.measure.layer_table import layer_table
+from deploy.report.document import Bench, Best, Finding, Latency, LayerTimes
+from deploy.runtimes import Engine, LayerTime
+from toolchain.planning import PruningPlan
+
+_WIDE_TO_NARROW = ("fp32", "bf16", "fp16", "int8", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A runtime and a precision in which both networks were measured."""
+
+    runtime: str
+    precision: str
+
+    def session(self, model: str) -> str:
+        """Name of the session of one network, for example "dense onnxruntime fp32"."""
+        return f"{model} {self.runtime} {self.precision}"
+
+
+def bench_figures(
+    measured: LatencyReport | None,
+    pairs: Sequence[Pair],
+    costs: Mapping[str, Accuracy],
+    max_drop: float,
+    joules: Mapping[tuple[str, int], float | None],
+) -> Bench:
+    """Arrange measurements for the report.
+
+    Args:
+        measured: holds both sessions of every pair; None when nothing runs here.
+        pairs: what was measured.
+        costs: accuracy by session name.
+        max_drop: points of accuracy that a precision may cost the pruned network.
+        joules: energy per image by session name and batch size, where it was measured.
+    """
+    figures = Bench()
+    if measured is None:
+        return figures
+    for pair in pairs:
+        names = {model: pair.session(model) for model in ("dense", "pruned")}
+        for model, tree in (("dense", figures.dense), ("pruned", figures.pruned)):
+            tree.setdefault(pair.runtime, {})[pair.precision] = {
+                f"b{batch}": _latency(measured, names[model], batch, joules.get((names[model], batch)))
+                for batch in measured.stats[names[model]]
+            }
+        for batch in measured.stats[names["pruned"]]:
+            ratio = measured.ratio(names["dense"], names["pruned"], batch)
+            for part, table in (
+                ("median", figures.speedup),
+                ("low", figures.speedup_low),
+                ("high", figures.speedup_high),
+            ):
+                by_precision = table.setdefault(pair.runtime, {}).setdefault(pair.precision, {})
+                by_precision[f"b{batch}"] = round(getattr(ratio, part), 3)
+    runtimes = dict.fromkeys(pair.runtime for pair in pairs)
+    return figures.model_copy(
+        update={"best": [_best(measured, [p for p in pairs if p.runtime == r], costs, max_drop) for r in runtimes]}
+    )
+
+
+def layer_figures(pair: Pair, batch: int, dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> LayerTimes:
+    """Profiles of both networks, side by side."""
+    return LayerTimes(runtime=pair.runtime, precision=pair.precision, batch=batch, layers=layer_table(dense, pruned))
+
+
+def findings(
+    figures: Bench,
+    plan: PruningPlan,
+    engines: Mapping[Pair, tuple[Engine, Engine]],
+    layers: Mapping[Pair, tuple[Sequence[LayerTime], Sequence[LayerTime]]],
+) -> list[Finding]:
+    """Why latency fell less than the MACs did, in the runtime and precision that is the fastest."""
+    best = min(figures.best, key=lambda best: best.pruned_ms, default=None)
+    if best is None:
+        return []
+    pair, batch = Pair(best.runtime, best.precision), f"b{best.batch}"
+    sides = ((plan.before, plan.dense_widths, figures.dense), (plan.after, plan.widths, figures.pruned))
+    dense, pruned = (
+        Measured(
+            macs=cost.macs,
+            latency=latencies[pair.runtime][pair.precision][batch],
+            layers=own_layers,
+            built=engine.built,
+            widths=widths.channels,
+            head_dims={name: widths.channels[name] // heads for name, heads in widths.num_heads.items()},
+            threads=latencies[pair.runtime][pair.precision][batch].threads,
+        )
+        for (cost, widths, latencies), own_layers, engine in zip(sides, layers[pair], engines[pair], strict=True)
+    )
+    speedup = figures.speedup[pair.runtime][pair.precision][batch]
+    return diagnose(dense, pruned, runtime=pair.runtime, precision=pair.precision, batch=best.batch, speedup=speedup)
+
+
+def _best(measured: LatencyReport, pairs: Sequence[Pair], costs: Mapping[str, Accuracy], max_drop: float) -> Best:
+    """The fastest pair at the largest batch that keeps its accuracy, and why not the others."""
+    batch = max(measured.stats[pairs[0].session("pruned")])
+    ms = {pair: measured.stats[pair.session("pruned")][batch].median for pair in pairs}
+    drops = {pair: costs[pair.session("pruned")].drop for pair in pairs}
+    right = [pair for pair in pairs if drops[pair] <= max_drop] or [min(pairs, key=lambda pair: drops[pair])]
+    best = min(right, key=lambda pair: ms[pair])
+    widest = min(pairs, key=lambda pair: _WIDE_TO_NARROW.index(pair.precision))
+    ratio = measured.ratio(widest.session("dense"), best.session("pruned"), batch)
+    passed_over = {
+        pair.precision: f"loses {drops[pair]:.2f} points, {max_drop:g} are allowed"
+        if pair not in right
+        else f"{ms[pair] / ms[best]:.2f}x the time"
+        for pair in pairs
+        if pair != best
+    }
+    return Best(
+        runtime=best.runtime,
+        precision=best.precision,
+        batch=batch,
+        dense_precision=widest.precision,
+        dense_ms=measured.stats[widest.session("dense")][batch].median,
+        pruned_ms=ms[best],
+        speedup=round(ratio.median, 3),
+        low=round(ratio.low, 3),
+        high=round(ratio.high, 3),
+        passed_over=passed_over,
+    )
+
+
+def _latency(measured: LatencyReport, name: str, batch: int, joules: float | None) -> Latency:
+    stats = measured.stats[name][batch]
+    threads = measured.sessions[name].get("intra_op_threads")
+    return Latency(
+        min=stats.min,
+        median=stats.median,
+        mean=stats.mean,
+        p90=stats.p90,
+        p95=stats.p95,
+        p99=stats.p99,
+        cv=stats.cv,
+        images_per_s=stats.images_per_second,
+        n=stats.iterations,
+        unstable=stats.unstable,
+        quantiles=list(stats.quantiles),
+        threads=None if threads is None else int(threads),
+        h2d=stats.h2d,
+        compute=stats.compute,
+        d2h=stats.d2h,
+        enqueue=stats.enqueue,
+        joules_per_image=joules,
+    )

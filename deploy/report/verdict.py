@@ -1,0 +1,142 @@
+"""What the figures of a report say, in sentences; all of them are functions of the document.
+
+Nothing here is measured, and nothing is typed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.report.document import AccuracyFigures, Best, Latency, Report
+
+_GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Dense against pruned in one runtime, precision and batch size; `low` to `high` is the speed-up's range."""
+
+    runtime: str
+    precision: str
+    batch: int
+    dense: Latency
+    pruned: Latency
+    speedup: float
+    low: float | None
+    high: float | None
+
+
+def on_gpu(runtime: str) -> bool:
+    """Whether a runtime's engines run on an NVIDIA GPU."""
+    return runtime in _GPU_RUNTIMES
+
+
+def comparisons(report: Report) -> list[Comparison]:
+    """Return every pair of measurements, in the report's order of runtimes and precisions, small batches first."""
+    found = []
+    for runtime, by_precision in report.speedup.items():
+        for precision, by_batch in by_precision.items():
+            for name in sorted(by_batch, key=lambda name: int(name.removeprefix("b"))):
+                found.append(
+                    Comparison(
+                        runtime=runtime,
+                        precision=precision,
+                        batch=int(name.removeprefix("b")),
+                        dense=report.dense.latency_ms[runtime][precision][name],
+                        pruned=report.pruned.latency_ms[runtime][precision][name],
+                        speedup=by_batch[name],
+                        low=report.speedup_low.get(runtime, {}).get(precision, {}).get(name),
+                        high=report.speedup_high.get(runtime, {}).get(precision, {}).get(name),
+                    )
+                )
+    return found
+
+
+def headline(report: Report) -> Best | None:
+    """Return what to deploy: of the best precision of every runtime, the fastest. None when nothing was measured."""
+    largest = max((best.batch for best in report.best), default=0)
+    return min((b for b in report.best if b.batch == largest), key=lambda best: best.pruned_ms, default=None)
+
+
+def verdict(report: Report) -> str:
+    """Say the result in one sentence: speed, accuracy, size, and the device it holds for."""
+    parts = [*_speed_part(headline(report)), *_accuracy_part(report)]
+    fewer = 100 * (1 - report.pruned.params / report.dense.params)
+    parts.append(f"{fewer:.0f} % fewer parameters")
+    device = device_of(report) if report.best else ""
+    return ", ".join(parts) + (f", measured on {device}." if device else ".")
+
+
+def device_of(report: Report) -> str:
+    """Name what the headline was measured on: the GPU of a GPU runtime, otherwise the processor."""
+    best = headline(report)
+    gpus = report.environment.get("gpus")
+    if best is not None and best.runtime in _GPU_RUNTIMES and gpus:
+        return str(gpus[0]["name"])
+    return str(report.environment.get("cpu", ""))
+
+
+def cost_of(report: Report, best: Best) -> AccuracyFigures | None:
+    """Return what the pruned network's accuracy is in the chosen precision."""
+    return next(
+        (
+            figures
+            for figures in report.accuracy
+            if (figures.model, figures.runtime, figures.precision) == ("pruned", best.runtime, best.precision)
+        ),
+        None,
+    )
+
+
+def shortfall(report: Report) -> str | None:
+    """Say so when latency fell far less than the MACs did (less than half of the way), and what that points to."""
+    macs_gain = report.dense.macs / report.pruned.macs
+    found = comparisons(report)
+    short = [c for c in found if c.speedup < 1 + (macs_gain - 1) / 2]
+    if macs_gain <= 1 or not short:
+        return None
+    least = min(short, key=lambda c: c.speedup)
+    text = (
+        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(found)} measurements, "
+        f"least on {least.runtime} {least.precision} at batch {least.batch}: {least.speedup:.2f}x. "
+        "MACs count only matrix products and convolutions. "
+        "Reading and writing activations, normalisation and softmax shrink with the width instead of its square, and "
+        "the cost of starting each layer does not shrink at all."
+    )
+    small, large = min(short, key=lambda c: c.batch), max(found, key=lambda c: c.batch)
+    if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
+        text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
+    return text
+
+
+def _speed_part(best: Best | None) -> list[str]:
+    if best is None:
+        return ["Latency was not measured"]
+    dense = "" if best.dense_precision == best.precision else f" than dense in {best.dense_precision}"
+    where = f"on {best.runtime} {best.precision} at batch {best.batch}"
+    if best.speedup >= 1:
+        return [f"{best.speedup:.2f}x faster{dense} {where}"]
+    return [f"Not faster: {best.speedup:.2f}x the dense speed {where}"]
+
+
+def _accuracy_part(report: Report) -> list[str]:
+    dense, pruned = report.dense.top1, report.pruned.top1
+    best = headline(report)
+    cost = None if best is None else cost_of(report, best)
+    parts = []
+    if dense is not None and pruned is not None:
+        change = pruned - dense
+        direction = "lost" if change < 0 else "gained"
+        parts.append(
+            f"top-1 unchanged ({pruned:.2f} %)"
+            if abs(change) < 0.005
+            else f"{abs(change):.2f} points of top-1 {direction} ({dense:.2f} to {pruned:.2f} %)"
+        )
+    elif report.pruned.agreement is not None:
+        parts.append(f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images")
+    else:
+        return ["accuracy not measured"]
+    if best is not None and cost is not None and best.precision != "fp32":
+        again = f"{abs(cost.drop):.2f} points {'lost' if cost.drop >= 0 else 'gained'}"
+        parts.append(f"{again} by {best.precision} on {cost.images} images")
+    return parts

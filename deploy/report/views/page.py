@@ -1,0 +1,166 @@
+"""report.html: one page that needs nothing else, light or dark, on a screen, a phone or paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from deploy.report.document import Report
+from deploy.report.verdict import comparisons, headline, verdict
+from deploy.report.views.charts import Calls, Choice, LatencyChart, Scatter, latency_chart, scatter
+from deploy.report.views.results import measured
+from deploy.report.views.section import Section
+from deploy.report.views.summary import shortcomings, subject, tiles
+from deploy.report.views.text import sections
+
+_CHAPTERS = (
+    ("Result", ("result", "best")),
+    ("Latency", ("latency", "parts")),
+    ("Accuracy", ("accuracy",)),
+    ("What was really built", ("built",)),
+    ("Why is it not faster?", ("findings",)),
+    ("Widths", ("widths",)),
+    ("Time per layer", ("layers",)),
+    ("Checks and files", ("parity", "engines", "throughput", "gpu")),
+    ("How and where", ("environment", "measurement", "reproduce", "stages", "notes")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows of a table under one heading; `label` is empty where there is none."""
+
+    label: str
+    numbers: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """A second-level heading with its sections and charts."""
+
+    key: str
+    title: str
+    sections: tuple[Section, ...]
+    strips: tuple[LatencyChart, ...] = ()
+    scatters: tuple[Scatter, ...] = ()
+
+
+def html(report: Report) -> str:
+    """Return report.html."""
+    return render(
+        "report.html",
+        title=f"{report.model}: dense and pruned",
+        report=report,
+        verdict=verdict(report),
+        subject=subject(report),
+        tiles=tiles(report),
+        shortcomings=shortcomings(report),
+        chapters=chapters(report),
+    )
+
+
+def chapters(report: Report) -> list[Chapter]:
+    """The sections of a report under their headings, charts first."""
+    found = sections(report)
+    made = []
+    for title, keys in _CHAPTERS:
+        inside = tuple(s for s in found if s.key.split("-")[0] in keys)
+        strips = tuple(latency_charts(report)) if keys[0] == "latency" else ()
+        scatters = tuple(accuracy_charts(report)) if keys[0] == "accuracy" else ()
+        if inside:
+            made.append(Chapter(f"chapter-{keys[0]}", title, inside, strips, scatters))
+    return made
+
+
+def latency_charts(report: Report) -> list[LatencyChart]:
+    """Distributions of dense and pruned, a chart for each runtime and batch size."""
+    calls: dict[tuple[str, int], list[Calls]] = {}
+    for c in comparisons(report):
+        for model, latency in (("dense", c.dense), ("pruned", c.pruned)):
+            one = Calls(c.precision, model, latency.median, latency.quantiles)
+            calls.setdefault((c.runtime, c.batch), []).append(one)
+    made = (latency_chart(f"{runtime}, batch {batch}", own) for (runtime, batch), own in calls.items())
+    return [chart for chart in made if chart is not None]
+
+
+def accuracy_charts(report: Report) -> list[Scatter]:
+    """Accuracy over latency at the batch size of the verdict."""
+    head = headline(report)
+    if head is None:
+        return []
+    chart = scatter(f"Accuracy over latency, batch {head.batch}", choices(report, head.batch), accuracy_name(report))
+    return [chart] if chart is not None else []
+
+
+def choices(report: Report, batch: int) -> list[Choice]:
+    """Every model and precision of which latency and accuracy are known."""
+    runtimes = list(dict.fromkeys(a.runtime for a in report.accuracy))
+    labelled = all(a.top1 is not None for a in report.accuracy)
+    latencies = {
+        (model, runtime, precision): latency.median
+        for model, tree in (("dense", report.dense.latency_ms), ("pruned", report.pruned.latency_ms))
+        for runtime, precision, own_batch, latency in measured(tree)
+        if own_batch == batch
+    }
+    return [
+        Choice(
+            label=a.precision,
+            name=f"{a.model} {a.runtime} {a.precision}",
+            model=a.model,
+            series=a.runtime,
+            mark=runtimes.index(a.runtime),
+            ms=latencies[a.model, a.runtime, a.precision],
+            accuracy=a.top1 if labelled and a.top1 is not None else a.agreement,
+        )
+        for a in report.accuracy
+        if (a.model, a.runtime, a.precision) in latencies
+    ]
+
+
+def accuracy_name(report: Report) -> str:
+    """What the accuracy of `choices` is."""
+    labelled = all(a.top1 is not None for a in report.accuracy)
+    return "top-1, %" if labelled else "agreement with the PyTorch model, %"
+
+
+def row_groups(section: Section) -> list[Group]:
+    """Which rows stand together, in order."""
+    if not section.groups:
+        return [Group("", list(range(len(section.rows))))]
+    found: list[Group] = []
+    for number, name in enumerate(section.groups):
+        if not found or found[-1].label != name:
+            found.append(Group(name))
+        found[-1].numbers.append(number)
+    return found if len(found) > 1 else [Group("", found[0].numbers)]
+
+
+def legend(chart_choices: Iterable[Choice]) -> list[tuple[int, str]]:
+    """Shape and name of every series in a scatter chart."""
+    return list(dict.fromkeys((choice.mark, choice.series) for choice in chart_choices))
+
+
+def breakable(text: str) -> Markup:
+    """Let long names of layers and files break after their separators."""
+    return Markup(re.sub(r"(?<=\w)([/._,-])(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a page of templates/."""
+    return _templates().get_template(template).render(**values)
+
+
+@lru_cache(maxsize=1)
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("deploy"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.globals.update(row_groups=row_groups, legend=legend)
+    environment.filters["breakable"] = breakable
+    return environment

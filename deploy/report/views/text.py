@@ -1,0 +1,106 @@
+"""The sections of a report, and the report as Markdown and as tables for an 80-column terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deploy.report.document import Report
+from deploy.report.verdict import verdict
+from deploy.report.views import details, results
+from deploy.report.views.section import Section, without_empty_columns
+from deploy.report.views.summary import shortcomings, subject
+
+
+def sections(report: Report) -> list[Section]:
+    """Return what there is to show, most important first; a section without content is left out."""
+    found = [
+        results.result(report),
+        results.best(report),
+        results.latency(report),
+        results.latency_parts(report),
+        results.accuracy(report),
+        details.built(report),
+        details.findings(report),
+        details.widths(report),
+        *details.layer_times(report),
+        details.parity(report),
+        details.engines(report),
+        details.throughput(report),
+        details.facts("gpu", "GPU while measuring", report.gpu),
+        details.facts("environment", "Where it was measured", report.environment),
+        details.facts("measurement", "How it was measured", report.measurement),
+        details.reproduce(report),
+        details.stages(report),
+        details.notes(report),
+    ]
+    return [without_empty_columns(section) for section in found if section.rows or section.remarks or section.commands]
+
+
+def markdown(report: Report) -> str:
+    """Return report.md."""
+    lines = [f"# {report.model}: dense and pruned", "", f"**{verdict(report)}**", "", subject(report), ""]
+    short = shortcomings(report)
+    if short:
+        lines += ["## What fell short", "", *(f"- {text}" for text in short), ""]
+    return "\n".join(lines + markdown_sections(sections(report))).rstrip() + "\n"
+
+
+def terminal(report: Report) -> Group:
+    """Return what `rich` prints: the verdict and the tables that decide, at most 80 columns wide."""
+    short = shortcomings(report)
+    parts: list[RenderableType] = [Text(verdict(report), style="bold"), Text("")]
+    if short:
+        parts += [*(Text(f"! {text}", style="yellow") for text in short), Text("")]
+    parts += terminal_sections(sections(report))
+    if report.notes:
+        parts += [Text(""), Text("What was left out, and why: see report.md.", style="dim")]
+    return Group(*parts)
+
+
+def markdown_sections(found: Iterable[Section]) -> list[str]:
+    """Lines of Markdown."""
+    lines: list[str] = []
+    for section in found:
+        lines += [f"## {section.title}", ""]
+        if section.rows:
+            rules = ["---" if i in section.text_columns else "---:" for i in range(len(section.header))]
+            rows = [[cell.text for cell in row] for row in section.rows]
+            lines += [_markdown_row(row) for row in (section.header, rules, *rows)] + [""]
+        if section.commands:
+            lines += ["```bash", *section.commands, "```", ""]
+        lines += [f"- {remark}" for remark in section.remarks] + ([""] if section.remarks else [])
+    return lines
+
+
+def terminal_sections(found: Iterable[Section]) -> list[RenderableType]:
+    """Tables and remarks of the sections that belong on a terminal."""
+    parts: list[RenderableType] = []
+    for section in found:
+        if section.terminal is None:
+            continue
+        if section.rows:
+            parts.append(_terminal_table(section, section.terminal))
+        elif section.remarks:
+            parts.append(Text(section.title, style="italic"))
+        parts += [Text(f"- {remark}") for remark in section.remarks]
+        parts.append(Text(""))
+    return parts[:-1]
+
+
+def _terminal_table(section: Section, columns: Sequence[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=section.title, title_justify="left", pad_edge=False)
+    for column in columns:
+        text = column in section.text_columns
+        table.add_column(section.header[column], justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    for row in section.rows:
+        table.add_row(*(Text(row[column].text) for column in columns))
+    return table
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

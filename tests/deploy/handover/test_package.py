@@ -1,0 +1,526 @@
+"""The hand-over folder: it is whole, it runs without this tool, and it says nothing but what the run said."""
+
+import ast
+import functools
+import html
+import importlib.metadata
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+
+import toolchain
+from calib_data import Preprocess
+from calib_data.errors import UserError
+from deploy.artifacts import atomic_write, run_stage
+from deploy.graphs.surgery import add_uint8_input
+from deploy.handover.package import PACKAGE, SUMS, package
+from deploy.handover.texts import _render
+from deploy.report.document import AccuracyFigures, Best, EngineFigures, Latency, ModelFigures, PrunedFigures, Report
+from deploy.runtimes import BuildOptions, read_engine, runtime_named
+from deploy.runtimes.engine_folder import save_engine
+from deploy.runtimes.interface import Engine
+
+from ..conftest import Exported
+
+LABELS = ("shirt", "shoe", "hat", "coat", "dress", "sock", "scarf")
+WEIGHTS = "/home/some body & co/weights.safetensors"
+DATA = "imagefolder:/srv/photos of mine/shop"
+
+# Nothing of ours, no PyTorch and no exporter: what the reader of a package has.
+ALONE = """
+import json, runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(name + " is not there")
+sys.meta_path.insert(0, Blocked())
+answers = []
+for picture in sys.argv[2:]:
+    sys.argv[1:] = [picture]
+    answers.append(runpy.run_path({script!r})["logits"].tolist())
+print(json.dumps(answers))
+"""
+OURS = ("calib_data", "toolchain", "detection", "deploy", "benchmarks", "torch", "timm", "torchvision", "onnx")
+
+
+def latency(ms: float) -> Latency:
+    return Latency(
+        min=ms, median=ms, mean=ms, p90=ms, p95=ms, p99=ms, cv=0.01, images_per_s=1e3 / ms, n=40, unstable=False
+    )
+
+
+def report_of(engines: list[tuple[Engine, str]], measured: dict[str, float], best: list[Best]) -> Report:
+    """A report of these engines, those of ONNX Runtime measured in the precisions `measured`."""
+    times = {"onnxruntime": {name: {"b1": latency(ms)} for name, ms in measured.items()}}
+    dense = {"onnxruntime": {name: {"b1": latency(2 * ms)} for name, ms in measured.items()}}
+    return Report(
+        model="deit_tiny",
+        ratio=0.5,
+        data=DATA,
+        weights=WEIGHTS,
+        dense=ModelFigures(params=5_000_000, macs=9_000_000, top1=91.5, latency_ms=dense),
+        pruned=PrunedFigures(
+            params=2_000_000, macs=3_000_000, top1=90.25, latency_ms=times, top1_after_prune=40.5, agreement=97.0
+        ),
+        speedup={"onnxruntime": {name: {"b1": 2.0} for name in measured}},
+        best=best,
+        engines=[
+            EngineFigures(
+                model="pruned",
+                runtime=engine.runtime,
+                precision=engine.precision,
+                target=", ".join(engine.targets) or "any",
+                path=path,
+                bytes=engine.bytes,
+                seconds=1.0,
+            )
+            for engine, path in engines
+        ],
+        environment={"cpu": "a processor", "python": "3.11.7", "libraries": {"numpy": "2.4.6"}},
+        measurement={"accuracy": "top-1 on 80 validation images"},
+        accuracy=[
+            AccuracyFigures(
+                model="pruned",
+                runtime="onnxruntime",
+                precision="int8",
+                images=80,
+                top1=90.0,
+                agreement=98.75,
+                drop=0.25,
+                sqnr_db=33.3,
+                measured_on="the engine itself",
+            )
+        ],
+        notes=["tensorrt was left out: it is not installed."],
+    )
+
+
+BEST = Best(
+    runtime="onnxruntime", precision="fp32", batch=1, dense_precision="fp32",
+    dense_ms=4.0, pruned_ms=2.0, speedup=2.0, low=1.9, high=2.1, passed_over={"int8": "It is slower."},
+)  # fmt: skip
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def parts(vit: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stages of a run made of one small network: its model folder, ONNX file and engine."""
+    folder = tmp_path_factory.mktemp("parts")
+    vit.model.pretrained_cfg = {
+        **vit.model.pretrained_cfg,  # type: ignore[dict-item]
+        "mean": vit.preprocess.mean, "std": vit.preprocess.std, "crop_pct": 0.9, "label_names": LABELS,
+    }  # fmt: skip
+    arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    toolchain.save(vit.model, folder / "3-distill/model", model_args=arguments)
+    proto = onnx.load(vit.report.path)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props} | {"labels": json.dumps(LABELS)}
+    onnx.helper.set_model_props(proto, metadata)
+    target = folder / "4-export/pruned/model.onnx"
+    target.parent.mkdir(parents=True)
+    onnx.save(proto, target)
+    runtime_named("onnxruntime").build(target, folder / "5-engine/onnxruntime-fp32/pruned", BuildOptions())
+    return folder
+
+
+@pytest.fixture
+def make_run(parts: Path, tmp_path: Path) -> MakeRun:
+    """Put a run directory together: real stages around the parts, and engines that no machine here could build."""
+
+    def make(others: tuple[tuple[str, str, tuple[str, ...]], ...] = (), **figures: Any) -> Path:
+        run = tmp_path / "runs" / "shop"
+        run.mkdir(parents=True)
+        onnx_path = parts / "4-export/pruned/model.onnx"
+        for name in ("3-distill", "4-export", "5-engine/onnxruntime-fp32"):
+            copy = functools.partial(shutil.copytree, parts / name, dirs_exist_ok=True)
+            run_stage(run, name, {}, {}, copy)
+        engines = [("onnxruntime", "fp32")]
+        for runtime, precision, targets in others:
+            ours = {"provider": "CUDAExecutionProvider", "use_tf32": "0"} if "cuda" in runtime else {}
+            write = functools.partial(
+                save_engine, runtime_named(runtime), file="engine.plan", content=b"a plan", targets=targets,
+                options=BuildOptions(precision=precision), seconds=1.0, library=runtime.removesuffix("-cuda"),
+                library_version="1.2.3", onnx_path=onnx_path, settings=ours,
+            )  # fmt: skip
+            run_stage(run, f"5-engine/{runtime}-{precision}", {}, {}, lambda folder, w=write: w(folder / "pruned"))  # type: ignore[misc]
+            engines.append((runtime, precision))
+        read = [(read_pruned(run, *names), f"5-engine/{'-'.join(names)}/pruned/model.onnx") for names in engines]
+        report = report_of(read, figures.get("measured", {"fp32": 2.0}), figures.get("best", [BEST]))
+        recipe = {"model": "deit_tiny", "weights": WEIGHTS, "data": DATA, "plan": {"ratio": 0.5}}
+        atomic_write(run / "recipe.toml", tomli_w.dumps(recipe).encode())
+        atomic_write(run / "report.json", report.model_dump_json(indent=2).encode())
+        atomic_write(run / "report.html", f"<p>made of {html.escape(WEIGHTS)} in {run}</p>".encode())
+        return run
+
+    return make
+
+
+def read_pruned(run: Path, runtime: str, precision: str) -> Engine:
+    return read_engine(run / f"5-engine/{runtime}-{precision}" / "pruned")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Noise in odd sizes, lossless."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    paths = []
+    for width, height in ((32, 32), (97, 151), (40, 33), (35, 64), (300, 210)):
+        paths.append(folder / f"{width}x{height}.png")
+        coarse = Image.fromarray(noise.integers(0, 256, (height // 4, width // 4, 3), np.uint8))
+        coarse.resize((width, height)).save(paths[-1])
+    return paths
+
+
+def run_alone(script: Path, pictures: list[Path], blocked: tuple[str, ...] = OURS) -> np.ndarray[Any, Any]:
+    """Logits [N, K] of an example, run where this tool cannot be imported."""
+    code = ALONE.format(blocked=set(blocked), script=str(script))
+    command = [sys.executable, "-I", "-c", code, "-", *map(str, pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 * len(pictures) + 1  # the five most likely classes of each, and ours
+    return np.array(json.loads(lines[-1]))[:, 0]
+
+
+def expected(model: torch.nn.Module, preprocess: Preprocess, pictures: list[Path]) -> np.ndarray[Any, Any]:
+    transform = preprocess.eval_transform()
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+    with torch.inference_mode():
+        return np.asarray(model(images).numpy())
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_onnxruntime_example_answers_as_pytorch_does(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+    folder = package(make_run())
+    logits = run_alone(folder / "run_onnxruntime.py", pictures)
+    reference = expected(vit.model, vit.preprocess, pictures)
+    assert np.abs(logits - reference).max() < 1e-4
+    assert (logits.argmax(1) == reference.argmax(1)).all()
+    assert len(set(logits.argmax(1))) > 1 or np.ptp(logits[:, 0]) > 1e-2  # the pictures do decide
+
+
+def test_it_names_the_likeliest_class_first(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+    folder = package(make_run())
+    script = folder / "run_onnxruntime.py"
+    done = subprocess.run([sys.executable, script, pictures[1]], capture_output=True, text=True, check=True)
+    first = done.stdout.splitlines()[0].split()
+    logits = expected(vit.model, vit.preprocess, pictures[1:2])[0]
+    assert first[1] == LABELS[logits.argmax()]
+    assert float(first[0].rstrip("%")) == pytest.approx(100 / np.exp(logits - logits.max()).sum(), abs=0.01)
+
+
+def test_stock_timm_loads_and_answers(
+    make_run: MakeRun, vit: Exported, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    script = package(make_run()) / "run_timm.py"
+    reference = expected(vit.model, vit.preprocess, pictures)
+    for picture, logits in zip(pictures, reference, strict=True):
+        monkeypatch.setattr(sys, "argv", [str(script), str(picture)])
+        assert np.abs(runpy.run_path(str(script))["logits"][0].numpy() - logits).max() < 1e-5
+        assert capsys.readouterr().out.splitlines()[0].split()[1] == LABELS[logits.argmax()]
+    imported = {
+        n.name for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Import) for n in node.names
+    }
+    assert imported == {"json", "sys", "timm", "torch"}
+
+
+def test_the_openvino_example_runs_the_engine_as_it_was_built(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+    pytest.importorskip("openvino")
+    run = make_run()
+    runtime, onnx_path = runtime_named("openvino"), run / "4-export/pruned/model.onnx"
+
+    def work(folder: Path) -> None:
+        runtime.build(onnx_path, folder / "pruned", BuildOptions())
+
+    run_stage(run, "5-engine/openvino-fp32", {}, {}, work)
+    report = json.loads((run / "report.json").read_text())
+    path = "5-engine/openvino-fp32/pruned/model.onnx"
+    report["engines"].append({**report["engines"][0], "runtime": "openvino", "path": path})
+    (run / "report.json").write_text(json.dumps(report))
+    folder = package(run)
+    assert "openvino==" in (folder / "requirements/openvino.txt").read_text()
+    logits = run_alone(folder / "run_openvino.py", pictures)
+    assert np.abs(logits - expected(vit.model, vit.preprocess, pictures)).max() < 1e-3  # in bf16 it would be 1e-2
+
+
+def test_options_of_a_provider_go_into_the_script(make_run: MakeRun):
+    folder = package(make_run((("onnxruntime-cuda", "fp16", ()),)))
+    calls = [
+        n for n in ast.walk(ast.parse((folder / "run_onnxruntime_cuda.py").read_text())) if isinstance(n, ast.Tuple)
+    ]
+    assert ("CUDAExecutionProvider", {"use_tf32": "0"}) in [
+        ast.literal_eval(c) for c in calls if len(c.elts) == 2 and isinstance(c.elts[1], ast.Dict)
+    ]
+    assert "onnxruntime-gpu==" in (folder / "requirements/onnxruntime_cuda.txt").read_text()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("crop_pct", "crop_mode"), [(0.875, "center"), (0.9, "center"), (1.0, "center"), (0.9, "squash")]
+)
+def test_pictures_are_prepared_bit_for_bit_as_in_evaluation(
+    interpolation: str, crop_pct: float, crop_mode: str, pictures: list[Path], tmp_path: Path
+):
+    preprocess = Preprocess(
+        (3, 37, 37), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), interpolation, crop_pct, crop_mode
+    )
+    for pixels in (False, True):
+        text = _render("_picture", squash=crop_mode == "squash", labelled=False, pixels=pixels, input="images")
+        spec = {"resize": int(37 // crop_pct), "size": 37, "interpolation": interpolation}
+        spec |= {"mean": preprocess.mean, "std": preprocess.std}
+        (tmp_path / "preprocess.json").write_text(json.dumps(spec))
+        for path in pictures:
+            names: dict[str, Any] = {"__file__": str(tmp_path / "x.py"), "np": np, "json": json, "Image": Image}
+            names |= {"Path": Path, "sys": type("sys", (), {"argv": ["x", str(path)]})}
+            exec(text, names)
+            wanted = preprocess.eval_transform()(Image.open(path).convert("RGB")).numpy()
+            if pixels:
+                found = ((names["images"][0] / 255 - preprocess.mean) / preprocess.std).transpose(2, 0, 1)
+                np.testing.assert_allclose(found, wanted, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(names["images"][0], wanted)
+
+
+def test_raw_pixels_go_in_where_the_model_normalises(vit: Exported, make_run: MakeRun, pictures: list[Path]):
+    run = make_run()
+    proto = onnx.load(run / "4-export/pruned/model.onnx")
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    graph = gs.import_onnx(proto)
+    add_uint8_input(graph, vit.preprocess.mean, vit.preprocess.std)
+    raw = gs.export_onnx(graph.cleanup().toposort())
+    onnx.helper.set_model_props(raw, metadata)
+
+    def work(folder: Path) -> None:
+        (folder / "pruned").mkdir()
+        onnx.save(raw, folder / "pruned/model.onnx")
+
+    run_stage(run, "4-export", {"uint8_input": True}, {}, work)
+    (run / "5-engine/onnxruntime-fp32").rename(run / "away")
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "engines": [], "best": []}))
+    folder = package(run)
+    spec = json.loads((folder / "preprocess.json").read_text())
+    assert (spec["input"], spec["dtype"], spec["layout"]) == ("pixels", "uint8", "NHWC")
+    logits = run_alone(folder / "run_onnxruntime.py", pictures)
+    assert np.abs(logits - expected(vit.model, vit.preprocess, pictures)).max() < 1e-3
+
+
+def test_every_file_is_in_the_sums_and_they_hold(make_run: MakeRun):
+    folder = package(make_run())
+    listed = {line.split("  ", 1)[1] for line in (folder / SUMS).read_text().splitlines()}
+    assert listed == set(files_in(folder)) - {SUMS}
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=folder, check=True)
+        (folder / "labels.json").write_text("[]")
+        assert subprocess.run(["sha256sum", "-c", SUMS], cwd=folder, capture_output=True).returncode != 0
+
+
+def test_only_the_best_measured_precision_and_everything_for_other_devices(make_run: MakeRun):
+    engines = (
+        ("tensorrt-rtx", "fp16", ("sm86", "sm120")),
+        ("tensorrt-rtx", "int8", ("sm86",)),
+        ("tensorrt", "fp16", ("sm89",)),
+    )
+    folder = package(make_run(engines))
+    document = json.loads((folder / PACKAGE).read_text())
+    handed = {(engine["runtime"], engine["precision"], tuple(engine["targets"])) for engine in document["engines"]}
+    assert handed == {("onnxruntime", "fp32", ()), *engines}
+    inside = files_in(folder)
+    assert all(engine["file"] in inside for engine in document["engines"])
+    assert inside["engines/tensorrt-rtx-fp16/engine.plan"] == b"a plan"
+    assert json.loads(inside["engines/tensorrt-rtx-int8/build.json"])["targets"] == ["sm86"]
+    readme, card = inside["README.md"].decode(), inside["MODEL_CARD.md"].decode()
+    assert "for sm86, sm120 and tensorrt-rtx 1.2.3 only" in readme
+    assert "engines/tensorrt-rtx-int8/engine.plan` was built but not run: it is for sm86" in card
+
+
+def test_an_engine_that_was_measured_and_is_not_the_best_stays_behind(make_run: MakeRun):
+    folder = package(make_run(best=[BEST.model_copy(update={"precision": "int8"})]))
+    assert json.loads((folder / PACKAGE).read_text())["engines"] == []
+    assert "model/model.onnx" in (folder / "run_onnxruntime.py").read_text()  # there is always something to run
+
+
+def test_figures_are_those_of_the_report(make_run: MakeRun):
+    card = (package(make_run()) / "MODEL_CARD.md").read_text()
+    for figure in ("5 000 000", "2 000 000", "91.50 %", "90.25 %", "40.50 %", "97.00 %", "| 4.000 | 2.000 | 2.00 |"):
+        assert figure in card
+    row = "| pruned | onnxruntime | int8 | 90.00 % | 0.25 | 98.75 % | 33.3 dB | 80 | the engine itself |"
+    assert row in card
+    for text in ("a processor", "top-1 on 80 validation images", "Not int8: It is slower.", "tensorrt was left out"):
+        assert text in card
+    assert "cut, without fine-tuning afterwards." in card  # the recipe names no epochs
+    assert "To be filled in" in card.partition("## Licence")[2].splitlines()[2]
+    for line in ('data = "imagefolder:shop"', 'weights = "weights.safetensors"', "- Images: imagefolder:shop"):
+        assert line in card
+
+
+def test_what_the_readme_names_is_there(make_run: MakeRun):
+    folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
+    named = re.findall(
+        r"^\| `(?:python )?([\w./-]+)|-r ([\w./-]+)|, `([\w-]+\.json)`", (folder / "README.md").read_text(), re.M
+    )
+    paths = {path for found in named for path in found if path}
+    assert {"run_onnxruntime.py", "run_tensorrt_rtx.py", "run_timm.py", "requirements/timm.txt", "pytorch/"} <= paths
+    assert [path for path in paths if not (folder / path).exists()] == []
+    linked = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text())
+    assert sorted(linked) == ["MODEL_CARD.md", "report.html"]
+
+
+def test_no_file_names_a_place_on_this_machine(make_run: MakeRun, repository: Path):
+    run = make_run()
+    for name, content in files_in(package(run)).items():
+        for place in (str(run.parent), str(repository), str(Path.home()), "/home/some body", "/srv/photos"):
+            assert place.encode() not in content, f"{name} names {place}"
+
+
+def test_requirements_are_pinned_to_what_is_here(make_run: MakeRun):
+    folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
+    lines = {path.stem: path.read_text().splitlines() for path in (folder / "requirements").iterdir()}
+    assert set(lines) == {"onnxruntime", "tensorrt_rtx", "timm"}
+    assert f"numpy=={importlib.metadata.version('numpy')}" in lines["onnxruntime"]
+    assert any(line.startswith("onnxruntime==1.") for line in lines["onnxruntime"])
+    assert "tensorrt-rtx==1.2.3" in lines["tensorrt_rtx"]
+    assert all("==" in line for found in lines.values() for line in found if not line.startswith("cuda"))
+
+
+def test_examples_are_short_and_tensorrt_calls_exist(make_run: MakeRun):
+    folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)), ("tensorrt", "fp16", ("sm89",)))))
+    for path in folder.glob("run_*.py"):
+        assert len(path.read_text().splitlines()) <= 30, path.name
+        assert "{" not in ast.get_docstring(ast.parse(path.read_text()))  # type: ignore[operator]
+    plain = (folder / "run_tensorrt.py").read_text()
+    twin = (folder / "run_tensorrt_rtx.py").read_text()
+    assert plain.replace("tensorrt", "") != twin
+    assert "import tensorrt as trt" in plain
+    trt = pytest.importorskip("tensorrt_rtx")
+    cuda = pytest.importorskip("cuda.bindings.runtime")
+    homes = {"trt": trt, "cuda": cuda, "engine": trt.ICudaEngine, "context": trt.IExecutionContext}
+    homes |= {"cuda.cudaMemcpyKind": cuda.cudaMemcpyKind, "trt.Runtime(trt.Logger())": trt.Runtime}
+    used = [n for n in ast.walk(ast.parse(twin)) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in homes]
+    assert {ast.unparse(n.value) for n in used} == set(homes)
+    assert [ast.unparse(n) for n in used if not hasattr(homes[ast.unparse(n.value)], n.attr)] == []
+
+
+def test_the_tensorrt_rtx_example_says_what_the_engine_is_for(make_run: MakeRun, pictures: list[Path]):
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("cuda.bindings")
+    folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
+    command = [sys.executable, folder / "run_tensorrt_rtx.py", pictures[0]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "This engine is for sm86 and tensorrt-rtx 1.2.3." in done.stderr
+
+
+def test_uneven_widths_are_not_offered_to_stock_timm(make_run: MakeRun):
+    run = make_run()
+
+    def work(folder: Path) -> None:
+        shutil.copytree(run / "3-distill", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        path = folder / "model/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "upvits": {"format": 1, "widths": {}}}))
+
+    run_stage(run, "3-distill", {"another": 1}, {}, work)
+    folder = package(run)
+    assert not (folder / "run_timm.py").exists()
+    assert json.loads((folder / PACKAGE).read_text())["stock_timm"] is False
+    assert "which stock timm cannot build" in (folder / "README.md").read_text()
+
+
+def test_weights_in_separate_files_go_along(make_run: MakeRun, vit: Exported, pictures: list[Path], parts: Path):
+    run = make_run()
+
+    def work(folder: Path) -> None:
+        (folder / "pruned").mkdir()
+        proto = onnx.load(parts / "4-export/pruned/model.onnx")
+        path = folder / "pruned/model.onnx"
+        onnx.save(proto, path, save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
+
+    run_stage(run, "4-export", {"another": 1}, {}, work)
+    folder = package(run)
+    assert (folder / "model/model.onnx.data").stat().st_size > 100_000
+    assert (folder / "triton/deit_tiny_onnx/1/model.onnx.data").is_file()
+    script = folder / "run_onnxruntime.py"
+    script.write_text(script.read_text().replace("engines/onnxruntime-fp32/model.onnx", "model/model.onnx"))
+    reference = expected(vit.model, vit.preprocess, pictures)
+    assert np.abs(run_alone(script, pictures) - reference).max() < 1e-4
+
+
+def test_a_package_that_was_left_alone_is_replaced_and_another_folder_is_not(make_run: MakeRun, tmp_path: Path):
+    run = make_run()
+    folder = package(run)
+    assert folder == run.with_name("shop-package")
+    before = files_in(folder)
+    assert package(run) == folder
+    assert files_in(folder) == before  # the same run gives the same package
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a package that was left as it was made"):
+        package(run)
+    assert files_in(folder) == {**before, "notes.txt": b"mine"}
+    (folder / "notes.txt").unlink()
+    (folder / "README.md").write_text("changed")
+    with pytest.raises(UserError, match="not a package"):
+        package(run)
+    (tmp_path / "empty").mkdir()
+    assert package(run, tmp_path / "empty") == tmp_path / "empty"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError):
+        package(run, tmp_path / "file")
+    assert [p.name for p in run.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_nothing_is_left_when_it_fails(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    run = make_run()
+    package(run)
+    before = files_in(run.parent)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deploy.handover.package._write_sums", full)
+    with pytest.raises(UserError, match="no space left"):
+        package(run)
+    assert files_in(run.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("recipe.toml", "not a run directory"),
+        ("report.json", "has no report.json"),
+        ("4-export/pruned/model.onnx", "4-export is missing, or a file in it was changed"),
+        ("3-distill/manifest.json", "3-distill is missing"),
+        ("5-engine/onnxruntime-fp32/pruned/model.onnx", "5-engine/onnxruntime-fp32 is missing"),
+    ],
+)
+def test_an_unfinished_or_damaged_run_is_refused(make_run: MakeRun, lost: str, message: str):
+    run = make_run()
+    (run / lost).unlink()
+    with pytest.raises(UserError, match=message):
+        package(run)
+    assert [path.name for path in run.parent.iterdir()] == ["shop"]
+
+
+def test_an_engine_outside_of_the_run_is_refused(make_run: MakeRun):
+    run = make_run(measured={})
+    text = (run / "report.json").read_text().replace("5-engine/onnxruntime-fp32", "../elsewhere")
+    (run / "report.json").write_text(text)
+    with pytest.raises(UserError, match="outside of the run"):
+        package(run)

@@ -1,0 +1,134 @@
+"""Several runs side by side, and never more comparable than they were measured."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.deploy.report.sample_report import sample_document, sample_report
+
+from calib_data.errors import UserError
+from deploy.report.document import Report
+from deploy.report.runs import (
+    RunComparison,
+    compare_runs,
+    comparison_html,
+    comparison_markdown,
+    comparison_sections,
+    comparison_terminal,
+    save_comparison,
+)
+from deploy.report.verdict import verdict
+
+
+def run_at(ratio: float, slower: float, top1: float) -> Report:
+    """The sample run at another ratio: latency and size times `slower`, top-1 changed by `top1` points."""
+    document = sample_document()
+    pruned = document["pruned"]
+    pruned |= {"params": int(slower * pruned["params"]), "macs": int(slower * pruned["macs"])}
+    pruned["top1"] += top1
+    for by_precision in pruned["latency_ms"].values():
+        for by_batch in by_precision.values():
+            for latency in by_batch.values():
+                latency["median"] *= slower
+    for figures in document["accuracy"]:
+        figures["top1"] += top1 if figures["model"] == "pruned" else 0
+    for best in document["best"]:
+        best["pruned_ms"] *= slower
+        best["speedup"] = best["dense_ms"] / best["pruned_ms"]
+    for width in document["plan"]["widths"]:
+        width["after"] = int(width["before"] * (1 - ratio))
+    return Report.model_validate({**document, "ratio": ratio})
+
+
+def three_runs() -> dict[str, Report]:
+    return {
+        "pvt_v2_b0-r0.25": run_at(0.25, 1.5, 0.5),
+        "pvt_v2_b0-r0.50": sample_report(),
+        "pvt_v2_b0-r0.75": run_at(0.75, 0.62, -2.4),
+    }
+
+
+def printed(document: RunComparison) -> str:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"), color_system=None)  # noqa: SIM115
+    console.print(comparison_terminal(document))
+    text = console.export_text()
+    console.file.close()
+    return text
+
+
+def test_every_run_has_its_verdict_and_its_figures() -> None:
+    reports = three_runs()
+    document = compare_runs(reports)
+    assert [line.run for line in document.runs] == list(reports)
+    for line, (name, report) in zip(document.runs, reports.items(), strict=True):
+        assert line.verdict == verdict(report)
+        assert (line.params, line.macs, line.top1) == (report.pruned.params, report.pruned.macs, report.pruned.top1)
+        assert (line.ms, line.speedup) == (report.best[1].pruned_ms, report.best[1].speedup)
+        assert f"- **{name}**: {verdict(report)}" in comparison_markdown(document)
+    assert document.runs[2].bytes == 1092253
+    assert RunComparison.model_validate_json(document.model_dump_json()) == document
+
+
+def test_the_front_runs_through_all_runs_and_has_the_dense_model_once() -> None:
+    document = compare_runs(three_runs())
+    assert document.not_comparable == []
+    front = sorted((c for c in document.choices if c.on_front), key=lambda c: c.ms)
+    assert [c.accuracy for c in front] == sorted(c.accuracy for c in front)
+    assert {c.run for c in front if c.model == "pruned"} == set(three_runs())
+    assert {c.run for c in front if c.model == "dense"} == {"pvt_v2_b0-r0.25"}
+    for one in front:
+        assert not any(o.ms < one.ms and o.accuracy > one.accuracy for o in document.choices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"environment": {"cpu": "Imaginary CPU 9000", "cores_usable": 2, "gpus": []}}, "differ in cpu"),
+        (
+            {"environment": {"cpu": "Intel(R) Xeon(R) Processor", "cores_usable": 8, "gpus": []}},
+            "differ in cores usable",
+        ),
+        ({"data": "imagefolder:photos"}, "Accuracy was measured on different data"),
+        ({"best": []}, "Latency was not measured in other"),
+        ({"best": [{**sample_document()["best"][1], "batch": 1}]}, "The batch sizes differ"),
+    ],
+)
+def test_what_cannot_be_compared_is_not(changes: dict[str, object], reason: str) -> None:
+    reports = {"run": sample_report(), "other": sample_report(**changes)}
+    document = compare_runs(reports)
+    assert any(reason in text for text in document.not_comparable)
+    assert not any(choice.on_front for choice in document.choices)
+    assert "front" not in {section.key for section in comparison_sections(document)}
+    for text in (comparison_markdown(document), comparison_html(document), printed(document)):
+        assert reason in " ".join(text.split())
+        assert "not comparable" in text
+    assert "Pareto" not in comparison_html(document)
+
+
+def test_widths_stand_side_by_side_for_runs_of_one_model_only() -> None:
+    document = compare_runs(three_runs())
+    first = document.widths[0]
+    assert (first.group, first.before, list(first.after.values())) == ("stages.0", 32, [24, 16, 8])
+    other = {"a": sample_report(), "b": sample_report(model="deit_tiny_patch16_224")}
+    assert compare_runs(other).widths == []
+
+
+def test_the_terminal_fits_80_columns_and_names_every_run_whole() -> None:
+    text = printed(compare_runs(three_runs()))
+    assert max(map(len, text.splitlines())) <= 80
+    for name, ms in (("pvt_v2_b0-r0.25", "4.53"), ("pvt_v2_b0-r0.50", "3.02"), ("pvt_v2_b0-r0.75", "1.87")):
+        assert any(name in line and ms in line for line in text.splitlines())
+
+
+def test_one_run_is_not_a_comparison() -> None:
+    with pytest.raises(UserError, match="cannot be compared"):
+        compare_runs({"run": sample_report()})
+
+
+def test_a_comparison_is_written_as_a_page_and_as_json(tmp_path: Path) -> None:
+    document = compare_runs(three_runs())
+    save_comparison(tmp_path / "new" / "all.html", document)
+    assert RunComparison.model_validate_json((tmp_path / "new" / "all.json").read_text()) == document
+    assert (tmp_path / "new" / "all.html").read_text().count("<h1") == 1
+    with pytest.raises(UserError, match="cannot hold a comparison"):
+        save_comparison(tmp_path / "all.json", document)
