@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.deploy.report.sample_report import sample_report
-from tests.deploy.test_run_comparison import three_runs
+from tests.deploy.report.test_run_comparison import three_runs
 
 from deploy.report.runs import compare_runs, save_comparison
 from deploy.report.views import save_report

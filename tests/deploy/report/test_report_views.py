@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tests.deploy.report.sample_report import latency, sample_document, sample_report
-from tests.deploy.test_report import best, changed, unmeasured
+from tests.deploy.report.test_report import best, changed, unmeasured
 
 from deploy.report.document import Report
 from deploy.report.verdict import comparisons, shortfall, verdict
