@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from calib_data.datasets import DataSource, Images
     from calib_data.demo import demo_weights
-    from calib_data.loading import Preprocess, batches, proxy_images
+    from calib_data.loading import Preprocess, batches, proxy_images, proxy_set
     from calib_data.sources import open_source
     from calib_data.writing import write_coco, write_imagefolder
 
@@ -20,6 +20,7 @@ __all__ = [
     "demo_weights",
     "open_source",
     "proxy_images",
+    "proxy_set",
     "write_coco",
     "write_imagefolder",
 ]
@@ -32,6 +33,7 @@ _HOME = {
     "demo_weights": "demo",
     "open_source": "sources",
     "proxy_images": "loading",
+    "proxy_set": "loading",
     "write_coco": "writing",
     "write_imagefolder": "writing",
 }

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import track
 from timm.utils.misc import natural_key
 
 from calib_data.datasets import UNLABELLED, DataSource, Images
 from calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
 from calib_data.errors import UserError
+from calib_data.progress import watched
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "eval", "test")
@@ -190,7 +190,7 @@ def _check(files: list[_File], *, quiet: bool) -> tuple[list[_File], dict[Path, 
     sample = files[::step]
     # Pillow decodes outside the interpreter lock, so threads do.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        hashes = list(track(pool.map(inspect, sample), total=len(sample), description="checking images", disable=quiet))
+        hashes = list(watched(pool.map(inspect, sample), "checking images", quiet=quiet, total=len(sample)))
     unreadable = [file for file, value in zip(sample, hashes, strict=True) if value is None]
     return unreadable, {file.path: value for file, value in zip(sample, hashes, strict=True) if value is not None}
 

@@ -122,7 +122,14 @@ def batches(
 
 
 def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> Tensor:
-    """`num_images` random training pictures at evaluation transforms, [N, 3, H, W]; all when there are fewer.
+    """The pictures of `proxy_set` at evaluation transforms, [N, 3, H, W]."""
+    transform = preprocess.eval_transform()
+    chosen = proxy_set(source, num_images, seed)
+    return torch.stack([transform(chosen[index][0]) for index in range(len(chosen))])
+
+
+def proxy_set(source: DataSource, num_images: int, seed: int) -> Images:
+    """`num_images` random training pictures; all when there are fewer.
 
     Classes take turns, so that their numbers differ by one at most as long as each has enough pictures
     (the proxy set of UP-ViTs, arXiv 2111.15127: random training images, evenly over the classes).
@@ -136,8 +143,8 @@ def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, se
         turns[label] = turn + 1
         ranked.append((turn, index))
     ranked.sort(key=lambda pair: pair[0])  # stable: within a turn the random order stays
-    transform = preprocess.eval_transform()
-    return torch.stack([transform(source.train[index][0]) for _, index in ranked[:num_images]])
+    chosen = [index for _, index in ranked[:num_images]]
+    return Images([source.train.labels[index] for index in chosen], lambda i: source.train[chosen[i]][0])
 
 
 def _stream(seed: int, epoch: int) -> int:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import track
 
 from calib_data.datasets import UNLABELLED, DataSource, Images
 from calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
 from calib_data.errors import UserError
 from calib_data.folders import FULL_CHECK_LIMIT, TRAIN_NAMES, VAL_NAMES, refuse_many_unreadable
+from calib_data.progress import watched
 
 _INFO_NAMES = ("_info.json", "info.json")
 
@@ -138,9 +138,7 @@ def _index(shard: Path) -> list[_Sample]:
 def _unreadable(samples: list[_Sample], *, quiet: bool) -> list[_Sample]:
     step = max(1, -(-len(samples) // FULL_CHECK_LIMIT))
     return [
-        sample
-        for sample in track(samples[::step], description="checking images", disable=quiet)
-        if not is_readable(sample.read())
+        sample for sample in watched(samples[::step], "checking images", quiet=quiet) if not is_readable(sample.read())
     ]
 
 

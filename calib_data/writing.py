@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import track
 
 from calib_data.drawing import CLASS_NAMES, draw_labelled, draw_scene
 from calib_data.errors import UserError
+from calib_data.progress import watched
 
 
 def write_imagefolder(folder: Path, split: str, count: int, size: int, *, seed: int = 0, quiet: bool = True) -> None:
@@ -23,7 +23,7 @@ def write_imagefolder(folder: Path, split: str, count: int, size: int, *, seed: 
     root = _new_folder(folder / split)
     for name in CLASS_NAMES:
         (root / name).mkdir()
-    for index in track(range(count), description=f"writing {split}", disable=quiet):
+    for index in watched(range(count), f"writing {split}", quiet=quiet):
         pixels, label = draw_labelled(seed, split, index, size)
         Image.fromarray(pixels).save(root / CLASS_NAMES[label] / f"{index:06d}.png")
 
@@ -38,7 +38,7 @@ def write_coco(folder: Path, split: str, count: int, size: int, *, seed: int = 0
     (root / "images").mkdir()
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
-    for index in track(range(count), description=f"writing {split}", disable=quiet):
+    for index in watched(range(count), f"writing {split}", quiet=quiet):
         scene = draw_scene(seed, split, index, size)
         name = f"{index:06d}.png"
         Image.fromarray(scene.pixels).save(root / "images" / name)

@@ -20,12 +20,22 @@ from calib_data.errors import GateError
 from deploy.artifacts import Artifact, atomic_write
 from deploy.environment import environment
 from deploy.graphs.files import load_model
-from deploy.job import MODELS, Job, Pixels, model_input, parity_images, stage, validation_images, write_json
+from deploy.job import (
+    MODELS,
+    Job,
+    Pixels,
+    model_input,
+    parity_images,
+    read_json,
+    stage,
+    validation_images,
+    write_json,
+)
 from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
 from deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from deploy.measure.figures import Pair, bench_figures, findings, layer_figures
 from deploy.measure.gpu_monitor import GpuMonitor
-from deploy.measure.parity import TOLERANCES, Parity, check_parity, session_outputs
+from deploy.measure.parity import TOLERANCES, Parity, Tolerance, measure_parity, require_parity, session_outputs
 from deploy.precision import QUANTIZED, for_cpu
 from deploy.precision_stage import graph_name, holds, precisions_for
 from deploy.recipe import split_names
@@ -60,8 +70,8 @@ def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Eng
     """5-engine: an engine of both networks for every runtime and precision; checked where it can run here.
 
     Raises:
-        GateError: an engine is not what its graph asks for, or computes something else. A quantized one that nobody
-            asked for by name is left out instead.
+        GateError: an engine is not what its graph asks for, or computes something else. A quantized one that computes
+            something else and that nobody asked for by name is left out instead.
     """
     asked = split_names(job.recipe.engine.precision)
     wanted = [(r, p) for r in job.runtimes.runtimes for p in precisions_for(r, job.recipe.engine.precision)]
@@ -70,12 +80,15 @@ def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Eng
         graph = graphs.get(graph_name(runtime, precision), exported)
         if graph is not exported and not holds(graph, job.recipe.precision.max_drop):
             continue
+        artifact = _engine(job, exported, graph, runtime, precision)
         try:
-            built.append(_engine(job, exported, graph, runtime, precision))
+            _require_parity(artifact)
         except GateError as error:
             if precision not in QUANTIZED or precision in asked:
                 raise
             left_out.append(f"{runtime.name} {precision} was left out: {error.what}. {error.why}")
+        else:
+            built.append(artifact)
     return Engines(tuple(built), tuple(left_out))
 
 
@@ -105,14 +118,21 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
 
 
 def _builder(runtime: Runtime) -> dict[str, str]:
-    """What makes an engine invalid elsewhere: library version, and the device where it is built for the one at hand."""
+    """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
     here = environment()
-    library = runtime.name.partition("-")[0]
-    versions = {name: version for name, version in here.libraries.items() if name.startswith(library)}
-    # runtimes of the CPU are tuned to the cores that they may use
-    device = (
-        f"{here.cpu}, {here.cores_usable} cores" if runtime.rest == "fp32" else ", ".join(g.name for g in here.gpus)
-    )
+    libraries = {
+        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+        "onnxruntime-cuda": ("onnxruntime", "onnxruntime-gpu"),
+        "onnxruntime-tensorrt": ("onnxruntime", "onnxruntime-gpu", "tensorrt"),
+        "onnxruntime-tensorrt-rtx": ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"),
+        "openvino": ("openvino",),
+        "openvino-gpu": ("openvino",),
+    }.get(runtime.name, (runtime.name,))
+    versions = {name: here.libraries[name] for name in libraries if name in here.libraries}
+    if runtime.rest == "fp32":  # runtimes of the CPU are tuned to the cores that they may use
+        device = f"{here.cpu}, {here.cores_usable} cores"
+    else:
+        device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])
     return {"library": json.dumps(versions, sort_keys=True), "device": device}
 
 
@@ -155,7 +175,13 @@ def _parity(
         name = f"{precision} graph for {runtime.name} (run by ONNX Runtime on the CPU)"
         candidate = _graph_outputs(onnx_path, fed)
     tolerance = TOLERANCES[precision]
-    return check_parity(reference, candidate, tolerance=tolerance, reference_name=reference_name, candidate_name=name)
+    return measure_parity(reference, candidate, tolerance=tolerance, reference_name=reference_name, candidate_name=name)
+
+
+def _require_parity(artifact: Artifact) -> None:
+    """The gate, on what the stage measured; it holds for an artifact of an earlier run too."""
+    for record in read_json(artifact.folder / "parity.json").values():
+        require_parity(Parity(**{**record, "tolerance": Tolerance(**record["tolerance"])}))
 
 
 def _graph_outputs(onnx_path: Path, fed: Sequence[Pixels]) -> np.ndarray[Any, Any]:
@@ -207,7 +233,25 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
     here = environment()
     device = {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
     settings = {**recipe.model_dump(), "max_drop": job.recipe.precision.max_drop}
-    return stage(job, "6-bench", settings, {**inputs, **device}, work)
+    artifact = stage(job, "6-bench", settings, {**inputs, **device}, work)
+    _require_accuracy(job, artifact)
+    return artifact
+
+
+def _require_accuracy(job: Job, benched: Artifact) -> None:
+    """The gate `--max-drop` for engines in a precision that was asked for by name, on what they were measured to lose.
+
+    Raises:
+        GateError: names the engine and its loss.
+    """
+    limit = job.recipe.precision.max_drop
+    for name, cost in read_json(benched.folder / "accuracy.json").items():
+        if name.split()[-1] in split_names(job.recipe.engine.precision) and cost["drop"] > limit:
+            raise GateError(
+                f"the engine {name} loses {cost['drop']:.2f} points, {limit:g} are allowed",
+                why=f"Measured on {cost['images']} validation images; its graph kept the limit.",
+                fix="Allow more with --max-drop, or leave this precision out.",
+            )
 
 
 def runs_here(engine: Engine) -> bool:
@@ -235,11 +279,7 @@ def _open(folder: Path, options: RunOptions) -> Session:
 def _accuracies(
     job: Job, exported: Artifact, pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session]
 ) -> dict[str, Accuracy]:
-    """Every session on the validation images, which are decoded once for all.
-
-    Raises:
-        GateError: an engine in a precision that was asked for by name loses more than is allowed.
-    """
+    """Every session on the validation images, which are decoded once for all."""
     if not sessions:
         return {}
     size = job.profile.opt
@@ -252,15 +292,6 @@ def _accuracies(
         for pair in pairs
         for model in MODELS
     }
-    limit = job.recipe.precision.max_drop
-    for pair in pairs:
-        for name in (pair.session(model) for model in MODELS):
-            if pair.precision in split_names(job.recipe.engine.precision) and found[name].drop > limit:
-                raise GateError(
-                    f"the engine {name} loses {found[name].drop:.2f} points, {limit:g} are allowed",
-                    why=f"Measured on {found[name].images} validation images; its graph kept the limit.",
-                    fix="Allow more with --max-drop, or leave this precision out.",
-                )
     return found
 
 

@@ -6,28 +6,29 @@ machine are measured again by themselves, in the bench stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from onnx import ModelProto
 from safetensors.numpy import load_file
 
-from calib_data import batches, proxy_images
+from calib_data import Images, batches, proxy_set
 from calib_data.errors import GateError
 from deploy.artifacts import Artifact
 from deploy.graphs.facts import GraphFacts
 from deploy.graphs.files import load_model, save_model
-from deploy.job import EVAL_BATCH, MODELS, Job, model_input, read_json, stage, validation_images, write_json
+from deploy.job import EVAL_BATCH, MODELS, Job, Pixels, model_input, read_json, stage, validation_images, write_json
 from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
 from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from deploy.recipe import split_names
 from deploy.runtimes import Runtime, open_model
 
-_SENSITIVITY_BATCHES = 4
+_CALIBRATION_BATCH = 8
+_SENSITIVITY_IMAGES = 32
+_FEW_IMAGES = 32
 
 
 def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
@@ -81,39 +82,43 @@ def _graph(
     job: Job, fp32: ModelProto, precision: str, rest: str, reference: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
 ) -> tuple[ModelProto, dict[str, Any]]:
     """One network in one precision, and the record of how it got there."""
+    known: dict[tuple[str, ...], Accuracy] = {}
 
     def cost(converted: Converted) -> Accuracy:
-        return accuracy(reference, _cpu_outputs(job, converted.model), labels, precision)
+        if converted.kept not in known:
+            known[converted.kept] = accuracy(reference, _cpu_outputs(job, converted.model), labels, precision)
+        return known[converted.kept]
 
-    if precision not in QUANTIZED:
-        converted = convert(fp32, precision)
-        record = {"precision": precision, "rest": precision, "in_fp32": GraphFacts(converted.model).in_fp32()}
-        return converted.model, {**record, "accuracy": asdict(cost(converted))}
-    images = proxy_images(job.calibration, job.preprocess, job.recipe.precision.calib_images, job.recipe.seed)
-    fed = [model_input(job, batch) for batch in torch.split(images, 8)]
-    ranges = calibrate(fp32, fed, quiet=job.quiet, total=len(fed))
+    chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
+    ranges = calibrate(fp32, _fed(job, chosen), quiet=job.quiet) if precision in QUANTIZED else None
     converted = convert(fp32, precision, ranges=ranges, rest=rest)
     first = found = cost(converted)
-    errors = layer_sqnr(fp32, converted, fed[:_SENSITIVITY_BATCHES], quiet=job.quiet, total=_SENSITIVITY_BATCHES)
-    tried = 1
-    if found.drop > (limit := job.recipe.precision.max_drop):
+    judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
+    errors = layer_sqnr(fp32, converted, _fed(job, judged), quiet=job.quiet)
+    if first.drop > (limit := job.recipe.precision.max_drop):
         search = put_back(fp32, ranges, precision, rest, list(errors), lambda one: cost(one).drop <= limit)
-        converted, found, tried = search.converted, cost(search.converted), search.tried
-    worst = next((node for node in errors if node in converted.quantized), None)
+        converted, found = search.converted, cost(search.converted)
+    worst = next((node for node in errors if node not in converted.kept), None)
     return converted.model, {
         "precision": precision,
-        "rest": rest,
+        "rest": converted.rest,
         "in_fp32": GraphFacts(converted.model).in_fp32(),
         "accuracy": asdict(found),
-        "accuracy_without_search": asdict(first),
-        "graphs_tried": tried,
+        "drop_without_search": first.drop,
+        "graphs_tried": len(known),
         "quantized": list(converted.quantized),
         "kept": list(converted.kept),
         "folded": list(converted.folded),
         "worst_layer": worst,
         "worst_layer_sqnr_db": None if worst is None else round(errors[worst], 2),
-        "calibration": {"images": ranges.images, "digest": ranges.digest, "method": ranges.method},
+        "layer_sqnr_db": {node: round(decibels, 2) for node, decibels in errors.items()},
+        "calibration": ranges and {"images": ranges.images, "digest": ranges.digest, "method": ranges.method},
     }
+
+
+def _fed(job: Job, images: Images) -> Iterator[Pixels]:
+    """Images as the exported model takes them, a batch at a time: memory does not grow with their number."""
+    return (model_input(job, batch) for batch, _ in batches(images, job.preprocess, _CALIBRATION_BATCH))
 
 
 def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
@@ -149,15 +154,16 @@ def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, as
             )
 
 
-def left_out(job: Job, graphs: Mapping[str, Artifact]) -> Sequence[str]:
+def left_out(job: Job, graphs: Mapping[str, Artifact]) -> list[str]:
     """A note for every precision that `auto` had to leave out."""
-    return [
-        f"{name} engines were left out: "
-        + ", ".join(
-            f"the {model} network loses {record['accuracy']['drop']:.2f} points"
-            for model, record in read_json(artifact.folder / "precision.json").items()
-        )
-        + f" (--max-drop {job.recipe.precision.max_drop:g})."
-        for name, artifact in graphs.items()
-        if not holds(artifact, job.recipe.precision.max_drop)
-    ]
+    limit = job.recipe.precision.max_drop
+    notes = []
+    for name, artifact in graphs.items():
+        records = read_json(artifact.folder / "precision.json")
+        lost = ", ".join(f"the {m} network loses {r['accuracy']['drop']:.2f} points" for m, r in records.items())
+        if not holds(artifact, limit):
+            notes.append(f"{name} engines were left out: {lost} (--max-drop {limit:g}).")
+        seen = min((r["calibration"]["images"] for r in records.values() if r["calibration"]), default=_FEW_IMAGES)
+        if seen < _FEW_IMAGES:
+            notes.append(f"{name} was calibrated on {seen} images only; from {_FEW_IMAGES} on ranges become reliable.")
+    return notes

@@ -28,7 +28,7 @@ IDENTITY = ("model", "weights", "data", "image_size", "plan")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ScoreRecipe(_Part):

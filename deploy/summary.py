@@ -145,24 +145,28 @@ def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
                     runtime=pair.runtime,
                     precision=pair.precision,
                     measured_on="the engine" if own is not None else "its graph on ONNX Runtime (CPU)",
-                    rest=record.get("rest"),
-                    in_fp32=record.get("in_fp32", []) if record.get("rest") in ("fp16", "bf16") else [],
-                    kept=record.get("kept", []),
-                    **_quantized(record, engine_of(artifact, model)),
+                    **_precision_figures(record, engine_of(artifact, model)),
                     **(own or record["accuracy"]),
                 )
             )
     return found
 
 
-def _quantized(record: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
-    """How many layers are quantized, and the worst of them, where the runtime took the graph as it is."""
-    if "quantized" not in record:
+def _precision_figures(record: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+    """How the graph was made. Layers are named where the runtime took the graph as it is."""
+    if not record:
         return {}
-    planned = len(record["quantized"]) if engine.built is None else engine.built.planned.get(engine.precision, 0)
-    if planned != len(record["quantized"]):
-        return {"quantized": planned}
-    return {"quantized": planned, **{name: record[name] for name in ("worst_layer", "worst_layer_sqnr_db")}}
+    calibration = record["calibration"] or {}
+    figures = {f"calibration_{name}": calibration.get(name) for name in ("images", "digest", "method")}
+    figures |= {name: record[name] for name in ("rest", "kept", "drop_without_search", "graphs_tried")}
+    figures["in_fp32"] = record["in_fp32"] if record["rest"] in ("fp16", "bf16") else []
+    listed = len(record["quantized"])
+    built = listed if engine.built is None else engine.built.planned.get(engine.precision, 0)
+    if listed:
+        figures["quantized"] = built
+    if built == listed or not listed:
+        figures |= {name: record[name] for name in ("worst_layer", "worst_layer_sqnr_db")}
+    return figures
 
 
 def _reproduce(job: Job) -> list[str]:
@@ -199,9 +203,8 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         f"batch {recipe.distill.batch_size}",
         "latency": f"all engines in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, host to host",
-        "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against fp32, at most "
-        f"{recipe.precision.max_drop:g} points may be lost; quantization calibrated on "
-        f"{recipe.precision.calib_images} images of {recipe.precision.calib or 'the training data'}",
+        "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against the fp32 graphs, "
+        f"which were held against PyTorch; at most {recipe.precision.max_drop:g} points may be lost",
         "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch}",
         "sessions": read_json(benched.folder / "sessions.json"),
     }

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -28,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calib_data import DataSource, Preprocess, batches
 from calib_data.errors import UserError
+from calib_data.progress import watched
 from toolchain.checkpoints import weights_digest
 from toolchain.evaluate import Accuracy, evaluate, require_finite_weights
 from toolchain.objective import Fit, Learner, compare, cutmix, losses, outputs
@@ -285,7 +285,7 @@ def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, *, quiet: bool
     sums = torch.zeros(4, device=process.device)  # the three losses over the images so far, and their number
     step = 0
     title = f"distill {epoch + 1}/{settings.epochs}"
-    for step, (images, labels) in enumerate(track(loader, title, run.steps_per_epoch, disable=quiet)):
+    for step, (images, labels) in enumerate(watched(loader, title, quiet=quiet, total=run.steps_per_epoch)):
         run.scheduler.step_update(epoch * run.steps_per_epoch + step)
         parts = _train_step(run, images, labels, rng)
         run.ema.update(run.state.learner.model, epoch * run.steps_per_epoch + step + 1)

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from calib_data.errors import UserError
+from calib_data.progress import watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def evaluate(
     labels: list[Tensor] = []
     try:
         with torch.inference_mode():
-            steps = track(batches, "evaluate", total=total, disable=quiet)
+            steps = watched(batches, "evaluate", quiet=quiet, total=total)
             for index, (images, batch_labels) in enumerate(steps):
                 predictions.append(_predict(model, images.to(device, non_blocking=True), index))
                 labels.append(batch_labels)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib_data.errors import UserError
+from calib_data.progress import watched
 from toolchain.checkpoints import weights_digest
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
@@ -184,7 +184,7 @@ def _fisher(
     # detached weights: nothing is kept for weight gradients, which halves time and memory
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     totals = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    for batch in track(batches, "Scoring units (fisher)", disable=quiet):
+    for batch in watched(batches, "Scoring units (fisher)", quiet=quiet):
         masks = {
             group.name: torch.ones(len(batch), group.size, device=_device(model), requires_grad=True)
             for group in groups
@@ -239,7 +239,7 @@ def _exact_kl(
         values[group.name][unit] = 0.0
     with torch.inference_mode():
         dense = [model(batch.to(_device(model))) for batch in batches]
-        for group, unit in track(work, "Scoring units (kl)", disable=quiet):
+        for group, unit in watched(work, "Scoring units (kl)", quiet=quiet):
             for batch, reference in zip(batches, dense, strict=True):
                 mask = torch.ones(len(batch), group.size, device=_device(model))
                 mask[:, unit] = 0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from calib_data.errors import GateError
+from calib_data.progress import watched
 from deploy.runtimes.interface import Session
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,7 +55,7 @@ def outputs_of(
     """
     collected: dict[str, list[Array]] = {name: [] for name in sessions}
     labels: list[Array] = []
-    for images, batch_labels in track(batches, "accuracy", total=total, disable=quiet, transient=True):
+    for images, batch_labels in watched(batches, "accuracy", quiet=quiet, total=total):
         filled = images if len(images) == batch_size else np.resize(images, (batch_size, *images.shape[1:]))
         for name, session in sessions.items():
             output = session.run({session.input_names[0]: filled})[session.output_names[0]]
@@ -77,15 +77,16 @@ def accuracy(reference: Array, candidate: Array, labels: Array, name: str = "the
             fix="Use another precision: bf16 has the range of fp32.",
         )
     chosen, wanted = candidate.argmax(1), reference.argmax(1)
-    labelled = labels >= 0
-    agreement = 100.0 * float((chosen == wanted).mean())
-    top1 = 100.0 * float((chosen == labels)[labelled].mean()) if labelled.any() else None
-    before = 100.0 * float((wanted == labels)[labelled].mean()) if labelled.any() else 100.0
+    labelled = int((labels >= 0).sum())
+    agreeing = int((chosen == wanted).sum())
+    right, right_before = (int(((answer == labels) & (labels >= 0)).sum()) for answer in (chosen, wanted))
+    # from counts: a difference of two percentages may miss a limit by its last bit
+    drop = 100.0 * (right_before - right) / labelled if labelled else 100.0 * (len(labels) - agreeing) / len(labels)
     return Accuracy(
         images=len(labels),
-        top1=top1,
-        agreement=agreement,
-        drop=before - (agreement if top1 is None else top1),
+        top1=100.0 * right / labelled if labelled else None,
+        agreement=100.0 * agreeing / len(labels),
+        drop=drop,
         sqnr_db=sqnr_db(reference, candidate),
     )
 

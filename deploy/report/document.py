@@ -198,10 +198,12 @@ class BuiltFigures(_Document):
 
 
 class AccuracyFigures(_Document):
-    """A model in one precision, on real images. Percent, and dB of the logits against the same model in PyTorch fp32.
+    """A model in one precision, on real images. Percent, and dB of the logits against the fp32 graph of the same model.
 
     `measured_on` says what ran: the engine itself, or its graph on ONNX Runtime's CPU provider. `drop` is the loss of
-    top-1 against the same model in PyTorch fp32, in points (of agreement with it where there are no labels).
+    top-1 against the fp32 graph, which was held against PyTorch, in points (of agreement where there are no labels).
+    `drop_without_search` is what it was before layers were put back, `graphs_tried` how many graphs the search judged,
+    on the same images.
     `worst_layer` is the quantized layer with the largest error of its own, `worst_layer_sqnr_db` that error.
     `in_fp32` names the kinds of nodes that stay fp32 in a graph of half precision.
     `quantized` layers run in int8 or fp8; `kept` ones were put back to `rest` by the search for `--max-drop`.
@@ -222,6 +224,11 @@ class AccuracyFigures(_Document):
     kept: list[str] = []
     worst_layer: str | None = None
     worst_layer_sqnr_db: float | None = None
+    drop_without_search: float | None = None
+    graphs_tried: int | None = None
+    calibration_images: int | None = None
+    calibration_digest: str | None = None
+    calibration_method: str | None = None
 
 
 class EngineFigures(_OpenDocument):

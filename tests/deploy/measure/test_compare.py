@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from calib_data.errors import MissingDependencyError, UserError
-from deploy import compare_targets
+from deploy.measure import compare_targets
 from deploy.measure.compare import Comparison, compare, comparison_table
 from deploy.measure.compare_targets import Input, find_targets, inputs_of, random_feeds
 from deploy.runtimes import BuildOptions, runtime_named
