@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +26,7 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -175,8 +179,10 @@ def bench(
 ) -> None:
     """Compare the latency of any models in turns: the first is what the others are held against."""
     from deploy.artifacts import atomic_write, disk_errors
-    from deploy.measure.compare import compare, comparison_table
+    from deploy.measure.compare import check_output, compare, comparison_table
 
+    if output is not None:
+        check_output(output, models)
     found = compare(
         models,
         runtimes=runtime or "auto",
@@ -213,9 +219,17 @@ def report(
     """Show the report of a run and write its pages again from report.json; or compare several runs."""
     from deploy.artifacts import disk_errors
     from deploy.report.document import load_report
-    from deploy.report.runs import compare_runs, comparison_terminal, save_comparison
+    from deploy.report.runs import check_place, compare_runs, comparison_terminal, save_comparison
     from deploy.report.views import save_report, terminal
 
+    if output is not None and len(runs) < 2:
+        raise UserError(
+            "--output is for comparisons of several runs.",
+            why="The pages of a run lie in the run; this command writes them there again.",
+            fix="Name two or more runs, or leave --output out.",
+        )
+    if output is not None:
+        check_place(output)
     if len(runs) > 1:
         compared = compare_runs({str(run): load_report(run) for run in runs})
         if output is not None:
@@ -288,7 +302,8 @@ def _options(
 def main() -> None:
     """Entry point: a user's mistake ends with a message and its exit code, not with a traceback."""
     try:
-        app()
+        with _terminated_cleanly():
+            app()
     except UserError as error:
         console = Console(stderr=True)
         console.print("[bold red]Error:[/]", end=" ")
@@ -299,5 +314,19 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code == _INTERRUPTED:
-            print("Interrupted. The same command continues.", file=sys.stderr)
+            continues = sys.argv[1:2] and sys.argv[1] in _HELP and sys.argv[1] != "plan"
+            print("Interrupted. The same command continues." if continues else "Interrupted.", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception, so that temporary folders are removed."""
+    if threading.current_thread() is not threading.main_thread():  # handlers belong to the main one
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

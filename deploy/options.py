@@ -65,7 +65,7 @@ Runtime = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Some of fp32,fp16,bf16,int8,fp8. \\[default: int8, and fp32 on CPUs, else fp16]", rich_help_panel=ENGINE
+        help="Some of fp32,fp16,bf16,int8,fp8. \\[default: what suits the runtime]", rich_help_panel=ENGINE
     ),
 ]
 MaxDrop = Annotated[

@@ -6,7 +6,9 @@ Held against what a runtime made of the graph, these show an "int8" engine that 
 from collections.abc import Iterator
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from deploy.graphs.files import declared_only
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 _RESHAPING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -24,19 +26,23 @@ _NAMES = {
 
 
 class GraphFacts:
-    """An index of a graph's nodes by what they make and read. Subgraphs of control flow are not looked into."""
+    """An index of a graph's nodes by what they make and read. Subgraphs of control flow are not looked into.
+
+    Types that cannot be inferred, as of operators of others, are unknown: such products count as "other".
+    """
 
     def __init__(self, model: ModelProto) -> None:
-        inferred = onnx.shape_inference.infer_shapes(model)
-        graph = inferred.graph
+        graph = model.graph
         self._nodes: list[NodeProto] = list(graph.node)
         self._makers: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        values = (*graph.input, *graph.value_info, *graph.output)
-        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        inferred = inferred_graph(declared_only(model))
+        values = (*graph.input, *graph.value_info, *graph.output, *inferred.value_info, *inferred.output)
+        types = ((value.name, value.type.tensor_type.elem_type) for value in values)
+        self._types = {name: known for name, known in types if known}
         self._types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
         self._weights = {tensor.name for tensor in graph.initializer}
 
@@ -123,6 +129,14 @@ class GraphFacts:
 
     def _nodes_after(self, node: NodeProto) -> Iterator[NodeProto]:
         return (reader for name in node.output for reader in self._readers.get(name, []))
+
+
+def inferred_graph(model: ModelProto) -> GraphProto:
+    """The graph with the types and sizes that can be inferred; as it is where nothing can."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return model.graph
 
 
 def node_name(node: NodeProto) -> str:

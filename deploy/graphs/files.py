@@ -7,12 +7,12 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
 from calib_data.errors import UserError
@@ -60,8 +60,8 @@ def save_model(model: ModelProto, path: Path, *, external_data: bool = False) ->
     Raises:
         UserError: the model is too large for one file, the disk is full or the path cannot be written.
     """
-    if not external_data and (size := weight_bytes(model)) > MAX_FILE_BYTES:
-        raise too_large_error(size)
+    if not external_data and not fits_one_file(model):
+        raise too_large_error(weight_bytes(model))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not external_data:
@@ -95,6 +95,54 @@ def too_large_error(size: int) -> UserError:
 def weight_bytes(model: ModelProto) -> int:
     """Bytes of a model's weights in memory."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def fits_one_file(model: ModelProto) -> bool:
+    """Whether a model's weights leave it below protobuf's limit: above it no library takes the serialized model."""
+    return weight_bytes(model) <= MAX_FILE_BYTES
+
+
+def openable(model: ModelProto, folder: Path, *, apart: bool = False) -> bytes | Path:
+    """What libraries can open of a model: its serialized form, or a file where that would be too large.
+
+    Args:
+        model: with its weights in memory.
+        folder: where the file is written, "model.onnx" with "model.onnx.data" beside it.
+        apart: write the file in any case.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    if not apart and fits_one_file(model):
+        return bytes(model.SerializeToString())
+    save_model(model, folder / "model.onnx", external_data=True)
+    return folder / "model.onnx"
+
+
+def with_shapes(model: ModelProto) -> ModelProto:
+    """A copy with the shapes and types of all tensors that can be inferred; also of models above 2 GiB.
+
+    Raises:
+        onnx.shape_inference.InferenceError: as onnx does.
+    """
+    if fits_one_file(model):
+        return onnx.shape_inference.infer_shapes(model)
+    result = ModelProto()
+    result.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(declared_only(model)).graph
+    for field in ("value_info", "output"):
+        result.graph.ClearField(field)
+        getattr(result.graph, field).extend(getattr(inferred, field))
+    return result
+
+
+def keeps_weights_apart(path: Path) -> bool:
+    """Whether an ONNX file has its weights, or some, in other files.
+
+    Raises:
+        UserError: it cannot be read or is no ONNX model.
+    """
+    return bool(data_files(_parse(path)))
 
 
 def data_files(model: ModelProto) -> tuple[str, ...]:
@@ -145,12 +193,32 @@ def _parse(path: Path) -> ModelProto:
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """All tensors with data: initializers, and constants in attributes."""
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
+    """All tensors with data: initializers and constants, those in functions and in the branches of If, Loop and Scan.
+
+    What an attribute says of its own type is not relied on.
+    """
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            if sparse.HasField("values"):
+                yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):  # an attribute without a graph has an empty one
+            yield from _graph_tensors(graph)
 
 
 def _claimed_bytes(path: Path, tensor: TensorProto) -> int:

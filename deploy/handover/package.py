@@ -298,7 +298,10 @@ def _write_triton(folder: Path, parts: _Parts) -> list[str]:
     batch = parts.engines[0][0].batch if parts.engines else BatchProfile()
     engine = plans[0] if plans else None
     image, answer, labels = parts.image, parts.answer, parts.labels
-    return write_repository(folder, parts.report.model, parts.onnx_files, engine, image, answer, batch, labels)
+    int8 = (e for e, _ in parts.engines if (e.runtime, e.precision) == ("onnxruntime", "int8"))
+    return write_repository(
+        folder, parts.report.model, parts.onnx_files, engine, image, answer, batch, labels, cpu_int8=next(int8, None)
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from deploy.handover.triton import Port
 from deploy.report.document import Report
 from deploy.report.verdict import comparisons, verdict
+from deploy.report.views.results import AGAINST, precision_remarks
 from deploy.runtimes.interface import Engine
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -107,6 +108,8 @@ def model_card(subject: Subject) -> str:
         subject=subject,
         report=report,
         verdict=verdict(report),
+        against=AGAINST,
+        remarks=precision_remarks(report),
         comparisons=comparisons(report),
         recipe=tomli_w.dumps(subject.recipe),
         gates_passed=sum(gate.passed for gate in report.parity),

@@ -77,7 +77,7 @@ def _port(value: ValueInfoProto) -> Port:
 
 
 def config_text(
-    name: str, backend: str, image: Port, answer: Port, batch: BatchProfile, *, labelled: bool, gpu_only: bool = False
+    name: str, backend: str, image: Port, answer: Port, batch: BatchProfile, *, labelled: bool, kind: str = "KIND_AUTO"
 ) -> str:
     """`config.pbtxt` of a model.
 
@@ -88,7 +88,7 @@ def config_text(
         answer: the output.
         batch: batches up to `max` are formed, those of `opt` and `max` images preferred.
         labelled: whether labels.txt lies beside it.
-        gpu_only: instances need a GPU; otherwise Triton takes one where there is one.
+        kind: of the instances: "KIND_GPU", "KIND_CPU", or "KIND_AUTO" for a GPU where there is one.
     """
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     preferred = ", ".join(str(size) for size in sorted({batch.opt, batch.max} - {1}))
@@ -100,7 +100,7 @@ def config_text(
             f"max_batch_size: {batch.max}",
             f"input [ {{ {_described(image)} }} ]",
             f"output [ {{ {_described(answer)}{f' label_filename: {json.dumps(_LABELS)}' if labelled else ''} }} ]",
-            f"instance_group [ {{ count: 1 kind: {'KIND_GPU' if gpu_only else 'KIND_AUTO'} }} ]",
+            f"instance_group [ {{ count: 1 kind: {kind} }} ]",
             "dynamic_batching {",
             *([f"  preferred_batch_size: [ {preferred} ]"] if preferred else []),
             f"  max_queue_delay_microseconds: {QUEUE_DELAY_US}",
@@ -139,16 +139,22 @@ def write_repository(
     answer: Port,
     batch: BatchProfile,
     labels: Sequence[str] | None,
+    cpu_int8: Engine | None = None,
 ) -> list[str]:
-    """Write the models `<name>_onnx` and, with an engine, `<name>_tensorrt` below `folder`; returns their names.
+    """Write the models `<name>_onnx` and, with engines, `<name>_tensorrt` and `<name>_onnx_int8` below `folder`.
 
     Args:
         onnx_files: the ONNX file, and the files of its external data if it has any.
         engine: of TensorRT itself: Triton's TensorRT backend cannot run plans of TensorRT-RTX.
-        batch: batch sizes that the models are for.
+        batch: batch sizes that the ONNX models are for.
+        cpu_int8: of ONNX Runtime on CPUs, in int8, to be served beside the fp32 file.
+
+    Returns:
+        The names of the models.
 
     Raises:
-        UserError: the engine is of another runtime, or takes no single image, which a server has to be able to send.
+        UserError: the TensorRT engine is of another runtime, or takes no single image, which a server has to be able
+            to send.
     """
     if engine is not None and (engine.runtime != "tensorrt" or engine.batch.min > 1):
         raise UserError(
@@ -156,16 +162,17 @@ def write_repository(
             why="Its TensorRT backend runs plans of TensorRT itself, and requests may come one image at a time.",
             fix="Build one with the runtime tensorrt and a batch profile that begins at 1.",
         )
-    models = [(f"{name}_onnx", "onnxruntime", list(onnx_files), batch)]
+    models = [(f"{name}_onnx", "onnxruntime", list(onnx_files), batch, "KIND_AUTO")]
+    if cpu_int8 is not None:
+        models.append((f"{name}_onnx_int8", "onnxruntime", [cpu_int8.path], batch, "KIND_CPU"))
     if engine is not None:
-        models.append((f"{name}_tensorrt", "tensorrt", [engine.path], engine.batch))
-    for model, backend, files, sizes in models:
+        models.append((f"{name}_tensorrt", "tensorrt", [engine.path], engine.batch, "KIND_GPU"))
+    for model, backend, files, sizes, kind in models:
         version = folder / model / "1"
         version.mkdir(parents=True)
         for file in files:
             shutil.copyfile(file, version / ("model.plan" if backend == "tensorrt" else file.name))
-        gpu_only = backend == "tensorrt"
-        text = config_text(model, backend, image, answer, sizes, labelled=bool(labels), gpu_only=gpu_only)
+        text = config_text(model, backend, image, answer, sizes, labelled=bool(labels), kind=kind)
         (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
         if labels:
             (version.parent / _LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")

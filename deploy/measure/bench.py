@@ -24,6 +24,7 @@ UNSTABLE_CV = 0.025
 LAUNCH_BOUND = 0.8
 """Share of the compute time from which submitting the work limits it; trtexec warns at the same one."""
 
+MAX_STREAMS = 256
 _PARTS = ("h2d", "compute", "d2h", "enqueue")
 _WARMUP_CHUNK_SECONDS = 0.05
 
@@ -245,10 +246,13 @@ def throughput(open_session: Callable[[], Session], feeds: Arrays, streams: int,
         seconds: how long all of them run, warm-up apart.
 
     Raises:
-        UserError: `streams` or `seconds` is not positive.
+        UserError: there are no streams or too many, or `seconds` is not positive.
     """
-    if streams < 1 or not seconds > 0:
-        raise UserError(f"{streams} streams for {seconds} s cannot be measured", fix="Use at least 1 stream.")
+    if not 1 <= streams <= MAX_STREAMS or not seconds > 0:
+        raise UserError(
+            f"{streams} streams for {seconds} s cannot be measured",
+            fix=f"Use 1 to {MAX_STREAMS} streams and some time.",
+        )
     sessions: list[Session] = []
     try:
         for _ in range(streams):

@@ -14,14 +14,16 @@ import psutil
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from calib_data.errors import UserError
-from deploy.graphs.facts import GraphFacts
-from deploy.graphs.files import load_model
+from deploy.artifacts import open_artifact
+from deploy.graphs.facts import GraphFacts, inferred_graph
+from deploy.graphs.files import declared_only, load_model
 from deploy.run_dir import RECIPE
 from deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
 from deploy.runtimes.engine_folder import require
 from deploy.runtimes.nvinfer import device_here
 
 _MEMORY_SHARE = 0.25  # of what is free, for the inputs of one call
+_LARGEST = 3  # tensors that a call holds at the same time, about
 _NARROW_FIRST = ("fp8", "int8", "fp16", "bf16")
 
 
@@ -44,6 +46,8 @@ class Target:
         path: what was asked for.
         folder: the engine folder; None for an ONNX file, which is yet to be built.
         inputs: as the ONNX file has them; empty where none is at hand.
+        graph: of that file, large weights left out; None where none is at hand.
+        optional: left out with a reason when it does not work, because nobody asked for this runtime by name.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Target:
     precision: str
     folder: Path | None
     inputs: tuple[Input, ...]
+    graph: ModelProto | None
+    optional: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ def find_targets(paths: Sequence[Path], runtimes: str, batches: Sequence[int]) -
                 raise UserError(
                     f"{path} cannot be measured", why=why, fix="Choose other batch sizes or another engine."
                 )
-            targets.append(_of_engine(path, label, path, engine))
+            targets.append(_of_engine(path, label, path, engine, optional=False))
         elif (path / RECIPE).is_file():
             found, left_out = _of_run(path, label, wanted, batches)
             targets += found
@@ -156,6 +162,33 @@ def inputs_of(model: ModelProto, name: str) -> tuple[Input, ...]:
     return tuple(_input(value, name) for value in model.graph.input if value.name not in weights)
 
 
+def activation_bytes(graph: ModelProto, feeds: Arrays) -> int:
+    """Bytes of the largest tensors that a model makes of these inputs: about what it holds at once, weights apart.
+
+    Sizes that cannot be inferred count as 1: it may hold more.
+    """
+    sized = ModelProto()
+    sized.CopyFrom(graph)
+    for value in sized.graph.input:
+        if value.name in feeds:
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, feeds[value.name].shape))
+    for value in sized.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    inferred = inferred_graph(sized)
+    return sum(sorted(map(_bytes_of, (*inferred.value_info, *inferred.output)))[-_LARGEST:])
+
+
+def _bytes_of(value: ValueInfoProto) -> int:
+    tensor = value.type.tensor_type
+    try:
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+    except KeyError:  # not known
+        itemsize = 4
+    return itemsize * math.prod(max(1, size.dim_value) for size in tensor.shape.dim)
+
+
 def _named_runtimes(names: str) -> Iterator[Runtime]:
     for name in dict.fromkeys(part.strip() for part in names.split(",") if part.strip()):
         yield runtime_named(name)
@@ -164,14 +197,13 @@ def _named_runtimes(names: str) -> Iterator[Runtime]:
 def _of_file(path: Path, label: str, wanted: Sequence[Runtime] | None) -> tuple[list[Target], list[Skipped]]:
     model = load_model(path)
     inputs, precision = inputs_of(model, str(path)), _precision(model)
-    runtimes = [own for own in RUNTIMES.values() if own.rest == "fp32" and own.missing_to_run() is None]
-    targets, skipped = [], []
-    for runtime in runtimes if wanted is None else wanted:
-        name = f"{label} {runtime.name} {precision}"
-        if wanted is None and precision not in runtime.precisions:
-            skipped.append(Skipped(name, f"{runtime.name} has no {precision}."))
-        else:
-            targets.append(Target(name, label, path, runtime, precision, None, inputs))
+    here = [own for own in RUNTIMES.values() if own.rest == "fp32" and own.missing_to_run() is None]
+    skipped = [] if here or wanted else [Skipped(label, "Neither ONNX Runtime nor OpenVINO works here.")]
+    graph = declared_only(model)
+    targets = [
+        Target(f"{label} {own.name} {precision}", label, path, own, precision, None, inputs, graph, wanted is None)
+        for own in (here if wanted is None else wanted)
+    ]
     return targets, skipped
 
 
@@ -181,37 +213,72 @@ def _precision(model: ModelProto) -> str:
     return next((precision for precision in _NARROW_FIRST if gemms.get(precision)), "fp32")
 
 
-def _of_engine(path: Path, label: str, folder: Path, engine: Engine) -> Target:
+def _of_engine(path: Path, label: str, folder: Path, engine: Engine, *, optional: bool) -> Target:
     name = f"{label} {engine.runtime} {engine.precision}"
-    return Target(name, label, path, runtime_named(engine.runtime), engine.precision, folder, _inputs_near(engine))
+    near = _onnx_near(engine)
+    model = None if near is None else load_model(near)
+    inputs = () if model is None else inputs_of(model, str(near))
+    graph = None if model is None else declared_only(model)
+    return Target(name, label, path, runtime_named(engine.runtime), engine.precision, folder, inputs, graph, optional)
 
 
-def _inputs_near(engine: Engine) -> tuple[Input, ...]:
-    """Inputs as told by the ONNX file that is the engine, or by the one that the run exported."""
+def _onnx_near(engine: Engine) -> Path | None:
+    """The ONNX file that is the engine, or the one that the run exported: it tells the inputs."""
     folder = engine.folder
     beside = [engine.path, *(parent / "4-export" / folder.name / "model.onnx" for parent in folder.parents[:3])]
-    found = next((path for path in beside if path.suffix == ".onnx" and path.is_file()), None)
-    return () if found is None else inputs_of(load_model(found), str(found))
+    return next((path for path in beside if path.suffix == ".onnx" and path.is_file()), None)
 
 
 def _of_run(
     run: Path, label: str, wanted: Sequence[Runtime] | None, batches: Sequence[int]
 ) -> tuple[list[Target], list[Skipped]]:
     targets, skipped = [], []
-    folders = sorted(record.parent for record in run.glob(f"5-engine/*/*/{BUILD_RECORD}"))
-    for folder in folders:
-        engine = read_engine(folder)
+    stages = [stage for stage in sorted(run.glob("5-engine/*")) if _is_finished(stage)]
+    graphs = _current_graphs(run)
+    for folder in (record.parent for stage in stages for record in sorted(stage.glob(f"*/{BUILD_RECORD}"))):
+        try:
+            engine = read_engine(folder)
+        except UserError as error:
+            skipped.append(Skipped(f"{label} {folder.name}", f"{error.what}. {error.why}"))
+            continue
         if wanted is not None and engine.runtime not in {runtime.name for runtime in wanted}:
             continue
-        target = _of_engine(run, f"{label} {folder.name}", folder, engine)
-        why = _in_the_way(engine, batches)
-        if why is None:
-            targets.append(target)
+        name = f"{label} {folder.name} {engine.runtime} {engine.precision}"
+        if (why := _outdated(folder.parent, graphs) or _in_the_way(engine, batches)) is not None:
+            skipped.append(Skipped(name, why))
         else:
-            skipped.append(Skipped(target.name, why))
-    if not folders:
-        skipped.append(Skipped(label, "The run has no engines yet."))
+            targets.append(_of_engine(run, f"{label} {folder.name}", folder, engine, optional=wanted is None))
+    if not targets and not skipped:
+        of = "" if wanted is None else f" of {', '.join(runtime.name for runtime in wanted)}"
+        skipped.append(Skipped(label, f"The run has no engine{of}."))
     return targets, skipped
+
+
+def _is_finished(stage: Path) -> bool:
+    """Whether a stage's folder has its final name: not one in the making, nor one that was replaced."""
+    return not stage.name.startswith(".") and ".replaced-" not in stage.name
+
+
+def _current_graphs(run: Path) -> set[str]:
+    """Digests of the exported graphs of a run, and of those that were made of them in other precisions."""
+    exported = open_artifact(run / "4-export")
+    if exported is None:
+        return set()
+    made = [open_artifact(stage) for stage in sorted(run.glob("4-precision/*")) if _is_finished(stage)]
+    return {
+        exported.digest,
+        *(own.digest for own in made if own and own.manifest.inputs.get("onnx") == exported.digest),
+    }
+
+
+def _outdated(stage: Path, graphs: set[str]) -> str | None:
+    """Why the engines of a stage do not belong to what the run has exported; None when they do."""
+    built = open_artifact(stage)
+    if built is None:
+        return "damaged: its files are not those that its manifest.json lists."
+    if built.manifest.inputs.get("onnx") not in graphs:
+        return "stale (built from another ONNX). `upvits-deploy engine` builds it again."
+    return None
 
 
 def _in_the_way(engine: Engine, batches: Sequence[int]) -> str | None:
@@ -223,7 +290,7 @@ def _in_the_way(engine: Engine, batches: Sequence[int]) -> str | None:
         return f"It was built for {', '.join(engine.targets)}; this machine has {device_here()}."
     profile = engine.batch
     outside = [batch for batch in batches if not profile.min <= batch <= profile.max]
-    if outside and runtime.name.startswith("tensorrt"):  # the others take every batch
+    if outside and "tensorrt" in runtime.name:  # the others take every batch
         return f"It takes batches of {profile.min} to {profile.max}, not {', '.join(map(str, outside))}."
     return None
 
@@ -303,5 +370,6 @@ def _check_memory(sized: Sequence[tuple[Input, tuple[int, ...]]], model: str) ->
 def _noise(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> np.ndarray:
     if dtype.kind == "f":
         return generator.standard_normal(shape, np.float32).astype(dtype)
-    # small whole numbers are valid pixels, indices and tokens alike
-    return generator.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
+    if dtype == np.uint8 or dtype.kind == "b":
+        return generator.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
+    return np.zeros(shape, dtype)  # the only index or token that every table has

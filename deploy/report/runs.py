@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from calib_data.errors import UserError
-from deploy.artifacts import atomic_write
-from deploy.report.document import Report
-from deploy.report.verdict import device_of, headline, verdict
+from deploy.artifacts import MANIFEST, atomic_write
+from deploy.report.document import REPORT, Report
+from deploy.report.verdict import comparisons, device_of, headline, verdict
 from deploy.report.views.charts import Choice, Scatter, pareto, scatter
 from deploy.report.views.details import stage_of
 from deploy.report.views.page import choices, render
@@ -36,7 +37,9 @@ from deploy.report.views.section import (
 )
 from deploy.report.views.summary import shortcomings
 from deploy.report.views.text import markdown_sections, terminal_sections
+from deploy.run_dir import RECIPE
 
+_MADE_BY = '<meta name="generator" content="upvits-deploy comparison">'
 _MACHINE = ("cpu", "cores_usable", "gpus", "driver")
 
 
@@ -123,12 +126,57 @@ def compare_runs(reports: Mapping[str, Report]) -> RunComparison:
 
 
 def save_comparison(path: Path, document: RunComparison) -> None:
-    """Write the page to `path`, and the document as JSON beside it."""
-    if path.suffix != ".html":
-        raise UserError(f"{path} cannot hold a comparison.", why="It is a page in HTML.", fix="End its name in .html.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the page to `path`, and the document as JSON beside it.
+
+    Raises:
+        UserError: see `check_place`.
+    """
+    check_place(path)
     atomic_write(path.with_suffix(".json"), (document.model_dump_json(indent=2) + "\n").encode())
     atomic_write(path, comparison_html(document).encode())
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where a comparison would overwrite something else.
+
+    Raises:
+        UserError: it is no `.html` file, its folder does not exist or belongs to a run, or there is a file already,
+            there or beside it with the suffix `.json`, that is no comparison.
+    """
+    if path.suffix != ".html":
+        raise UserError(f"{path} cannot hold a comparison.", why="It is a page in HTML.", fix="End its name in .html.")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}.", fix="Make it first, or choose another --output.")
+    run = next((f for f in path.absolute().resolve().parents if _is_run(f)), None)
+    if run is not None:
+        raise UserError(
+            f"{path} lies in the run {run}.",
+            why="A comparison there could overwrite the run's own report.",
+            fix="Choose an --output outside of runs.",
+        )
+    for file in (path, path.with_suffix(".json")):
+        if (file.exists() or file.is_symlink()) and not _is_comparison(file):
+            raise UserError(
+                f"{file} exists and is no comparison of runs.",
+                why="A comparison is a page and a JSON file beside it; writing it would overwrite something of yours.",
+                fix="Choose another --output, or move this file away.",
+            )
+
+
+def _is_run(folder: Path) -> bool:
+    """A recipe alone does not make a run: people keep recipes of their own."""
+    return (folder / RECIPE).is_file() and any(any(folder.glob(name)) for name in (REPORT, "*/" + MANIFEST))
+
+
+def _is_comparison(file: Path) -> bool:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".html":
+            return _MADE_BY in text
+        RunComparison.model_validate_json(text)
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return False
+    return True
 
 
 def comparison_sections(document: RunComparison) -> list[Section]:
@@ -158,6 +206,7 @@ def comparison_html(document: RunComparison) -> str:
     return render(
         "comparison.html",
         title=f"{len(document.runs)} runs compared",
+        made_by=Markup(_MADE_BY),
         document=document,
         sections=comparison_sections(document),
         chart=_chart(document),
@@ -193,9 +242,12 @@ def _line(name: str, report: Report) -> RunLine:
 def _differences(reports: Mapping[str, Report]) -> list[str]:
     """Why latencies or accuracies of these runs are not on one scale."""
     reasons = []
-    unmeasured = [name for name, report in reports.items() if headline(report) is None]
+    unmeasured = [name for name, report in reports.items() if not comparisons(report)]
     if unmeasured:
         reasons.append(f"Latency was not measured in {', '.join(unmeasured)}.")
+    undecided = [name for name, report in reports.items() if comparisons(report) and headline(report) is None]
+    if undecided:
+        reasons.append(f"Nothing was chosen to deploy in {', '.join(undecided)}.")
     machines = {name: {key: report.environment.get(key) for key in _MACHINE} for name, report in reports.items()}
     for key in _MACHINE:
         values = {name: str(machine[key]) for name, machine in machines.items()}
@@ -280,7 +332,7 @@ def _runs(document: RunComparison) -> Section:
 
 def _run_row(line: RunLine) -> Row:
     change = line.top1 - line.dense_top1 if line.top1 is not None and line.dense_top1 is not None else None
-    where = "not measured" if line.batch is None else f"{line.runtime} {line.precision}"
+    where = "nothing chosen" if line.batch is None else f"{line.runtime} {line.precision}"
     return (
         words(line.run),
         words(line.model),

@@ -1,30 +1,46 @@
 """Engine folders: what every runtime does before and after it builds.
 
-An engine folder holds one engine file and `build.json`, which is written last: without it there is no engine.
+An engine folder holds one engine file, other files that this one needs, and `build.json`, which is written last:
+without it there is no engine.
 """
 
 import hashlib
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from onnx import ModelProto, NodeProto
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
-from deploy.graphs.files import load_model, model_digest
+from deploy.graphs.files import data_path, load_model, model_digest
 from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
 
 BUILD_RECORD = "build.json"
 _FORMAT_VERSIONS = (1, 2)  # 2 added `built`
 _NARROW = ("fp16", "bf16", "int8", "fp8")
+_ON_CPU = ("onnxruntime", "openvino")  # names of the runtimes that compute there
 _REBUILD = "Build it again with `upvits-deploy engine`."
 
 
+def _plain(name: str) -> str:
+    if name in ("", ".", "..", BUILD_RECORD) or not set(name).isdisjoint("/\\\0"):
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return name
+
+
 class _BuildRecord(BaseModel):
-    """`build.json`."""
+    """`build.json`.
+
+    Attributes:
+        bytes: size of all files of the engine.
+        more: sha256 by name of the files that the engine file needs beside it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +58,7 @@ class _BuildRecord(BaseModel):
     batch: BatchProfile
     settings: dict[str, bool | int | str]
     built: Built | None = None
+    more: dict[Annotated[str, AfterValidator(_plain)], str] = {}
 
 
 def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: BuildOptions) -> ModelProto:
@@ -111,16 +128,28 @@ def check_built(built: Built | None, options: BuildOptions, runtime_name: str) -
         raise GateError(
             f"{runtime_name} fused {fused} of {built.attention_blocks} attention blocks",
             why=f"The others run as separate matrix products and softmax, which is slower ({built.source}).",
-            fix="Fused kernels need head_dim to be a multiple of 8 in 16..256 (--align 8) and half precision around "
-            "the softmax (--precision fp16 or int8).",
+            fix=_to_fuse(options.precision, runtime_name),
         )
+
+
+def _to_fuse(precision: str, runtime_name: str) -> str:
+    """What to do about attention that is not fused."""
+    if runtime_name in _ON_CPU:
+        return (
+            f"{runtime_name} does not fuse this attention on this machine: --require-fused-attention is for engines of "
+            "GPUs. Leave it out, or leave this runtime out."
+        )
+    shape = "Fused kernels need head_dim to be a multiple of 8 in 16..256 (--align 8)"
+    if precision == "fp32":
+        return f"{shape} and half precision around the softmax (--precision fp16 or int8)."
+    return f"{shape}; for int8 attention 16, 32 or 64." if precision == "int8" else f"{shape}."
 
 
 def save_engine(
     runtime: Runtime,
     folder: Path,
     file: str,
-    content: bytes | memoryview,
+    content: bytes | memoryview | Path,
     *,
     options: BuildOptions,
     targets: tuple[str, ...],
@@ -131,17 +160,24 @@ def save_engine(
     settings: Mapping[str, str | int | bool],
     built: Built | None = None,
 ) -> Engine:
-    """Write the engine file, then `build.json`; each appears whole or not at all.
+    """Write the engine's files, then `build.json`; each appears whole or not at all.
+
+    Args:
+        file: name of the engine file.
+        content: of the engine file, or an ONNX file of this name with its weights in a file beside it.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    more: dict[str, Path] = {}
+    if isinstance(content, Path):
+        content, more = content.read_bytes(), {data_path(content).name: data_path(content)}
     record = _BuildRecord(
         runtime=runtime.name,
         precision=options.precision,
         targets=targets,
         file=file,
-        bytes=len(content),
+        bytes=len(content) + sum(source.stat().st_size for source in more.values()),
         seconds=round(seconds, 3),
         sha256=hashlib.sha256(content).hexdigest(),
         library=library,
@@ -150,11 +186,15 @@ def save_engine(
         batch=options.batch,
         settings=dict(settings),
         built=built,
+        more={name: file_digest(source) for name, source in more.items()},
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # An interrupted replacement must not leave a new engine under an old record.
         (folder / BUILD_RECORD).unlink(missing_ok=True)
+        data_path(folder / file).unlink(missing_ok=True)  # the weights of an older engine
+        for name, source in more.items():
+            _copy_whole(source, folder / name)
         atomic_write(folder / file, content)
         atomic_write(folder / BUILD_RECORD, (record.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
@@ -191,14 +231,37 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
     file = folder / record.file
     if file.parent != folder or not file.is_file():
         raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {record.file!r}.", fix=_REBUILD)
+    for name, wanted in {record.file: record.sha256, **record.more}.items():
+        _check_file(folder / name, wanted)
+    return _engine(record, folder)
+
+
+def _check_file(file: Path, wanted: str) -> None:
+    if not file.is_file():
+        raise UserError(f"{file.parent} lacks a file of its engine", why=f"{file.name} is not there.", fix=_REBUILD)
     digest = file_digest(file)
-    if digest != record.sha256:
+    if digest != wanted:
         raise UserError(
             f"{file} is damaged",
-            why=f"Its sha256 is {digest[:12]}..., {BUILD_RECORD} says {record.sha256[:12]}...: it was cut or changed.",
+            why=f"Its sha256 is {digest[:12]}..., {BUILD_RECORD} says {wanted[:12]}...: it was cut or changed.",
             fix=_REBUILD,
         )
-    return _engine(record, folder)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a file of any size; `target` holds all of it or what was there before."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with source.open("rb") as read, os.fdopen(descriptor, "wb") as written:
+            shutil.copyfileobj(read, written, 1 << 20)
+            written.flush()
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def build_failed(runtime: Runtime, onnx_path: Path, model: ModelProto, reason: str) -> BuildError:

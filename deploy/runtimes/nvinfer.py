@@ -8,6 +8,7 @@ name that is used here against all of these versions.
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from onnx import ModelProto
 from calib_data.errors import BuildError, UserError
 from deploy.artifacts import atomic_write
 from deploy.graphs.facts import node_name
+from deploy.graphs.files import openable
 from deploy.runtimes.cuda import compute_capability
 from deploy.runtimes.engine_folder import build_failed
 from deploy.runtimes.inspector import read_inspector
@@ -49,14 +51,28 @@ def compile_engine(
 
     Raises:
         BuildError: the parser or the builder refused the model; names the nodes when the library does.
+        UserError: the model is above 2 GiB and cannot be written to the disk, from where the parser then reads it.
     """
+    with tempfile.TemporaryDirectory(prefix="upvits-") as work:  # parsers map the file until they are gone
+        return _compile(trt, runtime, openable(model, Path(work)), model, onnx_path, options, configure)
+
+
+def _compile(
+    trt: Any,
+    runtime: Runtime,
+    source: bytes | Path,
+    model: ModelProto,
+    onnx_path: Path,
+    options: BuildOptions,
+    configure: Callable[[Any], None],
+) -> memoryview:
     log = messages(trt)
     log.errors.clear()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(model.SerializeToString()):
+    if not (parser.parse_from_file(str(source)) if isinstance(source, Path) else parser.parse(source)):
         raise _not_supported(runtime, onnx_path, _refused_nodes(parser))
     config = builder.create_builder_config()
     # names of ONNX nodes and types of tensors stay in the engine, for the inspector

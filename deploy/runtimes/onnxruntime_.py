@@ -9,17 +9,20 @@ import platform
 import shutil
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, helper
 
 from calib_data.errors import BuildError, MissingDependencyError, UserError
+from deploy.artifacts import disk_full_error, is_disk_full
 from deploy.environment import usable_cores
-from deploy.graphs.files import MAX_FILE_BYTES, load_model, weight_bytes
+from deploy.graphs.files import fits_one_file, keeps_weights_apart, load_model, openable
 from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.cuda import missing_gpu
 from deploy.runtimes.engine_folder import (
+    BUILD_RECORD,
     build_failed,
     check_built,
     check_request,
@@ -31,11 +34,13 @@ from deploy.runtimes.engine_folder import (
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
 from deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
 from deploy.runtimes.onnxruntime_session import (
+    LESS_MEMORY,
     OnnxRuntimeSession,
     available_providers,
     library_folder,
     library_version,
     load_errors,
+    memory_ran_out,
     optimised_graph,
     preload_cuda,
     reason,
@@ -43,6 +48,7 @@ from deploy.runtimes.onnxruntime_session import (
 from deploy.runtimes.threads import random_feeds, worthwhile_threads
 
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
+_SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."
 _OWN_SETTINGS = ("provider", "intra_op_threads")
 
 
@@ -70,14 +76,20 @@ class OnnxRuntime:
         model = check_request(self, onnx_path, folder, options)
         no_targets(self, options.targets)
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="upvits-") as work:
-            content, settings, built = self._compile(onnx_path, model, options, Path(work))
-            check_built(built, options, self.name)
-            engine = save_engine(
+        with (
+            tempfile.TemporaryDirectory(prefix="upvits-") as work,
+            tempfile.TemporaryDirectory(prefix="upvits-") as weights,
+        ):
+            source = openable(self._ready(model), Path(weights), apart=keeps_weights_apart(onnx_path))
+            settings, built = self._compile(onnx_path, model, source, options, Path(work))
+            if options.precision != "fp32" or options.require_fused_attention:  # of "fp32" nothing narrower is expected
+                check_built(built, options, self.name)
+            self._save_cache(Path(work), folder)
+            return save_engine(
                 self,
                 folder,
                 "model.onnx",
-                content,
+                source,
                 options=options,
                 targets=(),
                 seconds=time.perf_counter() - started,
@@ -87,28 +99,40 @@ class OnnxRuntime:
                 settings=settings,
                 built=built,
             )
+
+    def _save_cache(self, work: Path, folder: Path) -> None:
+        """Put what the provider compiled into an engine folder, which is none until its record is written."""
+        try:
+            (folder / BUILD_RECORD).unlink(missing_ok=True)
             shutil.rmtree(folder / _CACHE, ignore_errors=True)
-            if any(Path(work).iterdir()):
+            if any(work.iterdir()):
                 shutil.copytree(work, folder / _CACHE)
-        return engine
+        except (OSError, shutil.Error) as error:
+            if is_disk_full(error):
+                raise disk_full_error(folder, f"the {self.name} engine could not be saved") from error
+            raise UserError(f"cannot write to {folder}", why=str(error), fix="Choose another folder.") from error
+
+    def _ready(self, model: ModelProto) -> ModelProto:
+        """The graph in the form that the provider runs best."""
+        if self.provider != providers.CPU:
+            return model
+        ready = biases_apart(model)
+        return unsigned_activations(ready) if platform.machine().lower() in ("x86_64", "amd64") else ready
 
     def _compile(
-        self, onnx_path: Path, model: ModelProto, options: BuildOptions, cache: Path
-    ) -> tuple[bytes, dict[str, str | int | bool], Built | None]:
-        """The engine's content, its settings and what was built; everything that the provider compiles is in `cache`.
+        self, onnx_path: Path, model: ModelProto, source: bytes | Path, options: BuildOptions, cache: Path
+    ) -> tuple[dict[str, str | int | bool], Built | None]:
+        """The engine's settings and what was built of `source`; everything that the provider compiles is in `cache`.
 
         Raises:
             BuildError: ONNX Runtime refused the model, or left layers to another provider.
         """
         on_cpu = self.provider == providers.CPU
-        signed = not on_cpu or platform.machine().lower() not in ("x86_64", "amd64")
-        ready = biases_apart(model) if on_cpu else model
-        content = _one_file(ready if signed else unsigned_activations(ready))
         chosen = providers.build_settings(self.provider, model, options)
         settings: dict[str, str | int | bool] = {"provider": self.provider, **chosen}
         try:
             session = OnnxRuntimeSession(
-                content,
+                source,
                 self.provider,
                 provider_options=chosen | providers.run_settings(self.provider, cache, cuda_graph=False),
             )
@@ -117,15 +141,18 @@ class OnnxRuntime:
             if left:
                 why = f"These stay on the CPU: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}."
                 raise BuildError(f"{self.name} does not take the whole of {onnx_path.name}", why=why)
-            built = built_of(optimised_graph(content, self.provider, chosen), model) if _shows_graph(self) else None
+            built = built_of(optimised_graph(source, self.provider, chosen), model) if _shows_graph(self) else None
             if on_cpu:
                 feeds = random_feeds(model, options.batch.opt)
                 settings["intra_op_threads"] = worthwhile_threads(
-                    lambda count: OnnxRuntimeSession(content, threads=count), feeds, usable_cores()
+                    lambda count: OnnxRuntimeSession(source, threads=count), feeds, usable_cores()
                 )
         except load_errors() as error:
-            raise build_failed(self, onnx_path, model, reason(error)) from error
-        return content, settings, built
+            if memory_ran_out(why := reason(error)):
+                what = f"{self.name} ran out of memory while building {onnx_path.name}"
+                raise BuildError(what, why=why, fix=_SMALLER_BUILD) from error
+            raise build_failed(self, onnx_path, model, why) from error
+        return settings, built
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OnnxRuntimeSession":
         engine = read_engine(folder, self.name)
@@ -142,7 +169,8 @@ class OnnxRuntime:
                 cuda_graph=graph,
             )
         except load_errors() as error:
-            raise UserError(f"{self.name} cannot open {engine.path}", why=reason(error)) from error
+            fix = LESS_MEMORY if memory_ran_out(why := reason(error)) else ""
+            raise UserError(f"{self.name} cannot open {engine.path}", why=why, fix=fix) from error
 
 
 def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
@@ -157,20 +185,41 @@ def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
         MissingDependencyError: onnxruntime is not installed.
     """
     model = load_model(path)
-    if weight_bytes(model) <= MAX_FILE_BYTES:
+    if fits_one_file(model):
         return open_model(model, threads=threads, name=str(path))
     del model  # too large for one buffer: ONNX Runtime reads the checked files itself
     return _open_on_cpu(path, threads, str(path))
 
 
 def open_model(model: ModelProto, *, threads: int | None = None, name: str = "the model") -> OnnxRuntimeSession:
-    """Run a model in memory on the CPU; otherwise as `open_onnx`. `name` is for messages."""
-    return _open_on_cpu(model.SerializeToString(), threads, name)
+    """Run a model in memory on the CPU; otherwise as `open_onnx`. `name` is for messages.
+
+    A model above 2 GiB is on the disk, in the folder for temporary files, until the session is closed.
+
+    Raises:
+        UserError: also when that disk is full.
+    """
+    return _open_on_cpu(model.SerializeToString() if fits_one_file(model) else model, threads, name)
 
 
-def _open_on_cpu(model: bytes | Path, threads: int | None, name: str) -> OnnxRuntimeSession:
+class _SessionFromDisk(OnnxRuntimeSession):
+    """A session on a model that is too large for one buffer: its files are there until the session is closed."""
+
+    def __init__(self, model: ModelProto, threads: int | None) -> None:
+        folder = tempfile.mkdtemp(prefix="upvits-")
+        self._remove_files = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        super().__init__(openable(model, Path(folder)), threads=threads)
+
+    def close(self) -> None:
+        super().close()
+        self._remove_files()
+
+
+def _open_on_cpu(model: bytes | Path | ModelProto, threads: int | None, name: str) -> OnnxRuntimeSession:
     require(CPU.missing_to_run(), "ONNX files cannot be run here")
     try:
+        if isinstance(model, ModelProto):
+            return _SessionFromDisk(model, threads)
         return OnnxRuntimeSession(model, threads=threads)
     except load_errors() as error:
         raise UserError(f"ONNX Runtime cannot load {name}", why=reason(error)) from error
@@ -190,16 +239,6 @@ TENSORRT_RTX = OnnxRuntime(
 def _shows_graph(runtime: OnnxRuntime) -> bool:
     """Whether the optimised graph can be read: what TensorRT compiled has no ONNX form."""
     return runtime.provider in (providers.CPU, providers.CUDA)
-
-
-def _one_file(model: ModelProto) -> bytes:
-    if (size := weight_bytes(model)) > MAX_FILE_BYTES:
-        raise UserError(
-            f"the model's weights take {size / 2**30:.1f} GiB",
-            why="An engine of ONNX Runtime is one ONNX file, which ends at 2 GiB.",
-            fix="Use a narrower precision (int8), or build with TensorRT.",
-        )
-    return bytes(model.SerializeToString())
 
 
 @functools.cache

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from calib_data.errors import MissingDependencyError
+from calib_data.errors import MissingDependencyError, UserError
 from deploy.environment import usable_cores
 from deploy.runtimes import onnxruntime_providers as providers
 from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from deploy.runtimes.nvinfer import is_out_of_memory
 from deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
 
+LESS_MEMORY = "Use smaller batches or fewer streams (--streams), or free memory of the device."
 _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
 _HEAVY = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,6 +82,10 @@ class OnnxRuntimeSession:
     def run(self, feeds: Arrays) -> dict[str, _Array]:
         if self._session is None:
             raise ValueError("the session is closed")
+        with _run_errors(self._provider):
+            return self._run(feeds)
+
+    def _run(self, feeds: Arrays) -> dict[str, _Array]:
         if not self._cuda_graph:
             return dict(zip(self.output_names, self._session.run(self.output_names, dict(feeds)), strict=True))
         bound = self._bind(feeds)  # a recorded graph reads and writes the same addresses each time
@@ -92,7 +98,10 @@ class OnnxRuntimeSession:
     def time(self, feeds: Arrays, calls: int) -> CallTimes:
         if self._session is None:
             raise ValueError("the session is closed")
-        bound = self._bind(feeds)
+        with _run_errors(self._provider):
+            return self._time(self._bind(feeds), feeds, calls)
+
+    def _time(self, bound: _Bound, feeds: Arrays, calls: int) -> CallTimes:
         if self._provider == providers.CPU:
             total = np.empty(calls)
             for index in range(calls):
@@ -130,8 +139,9 @@ class OnnxRuntimeSession:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "trace")
             profiled = _create(self._model, options, self._provider, {})
-            for _ in range(calls + 1):  # medians leave the first call, which warms up, without weight
-                profiled.run(self.output_names, dict(feeds))
+            with _run_errors(self._provider):
+                for _ in range(calls + 1):  # medians leave the first call, which warms up, without weight
+                    profiled.run(self.output_names, dict(feeds))
             return layer_times_of(Path(profiled.end_profiling()))
 
     def left_to_cpu(self) -> tuple[str, ...]:
@@ -310,3 +320,23 @@ def load_errors() -> tuple[type[Exception], ...]:
 def reason(error: Exception) -> str:
     """The library's message without its code prefix."""
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
+
+
+def memory_ran_out(why: str) -> bool:
+    """Whether a message of the library's speaks of memory that ran out: its arena says it in words of its own."""
+    return is_out_of_memory(why) or re.search(r"(?i)failed to allocate memory|bad[_ ]alloc", why) is not None
+
+
+@contextmanager
+def _run_errors(provider: str) -> Iterator[None]:
+    """Turn what a call can fail with into messages."""
+    try:
+        yield
+    except (*load_errors(), MemoryError) as error:
+        why = reason(error)
+        ran_out = isinstance(error, MemoryError) or memory_ran_out(why)
+        raise UserError(
+            f"ONNX Runtime's {provider} cannot run this model on these inputs",
+            why=why,
+            fix=LESS_MEMORY if ran_out else "Check sizes and values of the inputs against the model.",
+        ) from error

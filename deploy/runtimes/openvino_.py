@@ -13,8 +13,10 @@ import functools
 import importlib.util
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calib_data.errors import UserError
 from deploy.environment import usable_cores
-from deploy.graphs.facts import GraphFacts
-from deploy.graphs.files import MAX_FILE_BYTES, weight_bytes
+from deploy.graphs.facts import GraphFacts, inferred_graph
+from deploy.graphs.files import declared_only, keeps_weights_apart, openable
 from deploy.runtimes.engine_folder import (
     build_failed,
     check_built,
@@ -98,42 +100,39 @@ class OpenVino:
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
         no_targets(self, options.targets)
-        if (size := weight_bytes(model)) > MAX_FILE_BYTES // 2:  # half-precision weights are written as fp32
-            raise UserError(
-                f"the model's weights take {size / 2**30:.1f} GiB",
-                why="An engine of OpenVINO is one ONNX file, which ends at 2 GiB.",
-                fix="Use a narrower precision (int8), or another runtime.",
-            )
         started = time.perf_counter()
         model = only_products_quantized(model)
-        content = widened(model).SerializeToString()
-        hint = _HINTS[options.precision if options.precision in _HINTS else self.rest]
-        settings: dict[str, str | int | bool] = {"device": self.device, "inference_precision": hint}
-        try:
-            built = _built(_compile(content, self.device, hint, 1), model)
-            check_built(built, options, self.name)
-            if self.device == "CPU":
-                settings["threads"] = worthwhile_threads(
-                    lambda count: OpenVinoSession(content, self.device, hint, count),
-                    random_feeds(model, options.batch.opt),
-                    usable_cores(),
-                )
-        except RuntimeError as error:
-            raise build_failed(self, onnx_path, model, _unknown_operator(error, model) or _reason(error)) from error
-        return save_engine(
-            self,
-            folder,
-            "model.onnx",
-            content,
-            options=options,
-            targets=(),
-            seconds=time.perf_counter() - started,
-            library="openvino",
-            library_version=_version(),
-            onnx_path=onnx_path,
-            settings=settings,
-            built=built,
-        )
+        with tempfile.TemporaryDirectory(prefix="upvits-") as work:
+            source = openable(widened(model), Path(work), apart=keeps_weights_apart(onnx_path))
+            hint = _HINTS[options.precision if options.precision in _HINTS else self.rest]
+            settings: dict[str, str | int | bool] = {"device": self.device, "inference_precision": hint}
+            try:
+                built = _built(_compile(source, self.device, hint, 1), model)
+                # of "fp32" nothing narrower is expected
+                if options.precision != "fp32" or options.require_fused_attention:
+                    check_built(built, options, self.name)
+                if self.device == "CPU":
+                    settings["threads"] = worthwhile_threads(
+                        lambda count: OpenVinoSession(source, self.device, hint, count),
+                        random_feeds(model, options.batch.opt),
+                        usable_cores(),
+                    )
+            except RuntimeError as error:
+                raise build_failed(self, onnx_path, model, _unknown_operator(error, model) or _reason(error)) from error
+            return save_engine(
+                self,
+                folder,
+                "model.onnx",
+                source,
+                options=options,
+                targets=(),
+                seconds=time.perf_counter() - started,
+                library="openvino",
+                library_version=_version(),
+                onnx_path=onnx_path,
+                settings=settings,
+                built=built,
+            )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OpenVinoSession":
         engine = read_engine(folder, self.name)
@@ -147,7 +146,7 @@ class OpenVino:
         threads = options.threads or int(engine.settings.get("threads", 0)) or usable_cores()
         hint = str(engine.settings["inference_precision"])
         try:
-            return OpenVinoSession(engine.path.read_bytes(), self.device, hint, threads)
+            return OpenVinoSession(engine.path, self.device, hint, threads)
         except RuntimeError as error:
             raise UserError(f"{self.name} cannot open {engine.path}", why=_reason(error)) from error
 
@@ -155,14 +154,17 @@ class OpenVino:
 class OpenVinoSession:
     """A model that OpenVINO compiled, for one call at a time."""
 
-    def __init__(self, model: bytes, device: str, hint: str, threads: int) -> None:
+    def __init__(self, model: bytes | Path, device: str, hint: str, threads: int) -> None:
         self._model, self._device, self._hint, self._threads = model, device, hint, threads
         compiled = _compile(model, device, hint, threads)
         self._request: Any = compiled.create_infer_request()
-        graph = onnx.load_model_from_string(model).graph  # a tensor of OpenVINO's has several names, in no order
+        content = model.read_bytes() if isinstance(model, Path) else model
+        graph = onnx.load_model_from_string(content).graph  # a tensor of OpenVINO's has several names, in no order
         weights = {tensor.name for tensor in graph.initializer}
         self.input_names: tuple[str, ...] = tuple(v.name for v in graph.input if v.name not in weights)
         self.output_names: tuple[str, ...] = tuple(value.name for value in graph.output)
+        kinds = {v.name: v.type.tensor_type.elem_type for v in graph.input}
+        self._types = {name: onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) for name in self.input_names}
         self.settings: Mapping[str, str | int | bool] = {
             "device": str(_core().get_property(device, "FULL_DEVICE_NAME")).strip(),
             "inference_precision": hint,
@@ -170,19 +172,21 @@ class OpenVinoSession:
         }
 
     def run(self, feeds: Arrays) -> dict[str, _Array]:
-        self._bind(feeds)
-        self._request.infer()
-        return self._outputs(self._request)
+        with _run_errors(self._device):
+            self._bind(feeds)
+            self._request.infer()
+            return self._outputs(self._request)
 
     def time(self, feeds: Arrays, calls: int) -> CallTimes:
-        self._bind(feeds)
-        self._request.infer()  # buffers for these shapes
         total = np.empty(calls)
-        for index in range(calls):
-            started = time.perf_counter()
-            self._request.start_async()
-            self._request.wait()
-            total[index] = time.perf_counter() - started
+        with _run_errors(self._device):
+            self._bind(feeds)
+            self._request.infer()  # buffers for these shapes
+            for index in range(calls):
+                started = time.perf_counter()
+                self._request.start_async()
+                self._request.wait()
+                total[index] = time.perf_counter() - started
         return CallTimes(total=total)
 
     def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
@@ -191,7 +195,7 @@ class OpenVinoSession:
         # A second one: counting is compiled in, and the first is to stay as fast as it is.
         compiled = _compile(self._model, self._device, self._hint, self._threads, profile=True)
         request = compiled.create_infer_request()
-        inputs = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+        inputs = {name: np.ascontiguousarray(feeds[name], self._types[name]) for name in self.input_names}
         found: dict[str, list[Any]] = {}
         for call in range(calls + 1):
             request.infer(inputs)
@@ -226,7 +230,7 @@ class OpenVinoSession:
             raise ValueError("the session is closed")
         openvino = _library()
         for name in self.input_names:
-            array = np.ascontiguousarray(feeds[name])
+            array = np.ascontiguousarray(feeds[name], self._types[name])  # fp16 inputs became fp32 ones
             self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
     def _outputs(self, request: Any) -> dict[str, _Array]:
@@ -304,7 +308,7 @@ def _drop_casts(nodes: Any, model: ModelProto, outputs: set[str]) -> None:
 
 
 def _float_tensors(model: ModelProto) -> set[str]:
-    graph = shape_inference.infer_shapes(model).graph
+    graph = inferred_graph(declared_only(model))
     floats = (TensorProto.FLOAT, *_HALVES)
     values = (*graph.input, *graph.output, *graph.value_info)
     found = {value.name for value in values if value.type.tensor_type.elem_type in floats}
@@ -340,13 +344,14 @@ def _capabilities(device: str) -> tuple[str, ...]:
     return tuple(_core().get_property(device, "OPTIMIZATION_CAPABILITIES"))
 
 
-def _compile(model: bytes, device: str, hint: str, threads: int, *, profile: bool = False) -> Any:
+def _compile(model: bytes | Path, device: str, hint: str, threads: int, *, profile: bool = False) -> Any:
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}
     if device == "CPU":
         # Pinned threads of two sessions would share cores that others leave idle.
         config |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
     core = _core()
-    return core.compile_model(core.read_model(model, b""), device, config)
+    read = core.read_model(model) if isinstance(model, Path) else core.read_model(model, b"")
+    return core.compile_model(read, device, config)
 
 
 def _built(compiled: Any, model: ModelProto) -> Built:
@@ -390,6 +395,19 @@ def _reason(error: Exception) -> str:
     """The library's message without the places in its sources."""
     lines = [line.strip() for line in str(error).splitlines()]
     return "\n".join(line for line in lines if line and not line.startswith(("Exception from", "at ")))
+
+
+@contextmanager
+def _run_errors(device: str) -> Iterator[None]:
+    """Turn what a call can fail with into messages."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"OpenVINO cannot run this model on these inputs on the {device}",
+            why=_reason(error),
+            fix="Check sizes and values of the inputs against the model; use smaller batches if memory ran out.",
+        ) from error
 
 
 def _unknown_operator(error: Exception, model: ModelProto) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from deploy.measure.diagnosis import TRUSTED_SUM
 from deploy.report.document import LayerTimes, Report
 from deploy.report.verdict import shortfall
 from deploy.report.views.section import (
@@ -111,7 +113,7 @@ def stage_of(group: str) -> str:
 
 def layer_times(report: Report) -> list[Section]:
     """Time of every layer, the longest first, a section for each profile."""
-    return [_layers(number, profile) for number, profile in enumerate(report.layer_times)]
+    return [_layers(number, profile, report) for number, profile in enumerate(report.layer_times)]
 
 
 def parity(report: Report) -> Section:
@@ -222,13 +224,27 @@ def facts(key: str, title: str, values: dict[str, Any]) -> Section:
     return Section(key, title, ("", ""), rows, text_columns=(0, 1))
 
 
-def _layers(number: int, profile: LayerTimes) -> Section:
+def _slowed(profile: LayerTimes, totals: Sequence[float], report: Report) -> list[str]:
+    """What to make of a profile whose layers add up to more than a call takes."""
+    said = []
+    for name, model, total in zip(("dense", "pruned"), (report.dense, report.pruned), totals, strict=True):
+        call = model.latency_ms.get(profile.runtime, {}).get(profile.precision, {}).get(f"b{profile.batch}")
+        if call is not None and total > TRUSTED_SUM * call.median:
+            said.append(
+                f"The profiler slows this runtime down: layers of the {name} model add up to {total:.2f} ms, a call "
+                f"takes {call.median:.2f} ms; read them as shares."
+            )
+    return said
+
+
+def _layers(number: int, profile: LayerTimes, report: Report) -> Section:
     layers = sorted(profile.layers, key=lambda one: (one.dense_ms or 0.0, one.pruned_ms or 0.0), reverse=True)
     longest = max((t for one in layers for t in (one.dense_ms, one.pruned_ms) if t is not None), default=0) or 1.0
     totals = [sum(t for t in column if t) for column in zip(*((o.dense_ms, o.pruned_ms) for o in layers), strict=True)]
-    remark = (
-        f"All {len(layers)} layers together: {totals[0]:.2f} ms dense, {totals[1]:.2f} ms pruned." if layers else ""
-    )
+    remarks = []
+    if layers:
+        remarks.append(f"All {len(layers)} layers together: {totals[0]:.2f} ms dense, {totals[1]:.2f} ms pruned.")
+        remarks += _slowed(profile, totals, report)
     return Section(
         f"layers-{number}",
         f"Time per layer: {profile.runtime} {profile.precision}, batch {profile.batch}",
@@ -243,7 +259,7 @@ def _layers(number: int, profile: LayerTimes) -> Section:
             )
             for one in layers
         ),
-        (remark,) if remark else (),
+        tuple(remarks),
         text_columns=(0, 4),
         sortable=True,
         shown=LAYERS_SHOWN,

@@ -126,7 +126,7 @@ def choices(report: Report, batch: int) -> list[Choice]:
 def accuracy_name(report: Report) -> str:
     """What the accuracy of `choices` is."""
     labelled = all(a.top1 is not None for a in report.accuracy)
-    return "top-1, %" if labelled else "agreement with the PyTorch model, %"
+    return "top-1, %" if labelled else "agreement with the fp32 graph, %"
 
 
 def row_groups(section: Section) -> list[Group]:

@@ -113,6 +113,8 @@ def _unmeasured(report: Report) -> list[str]:
 
 def _speed(report: Report) -> Tile:
     head = headline(report)
+    if head is None and comparisons(report):
+        return Tile("speed", "nothing chosen", None, ("latencies are below",), fell_short=True)
     if head is None:
         return Tile("speed", "not measured", None, ("no engine ran on this machine",), fell_short=True)
     return Tile(
@@ -176,5 +178,5 @@ def _gates(report: Report) -> Tile:
     if not total:
         return Tile("parity gates", "none ran", None, ("outputs were not compared",), fell_short=True)
     images = max(p.images for p in report.parity)
-    detail = f"outputs match PyTorch on {images} images" if passed == total else f"{total - passed} failed"
+    detail = f"outputs match on {images} images" if passed == total else f"{total - passed} failed"
     return Tile("parity gates passed", f"{passed} of {total}", passed, (detail,), fell_short=passed < total)

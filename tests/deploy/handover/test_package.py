@@ -103,6 +103,9 @@ def report_of(engines: list[tuple[Engine, str]], measured: dict[str, float], bes
                 drop=0.25,
                 sqnr_db=33.3,
                 measured_on="the engine itself",
+                calibration_images=64,
+                calibration_digest=4 * "0123456789abcdef",
+                calibration_method="max",
             )
         ],
         notes=["tensorrt was left out: it is not installed."],
@@ -150,9 +153,10 @@ def make_run(parts: Path, tmp_path: Path) -> MakeRun:
             run_stage(run, name, {}, {}, copy)
         engines = [("onnxruntime", "fp32")]
         for runtime, precision, targets in others:
-            ours = {"provider": "CUDAExecutionProvider", "use_tf32": "0"} if "cuda" in runtime else {}
+            cuda = {"provider": "CUDAExecutionProvider", "use_tf32": "0"}
+            ours = {"onnxruntime": {"provider": "CPUExecutionProvider"}, "onnxruntime-cuda": cuda}.get(runtime, {})
             write = functools.partial(
-                save_engine, runtime_named(runtime), file="engine.plan", content=b"a plan", targets=targets,
+                save_engine, runtime_named(runtime), file="model.onnx" if runtime == "onnxruntime" else "engine.plan", content=b"a plan", targets=targets,
                 options=BuildOptions(precision=precision), seconds=1.0, library=runtime.removesuffix("-cuda"),
                 library_version="1.2.3", onnx_path=onnx_path, settings=ours,
             )  # fmt: skip
@@ -350,6 +354,18 @@ def test_only_the_best_measured_precision_and_everything_for_other_devices(make_
     readme, card = inside["README.md"].decode(), inside["MODEL_CARD.md"].decode()
     assert "for sm86, sm120 and tensorrt-rtx 1.2.3 only" in readme
     assert "engines/tensorrt-rtx-int8/engine.plan` was built but not run: it is for sm86" in card
+
+
+def test_the_best_of_cpus_in_int8_is_served_too(make_run: MakeRun):
+    int8 = BEST.model_copy(update={"precision": "int8"})
+    folder = package(make_run((("onnxruntime", "int8", ()),), measured={"fp32": 2.0, "int8": 1.0}, best=[int8]))
+    assert json.loads((folder / PACKAGE).read_text())["triton"] == ["deit_tiny_onnx", "deit_tiny_onnx_int8"]
+    assert files_in(folder)["triton/deit_tiny_onnx_int8/1/model.onnx"] == b"a plan"
+    assert "KIND_CPU" in (folder / "triton/deit_tiny_onnx_int8/config.pbtxt").read_text()
+    assert "`deit_tiny_onnx_int8` runs in int8 on the CPU." in (folder / "README.md").read_text()
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "are against the fp32 graph, which was held against PyTorch." in card
+    assert "- int8 calibrated on 64 images (digest 0123456789ab, method max)." in card
 
 
 def test_an_engine_that_was_measured_and_is_not_the_best_stays_behind(make_run: MakeRun):

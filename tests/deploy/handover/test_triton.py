@@ -16,7 +16,7 @@ LABELS = ['a "quoted" name', "b", "c", "d", "e", "f", "g"]
 
 
 def engine_of(folder: Path, runtime: str, smallest: int = 1) -> Engine:
-    path = folder / "engine.plan"
+    path = folder / ("model.onnx" if runtime == "onnxruntime" else "engine.plan")
     path.write_bytes(b"a plan")
     return Engine(
         runtime=runtime, precision="fp16", targets=("sm89",), path=path, bytes=6, seconds=1.0, sha256="",
@@ -65,6 +65,21 @@ def test_the_repository_says_what_the_models_are(vit: Exported, tmp_path: Path):
             assert (list(warm.inputs["images"].dims), warm.inputs["images"].random_data) == ([3, 32, 32], True)
         label_file = tmp_path / "triton" / name / config.output[0].label_filename
         assert label_file.read_text().splitlines() == LABELS
+
+
+def test_the_int8_graph_of_cpus_is_served_beside_the_fp32_one(vit: Exported, tmp_path: Path):
+    image, answer = ports(onnx.load(vit.report.path))
+    engine, batch = engine_of(tmp_path, "onnxruntime"), BatchProfile(1, 8, 32)
+    folder = tmp_path / "triton"
+    names = write_repository(folder, "vit", [vit.report.path], None, image, answer, batch, LABELS, cpu_int8=engine)
+    assert names == ["vit_onnx", "vit_onnx_int8"]
+    assert (folder / "vit_onnx/1/model.onnx").read_bytes() == vit.report.path.read_bytes()
+    assert (folder / "vit_onnx_int8/1/model.onnx").read_bytes() == b"a plan"
+    wide, narrow = (parsed((folder / name / "config.pbtxt").read_text()) for name in names)
+    assert (narrow.name, narrow.platform, narrow.max_batch_size) == ("vit_onnx_int8", "onnxruntime_onnx", 32)
+    assert (list(narrow.input), list(narrow.output)) == (list(wide.input), list(wide.output))
+    kinds = type(wide.instance_group[0]).DESCRIPTOR.enum_types_by_name["Kind"].values_by_number
+    assert [kinds[config.instance_group[0].kind].name for config in (wide, narrow)] == ["KIND_AUTO", "KIND_CPU"]
 
 
 def test_one_image_at_a_time_needs_no_preferred_sizes(vit: Exported):

@@ -197,6 +197,57 @@ def test_parts_of_a_call_are_shown_where_there_is_a_device() -> None:
         "pruned", "openvino", "int8", "8", "0.40", "2.20", "0.020", "3.02"]  # fmt: skip
 
 
+def test_accuracies_name_what_they_are_against_and_how_their_graphs_were_made() -> None:
+    document = sample_document()
+    for a in document["accuracy"]:
+        if a["precision"] == "int8":
+            a |= {"calibration_images": 256, "calibration_digest": 8 * "0123456789abcdef", "calibration_method": "max"}
+        if a["precision"] == "int8" and a["model"] == "pruned":
+            a |= {"kept": ["fc1", "fc2"], "drop_without_search": 1.234, "graphs_tried": 5}
+    made = Report.model_validate(document)
+    (found,) = (s for s in sections(made) if s.key == "accuracy")
+    assert found.remarks == (
+        "Change of top-1 in points, agreement, and SQNR of the logits are against the fp32 graph, which was held "
+        "against PyTorch, on 1200 images.",
+        "int8 calibrated on 256 images (digest 0123456789ab, method max).",
+        "pruned onnxruntime int8, pruned openvino int8: kept in fp32: fc1, fc2. Without putting these 2 layers back it "
+        "lost 1.23 points; 5 graphs were tried, judged on the same validation images.",
+    )
+    for text in everywhere(made):
+        assert all(remark in flat(text) for remark in found.remarks)
+    document["accuracy"][-1]["calibration_images"] = 32  # not the same for both: two sentences
+    (found,) = (s for s in sections(Report.model_validate(document)) if s.key == "accuracy")
+    assert [remark for remark in found.remarks if "calibrated" in remark] == [
+        f"int8 calibrated on {n} images (digest 0123456789ab, method max)." for n in (256, 32)]  # fmt: skip
+
+
+def test_measured_without_a_choice_is_not_called_unmeasured() -> None:
+    made = sample_report(best=[])
+    speed = tiles(made)[0]
+    assert (speed.text, speed.value, speed.fell_short) == ("nothing chosen", None, True)
+    assert "engine size" in {tile.name for tile in tiles(made)}
+    assert "Latency was measured, but nothing was chosen to deploy." in shortcomings(made)
+    for text in everywhere(made):
+        assert "no engine ran on this machine" not in text
+        assert "| onnxruntime | fp32 | 8 | 13.9 |" in text or "13.9" in text
+    assert tiles(unmeasured())[0].text == "not measured"
+
+
+def test_a_profile_that_adds_up_to_more_than_a_call_says_so() -> None:
+    document = sample_document()
+    document["dense"]["latency_ms"]["openvino"]["int8"]["b8"]["median"] = 4.0
+    (found, other) = (s for s in sections(Report.model_validate(document)) if s.key.startswith("layers"))
+    total = sum(layer["dense_ms"] or 0 for layer in document["layer_times"][0]["layers"])
+    assert total > 1.3 * 4.0
+    assert found.remarks[1:] == (
+        "The profiler slows this runtime down: layers of the dense model add up to "
+        f"{total:.2f} ms, a call takes 4.00 ms; read them as shares.",
+    )
+    assert len(other.remarks) == 1
+    document["dense"]["latency_ms"]["openvino"]["int8"]["b8"]["median"] = total / 1.29
+    assert "profiler slows" not in markdown(Report.model_validate(document))
+
+
 def test_layers_come_longest_first_and_say_what_is_only_in_one_model() -> None:
     found = next(s for s in sections(sample_report()) if s.key == "layers-0")
     values = [row[1].value or 0 for row in found.rows]

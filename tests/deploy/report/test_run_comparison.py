@@ -7,6 +7,7 @@ from rich.console import Console
 from tests.deploy.report.sample_report import sample_document, sample_report
 
 from calib_data.errors import UserError
+from deploy import cli
 from deploy.report.document import Report
 from deploy.report.runs import (
     RunComparison,
@@ -18,6 +19,10 @@ from deploy.report.runs import (
     save_comparison,
 )
 from deploy.report.verdict import verdict
+from deploy.report.views import save_report
+
+
+UNMEASURED: dict[str, object] = {"speedup": {}, "speedup_low": {}, "speedup_high": {}}
 
 
 def run_at(ratio: float, slower: float, top1: float) -> Report:
@@ -89,7 +94,8 @@ def test_the_front_runs_through_all_runs_and_has_the_dense_model_once() -> None:
             "differ in cores usable",
         ),
         ({"data": "imagefolder:photos"}, "Accuracy was measured on different data"),
-        ({"best": []}, "Latency was not measured in other"),
+        ({"best": []}, "Nothing was chosen to deploy in other"),
+        ({**UNMEASURED, "best": []}, "Latency was not measured in other"),
         ({"best": [{**sample_document()["best"][1], "batch": 1}]}, "The batch sizes differ"),
     ],
 )
@@ -127,8 +133,72 @@ def test_one_run_is_not_a_comparison() -> None:
 
 def test_a_comparison_is_written_as_a_page_and_as_json(tmp_path: Path) -> None:
     document = compare_runs(three_runs())
-    save_comparison(tmp_path / "new" / "all.html", document)
-    assert RunComparison.model_validate_json((tmp_path / "new" / "all.json").read_text()) == document
-    assert (tmp_path / "new" / "all.html").read_text().count("<h1") == 1
-    with pytest.raises(UserError, match="cannot hold a comparison"):
-        save_comparison(tmp_path / "all.json", document)
+    save_comparison(tmp_path / "all.html", document)
+    assert RunComparison.model_validate_json((tmp_path / "all.json").read_text()) == document
+    page = (tmp_path / "all.html").read_text()
+    assert page.count("<h1") == 1
+    save_comparison(tmp_path / "all.html", compare_runs({"a": sample_report(), "b": sample_report()}))
+    assert (tmp_path / "all.html").read_text() != page  # one of ours may be replaced
+
+
+def run_folder(folder: Path) -> Path:
+    """A run directory with its report."""
+    folder.mkdir()
+    (folder / "recipe.toml").write_text("model = 'pvt_v2_b0'")
+    save_report(folder, sample_report())
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("a/report.html", "lies in the run"),
+        ("a/all.html", "lies in the run"),
+        ("a/6-bench/all.html", "lies in the run"),
+        ("link/all.html", "lies in the run"),
+        ("notes.html", "notes.html exists and is no comparison"),
+        ("figures.html", "figures.json exists and is no comparison"),
+        ("folder.html", "folder.html exists and is no comparison"),
+        ("dangling.html", "dangling.html exists and is no comparison"),
+        ("all.json", "cannot hold a comparison"),
+        ("new/all.html", "there is no folder"),
+    ],
+)
+def test_a_comparison_overwrites_nothing_else(
+    tmp_path: Path, output: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    (tmp_path / "a/6-bench").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "notes.html").write_text("<p>mine</p>")
+    (tmp_path / "figures.json").write_text('{"mine": 1}')
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "dangling.html").symlink_to(tmp_path / "nowhere")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message):
+        save_comparison(tmp_path / output, compare_runs(three_runs()))
+    # the command finds out before it computes anything
+    monkeypatch.setattr("deploy.report.runs.compare_runs", None)
+    with pytest.raises(UserError, match=message):
+        cli.report(runs, output=tmp_path / output)
+    assert contents(tmp_path) == before
+
+
+def test_a_comparison_may_lie_beside_a_recipe_and_beside_runs(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("model = 'pvt_v2_b0'")  # what people give to --recipe
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    reports = [contents(run) for run in runs]
+    cli.report(runs, output=tmp_path / "all.html")
+    assert {path.name for path in tmp_path.glob("all.*")} == {"all.html", "all.json"}
+    assert [contents(run) for run in runs] == reports
+
+
+def test_output_is_for_several_runs(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "a")
+    with pytest.raises(UserError, match="comparisons of several runs"):
+        cli.report([run], output=tmp_path / "x.html")
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}

@@ -57,7 +57,15 @@ def test_the_fastest_precision_that_keeps_its_accuracy_is_the_best() -> None:
     assert (best.precision, best.dense_precision, best.batch) == ("bf16", "fp32", 8)
     assert best.speedup == 5.0  # dense fp32 to pruned bf16
     assert set(best.passed_over) == {"fp32", "int8"}
-    assert best.passed_over["int8"] == "2.00x the time"
+    assert best.passed_over["int8"] == "0.50x the speed of bf16 (0.50 to 0.50 over rounds)"
+
+
+def test_a_narrower_precision_that_is_not_surely_faster_is_passed_over() -> None:
+    report = measured()
+    report.rounds["pruned onnxruntime int8"] = {8: (4.0, 11.0)}  # faster in the first round, slower in the second
+    (best,) = bench_figures(report, PAIRS[:2], costs(), 0.5, {}).best
+    assert best.precision == "fp32"
+    assert best.passed_over["int8"].startswith("1.08x the speed of fp32 (0.94 to 1.22")
 
 
 def test_a_precision_that_loses_too_much_is_passed_over_however_fast() -> None:
