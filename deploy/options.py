@@ -64,9 +64,7 @@ Runtime = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(
-        help="Some of fp32,fp16,bf16,int8,fp8. \\[default: what suits the runtime]", rich_help_panel=ENGINE
-    ),
+    typer.Option(help="Some of fp32,fp16,bf16,int8,fp8. \\[default: what suits the runtime]", rich_help_panel=ENGINE),
 ]
 MaxDrop = Annotated[
     float | None, typer.Option(help="Points that a precision may cost. \\[default: 0.5]", rich_help_panel=ENGINE)

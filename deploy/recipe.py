@@ -7,7 +7,7 @@ written to `recipe.toml` is the resolved recipe: running it again gives the same
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from calib_data import DataSource
 from calib_data.errors import UserError
 from deploy.environment import usable_cores
+from deploy.measure.bench import MAX_STREAMS
 from deploy.run_dir import read_recipe, read_toml
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
@@ -106,7 +107,7 @@ class BenchRecipe(_Part):
     seconds: float = Field(6.0, gt=0)
     warmup: int = Field(5, ge=1)
     rounds: int = Field(20, ge=2)
-    streams: tuple[int, ...] = (1,)
+    streams: tuple[Annotated[int, Field(ge=1, le=MAX_STREAMS)], ...] = (1,)
     cuda_graph: bool = False
 
 

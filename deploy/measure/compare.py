@@ -180,11 +180,11 @@ def check_output(output: Path, targets: Sequence[Path]) -> None:
             why="Writing figures there could destroy it.",
             fix="Choose another --output.",
         )
-    if output.is_dir():
-        raise UserError(f"{output} is a folder", fix=f"Name a file, for example --output {output / 'bench.json'}.")
-    if not output.parent.is_dir():
-        raise UserError(f"there is no folder {output.parent}", fix="Make it first, or choose another --output.")
     try:
+        if not output.parent.is_dir():
+            raise UserError(f"there is no folder {output.parent}", fix="Make it first, or choose another --output.")
+        if output.is_dir():
+            raise UserError(f"{output} is a folder", fix=f"Name a file, for example --output {output / 'bench.json'}.")
         if output.exists() and not _is_comparison(output):
             raise UserError(
                 f"{output} exists and holds no comparison",

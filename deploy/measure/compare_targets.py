@@ -186,7 +186,8 @@ def _bytes_of(value: ValueInfoProto) -> int:
         itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
     except KeyError:  # not known
         itemsize = 4
-    return itemsize * math.prod(max(1, size.dim_value) for size in tensor.shape.dim)
+    values: int = math.prod(max(1, size.dim_value) for size in tensor.shape.dim)
+    return int(itemsize) * values
 
 
 def _named_runtimes(names: str) -> Iterator[Runtime]:

@@ -50,14 +50,14 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
             input.
         GateError: the model computes NaN or infinity from the images; says where first.
     """
-    from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession  # runtimes import this package
+    from deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
 
     probed, probes = _with_maxima(prepared(model))
     value = probed.graph.input[0]
     seen, digest = 0, hashlib.sha256()
     largest: dict[str, Floats] = {}
     with (
-        OnnxRuntimeSession(probed.SerializeToString()) as session,
+        open_model(probed) as session,
         Progress(disable=quiet, console=Console(stderr=True), transient=True) as progress,
     ):
         task = progress.add_task("calibrate", total=total)

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from deploy.graphs.files import with_shapes
 from deploy.precision.rounding import rounding_nodes
 from deploy.precision.weight_layers import Array, drop_unused_initializers, get_attribute, initializers
 
@@ -19,7 +20,7 @@ def for_cpu(model: ModelProto) -> ModelProto:
     is fp32, and every tensor that is bf16 or fp8 is rounded to it. fp16 and int8 stay: the provider runs them itself.
     """
     result = ModelProto()
-    result.CopyFrom(onnx.shape_inference.infer_shapes(model))
+    result.CopyFrom(with_shapes(model))
     values = [*result.graph.input, *result.graph.value_info, *result.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in result.graph.initializer}
@@ -40,7 +41,7 @@ def for_cpu(model: ModelProto) -> ModelProto:
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name].astype(np.float32), tensor.name))
     drop_unused_initializers(result)
     del result.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(result)
+    return with_shapes(result)
 
 
 def _bf16(graph: onnx.GraphProto, node: NodeProto, types: dict[str, int]) -> list[NodeProto]:

@@ -12,6 +12,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calib_data.errors import UserError
+from deploy.graphs.files import with_shapes
 from deploy.graphs.surgery import PREPROCESS
 from deploy.precision.weight_layers import opset_of, prepared, with_opset
 
@@ -60,9 +61,9 @@ def to_half(model: ModelProto, precision: str, *, keep_nodes: Collection[str] = 
     """
     result = prepared(model)
     if precision == "bf16" and opset_of(result) < _BF16_OPSET:
-        result = onnx.shape_inference.infer_shapes(with_opset(result, _BF16_OPSET))
+        result = with_shapes(with_opset(result, _BF16_OPSET))
     _HalfConversion(result, precision, frozenset(keep_nodes)).run()
-    return onnx.shape_inference.infer_shapes(result)
+    return with_shapes(result)
 
 
 class _HalfConversion:

@@ -41,14 +41,14 @@ def layer_sqnr(
     Raises:
         UserError: there are no images, or they have another shape or type than the input.
     """
-    from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession  # runtimes import this package
+    from deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
 
     twins, probes = _with_twins(prepared(model), converted)
     value = twins.graph.input[0]
     signal, noise = dict.fromkeys(probes, 0.0), dict.fromkeys(probes, 0.0)
     seen = 0
     with (
-        OnnxRuntimeSession(twins.SerializeToString()) as session,
+        open_model(twins) as session,
         Progress(disable=quiet, console=Console(stderr=True), transient=True) as progress,
     ):
         task = progress.add_task("error of each layer", total=total)

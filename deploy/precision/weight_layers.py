@@ -12,6 +12,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from calib_data.errors import UserError
+from deploy.graphs.files import with_shapes
 
 MIN_OPSET = 19  # QuantizeLinear knows fp16 scales and fp8 from here on
 _IR_VERSION = 10
@@ -71,7 +72,7 @@ def prepared(model: ModelProto) -> ModelProto:
     _constants_to_initializers(graph)
     if opset < MIN_OPSET:
         del graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(result)
+    return with_shapes(result)
 
 
 def with_opset(model: ModelProto, opset: int) -> ModelProto:

@@ -60,7 +60,7 @@ def headline(report: Report) -> Best | None:
 
 def verdict(report: Report) -> str:
     """Say the result in one sentence: speed, accuracy, size, and the device it holds for."""
-    parts = [*_speed_part(headline(report)), *_accuracy_part(report)]
+    parts = [*_speed_part(headline(report), report), *_accuracy_part(report)]
     fewer = 100 * (1 - report.pruned.params / report.dense.params)
     parts.append(f"{fewer:.0f} % fewer parameters")
     device = device_of(report) if report.best else ""
@@ -109,7 +109,9 @@ def shortfall(report: Report) -> str | None:
     return text
 
 
-def _speed_part(best: Best | None) -> list[str]:
+def _speed_part(best: Best | None, report: Report) -> list[str]:
+    if best is None and comparisons(report):
+        return ["Latency was measured, but nothing was chosen to deploy"]
     if best is None:
         return ["Latency was not measured"]
     dense = "" if best.dense_precision == best.precision else f" than dense in {best.dense_precision}"

@@ -82,8 +82,7 @@ class OnnxRuntime:
         ):
             source = openable(self._ready(model), Path(weights), apart=keeps_weights_apart(onnx_path))
             settings, built = self._compile(onnx_path, model, source, options, Path(work))
-            if options.precision != "fp32" or options.require_fused_attention:  # of "fp32" nothing narrower is expected
-                check_built(built, options, self.name)
+            check_built(built, options, self.name)
             self._save_cache(Path(work), folder)
             return save_engine(
                 self,

@@ -13,6 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploy.graphs.facts import GraphFacts
+from deploy.precision.weight_layers import drop_unused_initializers
 from deploy.runtimes.interface import Built, LayerTime
 
 _INT8_GEMMS = frozenset(
@@ -125,6 +126,7 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
         for changed in around:
             changed.input[2] = zero
     del graph.value_info[:]
+    drop_unused_initializers(result)  # ONNX Runtime warns of each
     return result
 
 

@@ -200,7 +200,7 @@ class OnnxRuntimeSession:
 
 
 def optimised_graph(
-    model: bytes, provider: str = providers.CPU, provider_options: Mapping[str, str] | None = None
+    model: bytes | Path, provider: str = providers.CPU, provider_options: Mapping[str, str] | None = None
 ) -> ModelProto:
     """The graph as ONNX Runtime runs it on this machine, without its large weights."""
     with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
@@ -332,7 +332,7 @@ def _run_errors(provider: str) -> Iterator[None]:
     """Turn what a call can fail with into messages."""
     try:
         yield
-    except (*load_errors(), MemoryError) as error:
+    except load_errors() + (MemoryError,) as error:  # noqa: RUF005
         why = reason(error)
         ran_out = isinstance(error, MemoryError) or memory_ran_out(why)
         raise UserError(

@@ -108,9 +108,7 @@ class OpenVino:
             settings: dict[str, str | int | bool] = {"device": self.device, "inference_precision": hint}
             try:
                 built = _built(_compile(source, self.device, hint, 1), model)
-                # of "fp32" nothing narrower is expected
-                if options.precision != "fp32" or options.require_fused_attention:
-                    check_built(built, options, self.name)
+                check_built(built, options, self.name)
                 if self.device == "CPU":
                     settings["threads"] = worthwhile_threads(
                         lambda count: OpenVinoSession(source, self.device, hint, count),

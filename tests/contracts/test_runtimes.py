@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from onnx import helper
 
 from calib_data.errors import BuildError, MissingDependencyError, UserError
 from deploy.graphs.facts import GraphFacts
+from deploy.graphs.files import save_model
 from deploy.measure.parity import TOLERANCES, check_parity
 from deploy.precision import calibrate, convert
 from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Runtime, open_onnx, read_engine
@@ -148,6 +150,22 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
         assert all(layer.ms >= 0 and layer.name for layer in layers)
     with pytest.raises(ValueError, match="closed"):
         session.run({"images": IMAGES})
+
+
+def test_weights_beside_the_model_make_no_difference(ready: Runtime, tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path / "apart" / "model.onnx", external_data=True)
+    assert (tmp_path / "apart" / "model.onnx.data").stat().st_size > 0
+    whole = ready.build(write(tmp_path / "model.onnx"), tmp_path / "whole-engine", options_for())
+    engine = ready.build(tmp_path / "apart" / "model.onnx", tmp_path / "engine", options_for())
+    shutil.rmtree(tmp_path / "apart")
+    assert read_engine(engine.folder) == engine
+    files = [file for file in engine.folder.iterdir() if file.is_file() and file.name != "build.json"]
+    assert engine.bytes == sum(file.stat().st_size for file in files)
+    assert engine.built == whole.built
+    if ready.missing_to_run() is None:
+        with ready.open(engine.folder) as apart, ready.open(whole.folder) as together:
+            feeds = {"images": IMAGES}
+            np.testing.assert_allclose(apart.run(feeds)["logits"], together.run(feeds)["logits"], atol=1e-6)
 
 
 def test_a_model_it_cannot_take_is_a_build_error_with_the_node(ready: Runtime, tmp_path: Path) -> None:

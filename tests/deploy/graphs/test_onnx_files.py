@@ -14,7 +14,7 @@ import deploy.graphs.files
 from calib_data.errors import UserError
 from deploy.artifacts import file_digest
 from deploy.graphs.export import export_onnx
-from deploy.graphs.files import load_model, model_digest, save_model
+from deploy.graphs.files import data_files, load_model, model_digest, save_model, with_shapes
 from deploy.runtimes import open_onnx
 
 from ..conftest import Exported
@@ -69,12 +69,15 @@ def test_the_digest_covers_the_weights(apart: Path, tmp_path: Path) -> None:
 
 def relocate(path: Path, **entries: str) -> None:
     model = onnx.load(path, load_external_data=False)
-    tensor = model.graph.initializer[0]
+    change_location(model.graph.initializer[0], **entries)
+    path.write_bytes(model.SerializeToString())
+
+
+def change_location(tensor: TensorProto, **entries: str) -> None:
     kept = {entry.key: entry.value for entry in tensor.external_data} | entries
     del tensor.external_data[:]
     for key, value in kept.items():
         tensor.external_data.add(key=key, value=value)
-    path.write_bytes(model.SerializeToString())
 
 
 def _missing(path: Path) -> None:
@@ -134,6 +137,127 @@ def test_weights_that_are_not_as_they_should_be_are_refused(
         load_model(apart)
     assert refusal.value.why
     assert refusal.value.fix
+
+
+BRANCH = np.arange(4, dtype=np.float32)
+
+
+def hidden_weight(location: str) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    change_location(tensor, location=location, offset="0", length="16")
+    return tensor
+
+
+def branch(location: str, *, constant: bool = False) -> onnx.GraphProto:
+    """A subgraph that returns a weight in another file."""
+    weight, result = hidden_weight(location), [helper.make_tensor_value_info("r", TensorProto.FLOAT, [4])]
+    if constant:
+        return helper.make_graph([helper.make_node("Constant", [], ["r"], value=weight)], "branch", [], result)
+    return helper.make_graph([helper.make_node("Identity", ["w"], ["r"])], "branch", [], result, [weight])
+
+
+def branching(then: onnx.GraphProto) -> ModelProto:
+    """y = BRANCH where c holds, else 0."""
+    value = helper.make_tensor_value_info
+    zero = numpy_helper.from_array(np.zeros(4, np.float32), "z")
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["z"], ["s"])], "other", [], [value("s", TensorProto.FLOAT, [4])], [zero]
+    )
+    graph = helper.make_graph(
+        [helper.make_node("If", ["c"], ["y"], "choice", then_branch=then, else_branch=other)],
+        "branching",
+        [value("c", TensorProto.BOOL, [])],
+        [value("y", TensorProto.FLOAT, [4])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _in_if(location: str) -> ModelProto:
+    return branching(branch(location))
+
+
+def _in_if_constant(location: str) -> ModelProto:
+    return branching(branch(location, constant=True))
+
+
+def _in_if_in_if(location: str) -> ModelProto:
+    inner = helper.make_node("If", ["c"], ["r"], then_branch=branch(location), else_branch=branch("w.bin"))
+    result = [helper.make_tensor_value_info("r", TensorProto.FLOAT, [4])]
+    return branching(helper.make_graph([inner], "outer", [], result))
+
+
+def _in_loop(location: str) -> ModelProto:
+    model = branching(branch("w.bin"))
+    model.graph.node.append(helper.make_node("Loop", ["", "c"], ["l"], body=branch(location)))
+    return model
+
+
+def _in_a_list_of_graphs(location: str) -> ModelProto:
+    model = branching(branch("w.bin"))
+    model.graph.node.append(helper.make_node("Foreign", [], ["l"], domain="com.example", bodies=[branch(location)]))
+    return model
+
+
+def _of_a_denied_type(location: str) -> ModelProto:
+    model = _in_if(location)
+    for attribute in model.graph.node[0].attribute:
+        attribute.type = onnx.AttributeProto.INT
+    return model
+
+
+def _in_a_function(location: str) -> ModelProto:
+    model = _in_if("w.bin")
+    constant = helper.make_node("Constant", [], ["r"], value=hidden_weight(location))
+    opset = [helper.make_opsetid("", 20)]
+    model.functions.append(helper.make_function("com.example", "F", [], ["r"], [constant], opset))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_in_if, _in_if_constant, _in_if_in_if, _in_loop, _in_a_list_of_graphs, _of_a_denied_type, _in_a_function],
+)
+def test_weights_of_subgraphs_are_held_to_the_same_rules(make: Callable[[str], ModelProto], tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "model.onnx"
+    path.parent.mkdir()
+    (path.parent / "w.bin").write_bytes(BRANCH.tobytes())
+    (tmp_path / "secret").write_bytes(BRANCH.tobytes())
+    path.write_bytes(make("w.bin").SerializeToString())
+    content = load_model(path).SerializeToString()
+    assert BRANCH.tobytes() in content
+    assert b"w.bin" not in content
+    for location, said in (("../secret", "outside its folder"), ("absent", "lacks its weights")):
+        path.write_bytes(make(location).SerializeToString())
+        assert location in data_files(onnx.load(path, load_external_data=False))
+        with pytest.raises(UserError, match=said):
+            load_model(path)
+
+
+def test_the_current_folder_supplies_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes(_in_if("w.bin").SerializeToString())
+    (tmp_path / "w.bin").write_bytes(np.full(4, 9, np.float32).tobytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lacks its weights"):
+        open_onnx(path, threads=1)
+    (path.parent / "w.bin").write_bytes(BRANCH.tobytes())
+    with open_onnx(path, threads=1) as session:
+        np.testing.assert_array_equal(session.run({"c": np.array(True)})["y"], BRANCH)
+
+
+def test_shapes_of_a_model_above_the_limit(vit: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(vit.report.path)
+    del model.graph.value_info[:]
+    wanted = onnx.shape_inference.infer_shapes(model)
+    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", 1000)
+    inferred = with_shapes(model)
+    assert inferred.graph.initializer == wanted.graph.initializer
+    assert {value.name: value for value in inferred.graph.value_info} == {
+        value.name: value for value in wanted.graph.value_info
+    }
+    assert inferred.graph.output == wanted.graph.output
+    assert not model.graph.value_info
 
 
 def _not_onnx(model: ModelProto) -> bytes:

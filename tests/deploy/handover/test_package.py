@@ -156,7 +156,8 @@ def make_run(parts: Path, tmp_path: Path) -> MakeRun:
             cuda = {"provider": "CUDAExecutionProvider", "use_tf32": "0"}
             ours = {"onnxruntime": {"provider": "CPUExecutionProvider"}, "onnxruntime-cuda": cuda}.get(runtime, {})
             write = functools.partial(
-                save_engine, runtime_named(runtime), file="model.onnx" if runtime == "onnxruntime" else "engine.plan", content=b"a plan", targets=targets,
+                save_engine, runtime_named(runtime), content=b"a plan", targets=targets,
+                file="model.onnx" if runtime == "onnxruntime" else "engine.plan",
                 options=BuildOptions(precision=precision), seconds=1.0, library=runtime.removesuffix("-cuda"),
                 library_version="1.2.3", onnx_path=onnx_path, settings=ours,
             )  # fmt: skip

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.report.sample_report import sample_report
-from tests.deploy.report.test_run_comparison import three_runs
 
 from deploy.report.runs import compare_runs, save_comparison
 from deploy.report.views import save_report
+from tests.deploy.report.sample_report import sample_report
+from tests.deploy.report.test_run_comparison import three_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deploy.report.sample_report import latency, sample_document, sample_report
 
 from calib_data.errors import UserError
 from deploy.report.document import Report, engine_figures, load_report
 from deploy.report.verdict import comparisons, headline, shortfall, verdict
 from deploy.report.views import save_report
 from deploy.runtimes.interface import BatchProfile, Built, Engine
+from tests.deploy.report.sample_report import latency, sample_document, sample_report
 
 
 def changed(part: str, **values: Any) -> dict[str, Any]:

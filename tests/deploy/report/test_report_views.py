@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tests.deploy.report.sample_report import latency, sample_document, sample_report
-from tests.deploy.report.test_report import best, changed, unmeasured
 
 from deploy.report.document import Report
 from deploy.report.verdict import comparisons, shortfall, verdict
@@ -29,6 +27,8 @@ from deploy.report.views.charts import (
 from deploy.report.views.page import accuracy_charts, latency_charts
 from deploy.report.views.section import MINUS, short_count, signed, three_digits
 from deploy.report.views.summary import shortcomings, tiles
+from tests.deploy.report.sample_report import latency, sample_document, sample_report
+from tests.deploy.report.test_report import best, changed, unmeasured
 
 
 def printed(made: Report, width: int = 80) -> str:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.deploy.report.sample_report import sample_document, sample_report
 
 from calib_data.errors import UserError
 from deploy import cli
@@ -20,7 +19,7 @@ from deploy.report.runs import (
 )
 from deploy.report.verdict import verdict
 from deploy.report.views import save_report
-
+from tests.deploy.report.sample_report import sample_document, sample_report
 
 UNMEASURED: dict[str, object] = {"speedup": {}, "speedup_low": {}, "speedup_high": {}}
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import GateError, UserError
+from calib_data.errors import BuildError, GateError, UserError
 from deploy.environment import usable_cores
 from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, onnxruntime_, open_model, open_onnx, threads
 from deploy.runtimes import onnxruntime_providers as providers
@@ -30,6 +30,14 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing to tune: builds take no longer than they must."""
     monkeypatch.setattr(onnxruntime_, "usable_cores", lambda: 1)
+
+
+def lookup() -> onnx.ModelProto:
+    """Looks tokens up in a table of one row."""
+    node = onnx.helper.make_node("Gather", ["table", "tokens"], ["y"], "gather")
+    value = onnx.helper.make_tensor_value_info
+    inputs, outputs = [value("tokens", onnx.TensorProto.INT64, ["n", 3])], [value("y", FLOAT, ["n", 3, 4])]
+    return finish([node], inputs, outputs, {"table": np.ones((1, 4), np.float32)})
 
 
 def build(model: onnx.ModelProto, folder: Path, options: BuildOptions) -> Any:
@@ -110,6 +118,70 @@ def test_a_layer_that_would_run_in_fp32_instead_of_int8_is_an_error(tmp_path: Pa
     with pytest.raises(GateError, match="2 of 3 int8 layers"):
         build(model, tmp_path, BuildOptions("int8"))
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.usefixtures("one_core")
+def test_a_graph_of_which_nothing_narrow_is_expected_is_built_as_it_is(tmp_path: Path) -> None:
+    model, exact = quantized(convolution=True)
+    engine = build(model, tmp_path, BuildOptions("fp32", BatchProfile(1, 2, 4)))
+    assert engine.built is not None
+    assert engine.built.planned == {"int8": 3}
+    with CPU.open(engine.folder) as session:
+        assert session.run({"x": pictures_of(2)})["y"].shape == exact.shape
+
+
+def test_what_a_call_fails_with_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_model(lookup(), threads=1) as session:
+        assert session.run({"tokens": np.zeros((2, 3), np.int64)})["y"].shape == (2, 3, 4)
+        wrong = {"tokens": np.ones((2, 3), np.int64)}
+        for call in (lambda: session.run(wrong), lambda: session.time(wrong, 2), lambda: session.layer_times(wrong, 1)):
+            with pytest.raises(UserError, match="cannot run this model on these inputs") as error:
+                call()
+            assert "out of data bounds" in error.value.why
+
+        def fail(*arguments: Any) -> None:
+            arena = (
+                "bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory for requested buffer of size 8388608"
+            )
+            raise RuntimeError(arena)
+
+        monkeypatch.setattr(session, "_run", fail)
+        with pytest.raises(UserError) as error:
+            session.run(wrong)
+        assert "smaller batches or fewer streams" in error.value.fix
+
+
+@pytest.mark.usefixtures("one_core")
+def test_memory_that_runs_out_while_building_is_named_with_what_helps(
+    vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr(onnxruntime_, "optimised_graph", fail)
+    with pytest.raises(BuildError, match="ran out of memory") as error:
+        CPU.build(vit.report.path, tmp_path / "engine", BuildOptions())
+    assert "smaller largest batch" in error.value.fix
+
+
+@pytest.mark.usefixtures("one_core")
+def test_the_record_is_written_after_what_the_provider_compiled(
+    vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CPU.build(vit.report.path, tmp_path / "engine", BuildOptions()).folder
+    seen: list[bool] = []
+
+    def copy(source: Path, target: Path) -> None:
+        seen.append((folder / "build.json").exists())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnxruntime_.shutil, "copytree", copy)
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled" / "kernel").touch()
+    with pytest.raises(UserError, match="no space left"):
+        CPU._save_cache(tmp_path / "compiled", folder)
+    assert seen == [False]
+    assert not (folder / "build.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])

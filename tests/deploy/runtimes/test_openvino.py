@@ -189,6 +189,31 @@ def test_a_layer_that_would_run_wider_than_asked_is_an_error(
 
 
 @needs_openvino
+def test_what_a_call_fails_with_is_a_message(vit: Exported, tmp_path: Path) -> None:
+    engine = OPENVINO.build(vit.report.path, tmp_path / "engine", BuildOptions())
+    wrong = {"images": np.zeros((1, 3, 33, 32), np.float32)}
+    with OPENVINO.open(engine.folder) as session:
+        for call in (lambda: session.run(wrong), lambda: session.time(wrong, 1)):
+            with pytest.raises(UserError, match="cannot run this model on these inputs"):
+                call()
+
+
+@needs_openvino
+def test_inputs_in_half_precision_are_taken_as_the_file_has_them(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info
+    half = onnx.TensorProto.FLOAT16
+    weights = {"w": np.eye(8, dtype=np.float16)}
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    onnx.save(finish([node], [value("x", half, ["n", 8])], [value("y", half, ["n", 8])], weights), tmp_path / "m.onnx")
+    engine = OPENVINO.build(tmp_path / "m.onnx", tmp_path / "engine", BuildOptions())
+    x = np.arange(16, dtype=np.float16).reshape(2, 8)
+    with OPENVINO.open(engine.folder) as session:
+        np.testing.assert_array_equal(session.run({"x": x})["y"], x)
+        assert session.time({"x": x}, 2).total.shape == (2,)
+        assert session.layer_times({"x": x}, 1)
+
+
+@needs_openvino
 def test_a_device_that_is_not_there_is_named() -> None:
     if any(device.startswith("GPU") for device in openvino_._core().available_devices):
         pytest.skip("this machine has an Intel GPU")
