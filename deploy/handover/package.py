@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.progress import track
 
 from calib_data.errors import UserError
+from calib_data.progress import watched
 from deploy.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
 from deploy.handover.texts import Subject, example_files, model_card, readme, requirements, shorten, shortened_paths
 from deploy.handover.triton import Port, ports, write_repository
@@ -314,7 +314,7 @@ def _write_sums(folder: Path, *, quiet: bool) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     lines = [
         f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
-        for path in track(files, "package", disable=quiet, transient=True)
+        for path in watched(files, "package", quiet=quiet)
     ]
     _write_text(folder / SUMS, "".join(lines))
 
