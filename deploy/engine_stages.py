@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from calib_data import batches
 from calib_data.errors import GateError
 from deploy.artifacts import Artifact, atomic_write
 from deploy.environment import environment
@@ -28,10 +27,10 @@ from deploy.job import (
     parity_images,
     read_json,
     stage,
-    validation_images,
+    validation_outputs,
     write_json,
 )
-from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
+from deploy.measure.accuracy import Accuracy, accuracy
 from deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from deploy.measure.figures import Pair, bench_figures, findings, layer_figures
 from deploy.measure.gpu_monitor import GpuMonitor
@@ -204,7 +203,7 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
             }
             costs = _accuracies(job, exported, pairs, sessions)
             write_json(folder / "accuracy.json", {name: asdict(cost) for name, cost in costs.items()})
-            feeds = {batch: _feed(job, sessions, batch) for batch in recipe.batches}
+            feeds = _feeds(job, sessions)
             settings = BenchSettings(
                 seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
             )
@@ -282,10 +281,7 @@ def _accuracies(
     """Every session on the validation images, which are decoded once for all."""
     if not sessions:
         return {}
-    size = job.profile.opt
-    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
-    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, size))
-    outputs, labels = outputs_of(sessions, fed, size, total=-(-len(chosen) // size), quiet=job.quiet)
+    outputs, labels = validation_outputs(job, sessions, job.profile.opt)
     reference = load_file(exported.folder / "accuracy_reference.safetensors")
     found = {
         pair.session(model): accuracy(reference[model], outputs[pair.session(model)], labels, pair.session(model))
@@ -295,10 +291,12 @@ def _accuracies(
     return found
 
 
-def _feed(job: Job, sessions: Mapping[str, Session], batch: int) -> dict[str, Pixels]:
+def _feeds(job: Job, sessions: Mapping[str, Session]) -> dict[int, dict[str, Pixels]]:
+    """Real images by batch size; decoded once."""
     images = parity_images(job)
     name = next(iter(sessions.values())).input_names[0] if sessions else "images"
-    return {name: model_input(job, images[torch.arange(batch) % len(images)])}
+    sizes = job.recipe.bench.batches
+    return {size: {name: model_input(job, images[torch.arange(size) % len(images)])} for size in sizes}
 
 
 def _throughputs(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from calib_data import DataSource, Images, Preprocess, batches
 from calib_data.errors import UserError
 from deploy.artifacts import Artifact, atomic_write, run_stage
+from deploy.measure.accuracy import outputs_of
 from deploy.recipe import Recipe
-from deploy.runtimes import BatchProfile, RuntimeChoice
+from deploy.runtimes import BatchProfile, RuntimeChoice, Session
 
 MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
@@ -121,6 +122,15 @@ def parity_images(job: Job) -> Tensor:
     """Some validation images [N, 3, H, W], as the network sees them."""
     chosen = validation_images(job.source, job.recipe.export.parity_images)
     return torch.cat([images for images, _ in batches(chosen, job.preprocess, EVAL_BATCH)])
+
+
+def validation_outputs(
+    job: Job, sessions: Mapping[str, Session], batch_size: int = EVAL_BATCH
+) -> tuple[dict[str, Pixels], Pixels]:
+    """Outputs [N, K] of sessions by name, and labels [N], on the validation images that precisions are judged on."""
+    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
+    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, batch_size))
+    return outputs_of(sessions, fed, batch_size, total=-(-len(chosen) // batch_size), quiet=job.quiet)
 
 
 def model_input(job: Job, images: Tensor) -> Pixels:

@@ -20,8 +20,8 @@ from calib_data.errors import GateError
 from deploy.artifacts import Artifact
 from deploy.graphs.facts import GraphFacts
 from deploy.graphs.files import load_model, save_model
-from deploy.job import EVAL_BATCH, MODELS, Job, Pixels, model_input, read_json, stage, validation_images, write_json
-from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
+from deploy.job import MODELS, Job, Pixels, model_input, read_json, stage, validation_outputs, write_json
+from deploy.measure.accuracy import Accuracy, accuracy
 from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from deploy.recipe import split_names
 from deploy.runtimes import Runtime, open_model
@@ -122,12 +122,8 @@ def _fed(job: Job, images: Images) -> Iterator[Pixels]:
 
 
 def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
-    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
-    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, EVAL_BATCH))
     with open_model(for_cpu(graph)) as session:
-        total = -(-len(chosen) // EVAL_BATCH)
-        outputs, _ = outputs_of({"graph": session}, fed, EVAL_BATCH, total=total, quiet=job.quiet)
-    return outputs["graph"]
+        return validation_outputs(job, {"graph": session})[0]["graph"]
 
 
 def holds(artifact: Artifact, max_drop: float) -> bool:

@@ -20,8 +20,7 @@ import toolchain
 from calib_data import Preprocess, batches, proxy_images
 from deploy.artifacts import Artifact, canonical_digest, file_digest
 from deploy.graphs.export import export_onnx
-from deploy.job import EVAL_BATCH, Job, model_input, parity_images, stage, validation_images, write_json
-from deploy.measure.accuracy import outputs_of
+from deploy.job import EVAL_BATCH, Job, model_input, parity_images, stage, validation_outputs, write_json
 from deploy.measure.parity import check_parity, model_outputs, session_outputs
 from deploy.recipe import Recipe, distill_settings
 from deploy.runtimes import open_onnx
@@ -154,11 +153,8 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
 
 def _save_accuracy_reference(job: Job, folder: Path) -> None:
     """What precisions are judged against: outputs of the fp32 graphs, just held against PyTorch, and the labels."""
-    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
-    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, EVAL_BATCH))
     with open_onnx(folder / "dense/model.onnx") as dense, open_onnx(folder / "pruned/model.onnx") as pruned:
-        total = -(-len(chosen) // EVAL_BATCH)
-        outputs, labels = outputs_of({"dense": dense, "pruned": pruned}, fed, EVAL_BATCH, total=total, quiet=job.quiet)
+        outputs, labels = validation_outputs(job, {"dense": dense, "pruned": pruned})
     tensors = {name: torch.from_numpy(values) for name, values in {**outputs, "labels": labels}.items()}
     save_file(tensors, folder / "accuracy_reference.safetensors")
 

@@ -359,10 +359,6 @@ def _bandwidth(layers: Sequence[LayerTime]) -> str:
     return f" Outside of the products, {total / 1e6:.1f} MB are read and written at {total / ms / 1e6:.1f} GB/s."
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 60 else f"{name[:57]}..."
-
-
 def _examples(values: Mapping[str, int]) -> str:
     shown = ", ".join(f"{name} ({value})" for name, value in list(values.items())[:5])
     return shown + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -20,9 +20,9 @@ from deploy.artifacts import atomic_write
 from deploy.graphs.facts import node_name
 from deploy.graphs.files import openable
 from deploy.runtimes.cuda import compute_capability
-from deploy.runtimes.engine_folder import build_failed
+from deploy.runtimes.engine_folder import build_failed, check_built, save_engine
 from deploy.runtimes.inspector import read_inspector
-from deploy.runtimes.interface import BatchProfile, BuildOptions, Engine, Runtime
+from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Runtime
 from deploy.runtimes.kernels import Compiled
 
 _MIB = 1 << 20
@@ -107,6 +107,40 @@ def inspect_engine(trt: Any, plan: bytes | memoryview) -> Compiled | None:
     inspector = cuda_engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     return read_inspector(text, getattr(cuda_engine, "device_memory_size_v2", None))
+
+
+def save_plan(
+    runtime: Runtime,
+    folder: Path,
+    plan: memoryview,
+    library_version: str,
+    built: Built | None,
+    *,
+    options: BuildOptions,
+    targets: tuple[str, ...],
+    seconds: float,
+    onnx_path: Path,
+) -> Engine:
+    """Put a serialized engine into its folder, when it is what was asked for.
+
+    Raises:
+        GateError: it is less.
+    """
+    check_built(built, options, runtime.name)
+    return save_engine(
+        runtime,
+        folder,
+        "engine.plan",
+        plan,
+        options=options,
+        targets=targets,
+        seconds=seconds,
+        library=runtime.name,
+        library_version=library_version,
+        onnx_path=onnx_path,
+        settings={"tf32": False, "strongly_typed": True},
+        built=built,
+    )
 
 
 def has_precision(target: str, precision: str) -> bool:

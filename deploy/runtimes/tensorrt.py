@@ -9,7 +9,7 @@ from pathlib import Path
 from calib_data.errors import UserError
 from deploy.graphs.facts import GraphFacts
 from deploy.runtimes.cuda import missing_gpu
-from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.engine_folder import check_request, read_engine, require
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from deploy.runtimes.kernels import built_from
 from deploy.runtimes.nvinfer import (
@@ -18,6 +18,7 @@ from deploy.runtimes.nvinfer import (
     compile_engine,
     device_here,
     inspect_engine,
+    save_plan,
 )
 from deploy.runtimes.nvinfer_session import NvinferSession
 
@@ -68,20 +69,16 @@ class TensorRt:
         plan = compile_engine(trt, self, model, onnx_path, options)
         seconds = time.perf_counter() - started
         built = built_from(inspect_engine(trt, plan), facts)
-        check_built(built, options, self.name)
-        return save_engine(
+        return save_plan(
             self,
             folder,
-            "engine.plan",
             plan,
+            trt.__version__,
+            built,
             options=options,
             targets=targets,
             seconds=seconds,
-            library="tensorrt",
-            library_version=trt.__version__,
             onnx_path=onnx_path,
-            settings={"tf32": False, "strongly_typed": True},
-            built=built,
         )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:

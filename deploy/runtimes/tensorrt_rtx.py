@@ -10,10 +10,17 @@ from typing import Any
 from calib_data.errors import UserError
 from deploy.graphs.facts import GraphFacts
 from deploy.runtimes.cuda import compute_capability, missing_gpu
-from deploy.runtimes.engine_folder import check_built, check_request, read_engine, require, save_engine
+from deploy.runtimes.engine_folder import check_request, read_engine, require
 from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from deploy.runtimes.kernels import built_from
-from deploy.runtimes.nvinfer import check_targets, check_version, compile_engine, has_precision, refuse_operators
+from deploy.runtimes.nvinfer import (
+    check_targets,
+    check_version,
+    compile_engine,
+    has_precision,
+    refuse_operators,
+    save_plan,
+)
 from deploy.runtimes.nvinfer_session import NvinferSession
 from deploy.runtimes.plan_text import read_plan
 
@@ -75,20 +82,16 @@ class TensorRtRtx:
         plan = compile_engine(trt, self, model, onnx_path, replace(options, timing_cache=None), for_targets)
         seconds = time.perf_counter() - started
         built = built_from(read_plan(plan), facts)
-        check_built(built, options, self.name)
-        return save_engine(
+        return save_plan(
             self,
             folder,
-            "engine.plan",
             plan,
+            trt.__version__,
+            built,
             options=options,
             targets=targets,
             seconds=seconds,
-            library="tensorrt-rtx",
-            library_version=trt.__version__,
             onnx_path=onnx_path,
-            settings={"tf32": False, "strongly_typed": True},
-            built=built,
         )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
