@@ -119,15 +119,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
 def _builder(runtime: Runtime) -> dict[str, str]:
     """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
     here = environment()
-    libraries = {
-        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-        "onnxruntime-cuda": ("onnxruntime", "onnxruntime-gpu"),
-        "onnxruntime-tensorrt": ("onnxruntime", "onnxruntime-gpu", "tensorrt"),
-        "onnxruntime-tensorrt-rtx": ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"),
-        "openvino": ("openvino",),
-        "openvino-gpu": ("openvino",),
-    }.get(runtime.name, (runtime.name,))
-    versions = {name: here.libraries[name] for name in libraries if name in here.libraries}
+    versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
     if runtime.rest == "fp32":  # runtimes of the CPU are tuned to the cores that they may use
         device = f"{here.cpu}, {here.cores_usable} cores"
     else:
@@ -228,7 +220,9 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
         write_json(folder / "sessions.json", _settings_used(measured, pairs))
         write_json(folder / "environment.json", environment().as_json())
 
-    inputs = {artifact.manifest.stage: artifact.digest for artifact in built}
+    # the export holds what accuracy is judged against, the plan what findings speak of
+    inputs = {"export": exported.digest, "pruned": pruned.digest}
+    inputs |= {artifact.manifest.stage: artifact.digest for artifact in built}
     here = environment()
     device = {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
     settings = {**recipe.model_dump(), "max_drop": job.recipe.precision.max_drop}

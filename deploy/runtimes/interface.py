@@ -236,6 +236,11 @@ class Runtime(Protocol):
         """What the layers around int8 and fp8 ones run in here: "fp16", or "fp32" without fp16 arithmetic."""
         ...
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions an engine depends on."""
+        ...
+
     def missing_to_build(self) -> Missing | None:
         """What this machine lacks to build engines; None when nothing."""
         ...

@@ -61,6 +61,11 @@ class OnnxRuntime:
     precisions: tuple[str, ...]
     rest: str
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        own = {providers.TENSORRT: ("tensorrt",), providers.TENSORRT_RTX: ("tensorrt-rtx",)}
+        return ("onnxruntime", "onnxruntime-gpu", *own.get(self.provider, ()))
+
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return Missing("onnxruntime is not installed.", "pip install onnxruntime-gpu")

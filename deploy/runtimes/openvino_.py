@@ -71,6 +71,7 @@ class OpenVino:
     name: str
     device: str
     rest: str
+    libraries: tuple[str, ...] = ("openvino",)
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class TensorRt:
     name: str = "tensorrt"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
     rest: str = "fp16"
+    libraries: tuple[str, ...] = ("tensorrt",)
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt") is None:

@@ -38,6 +38,7 @@ class TensorRtRtx:
     name: str = "tensorrt-rtx"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
     rest: str = "fp16"
+    libraries: tuple[str, ...] = ("tensorrt-rtx",)
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt_rtx") is None:
