@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import toolchain
 from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.families import FAMILIES, family_of, groups_of
+from toolchain.families import FAMILIES, family_of, groups_of, segments_of
 from toolchain.masks import masked
 from toolchain.planning import Component, PruningPlan
 
@@ -165,6 +165,19 @@ def test_a_missing_tensor_cannot_hide(variant: Variant, tmp_path: Path) -> None:
     save_file(state, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UserError, match=dropped):
         toolchain.load(tmp_path / "model")
+
+
+@variants
+def test_segments_chain_up_to_the_forward_pass(variant: Variant) -> None:
+    model, images = make(variant), pictures(variant)
+    stream = images
+    with torch.inference_mode():
+        for segment in segments_of(model):
+            stream = segment.run(stream)
+    assert torch.equal(stream, output_of(model, images))
+    lists = family_of(model).block_lists(model)
+    blocks = [segment.name for segment in segments_of(model) if segment.kind == "block"]
+    assert blocks == [f"{name}.{index}" for name, count in lists.items() for index in range(count)]
 
 
 @variants

@@ -16,6 +16,7 @@ from calib_data.errors import UserError
 from toolchain.families import pvt_v2, vit
 from toolchain.groups import ChannelGroup, Widths, narrowed_shapes
 from toolchain.layers import resize_leaf
+from toolchain.segments import Segment
 
 
 class Family(Protocol):
@@ -31,6 +32,12 @@ class Family(Protocol):
 
     def groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
         """The prunable groups, with every parameter slice that they own."""
+
+    def segments(self, model: nn.Module) -> tuple[Segment, ...]:
+        """The forward pass in eval mode as a chain of functions; between blocks flows the residual stream."""
+
+    def block_lists(self, model: nn.Module) -> dict[str, int]:
+        """Lists of like blocks (`torch.nn` containers by name) and their lengths; blocks may leave each of them."""
 
     def attention(self, old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
         """An attention module like `old` with other sizes; parameters keep timm's names."""
@@ -75,6 +82,11 @@ def family_of(model: nn.Module) -> Family:
 def groups_of(model: nn.Module) -> tuple[ChannelGroup, ...]:
     """All prunable groups of a timm model."""
     return family_of(model).groups(model)
+
+
+def segments_of(model: nn.Module) -> tuple[Segment, ...]:
+    """The forward pass of a timm model as a chain of functions."""
+    return family_of(model).segments(model)
 
 
 def narrow(model: nn.Module, widths: Widths) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from toolchain.groups import ChannelGroup, MaskPoint, Slice
 from toolchain.layers import mlp_ratio
+from toolchain.segments import Segment
 
 
 class NarrowAttention(Attention):  # type: ignore[misc]
@@ -152,6 +154,51 @@ def _block_groups(name: str, block: Any, stage: int, names: set[str]) -> list[Ch
     ]
 
 
+def segments(model: nn.Module) -> tuple[Segment, ...]:
+    """Patch embedding and blocks of every stage, then the head; within a stage the stream is [B, H, W, C].
+
+    A stage's closing norm belongs to what reads it: the next stage's embedding, or the head.
+    """
+    pvt: Any = model
+    result = [Segment("patch_embed", "embed", pvt.patch_embed)]
+    for index, stage in enumerate(pvt.stages):
+        if index > 0:
+            result.append(Segment(f"stages.{index}.downsample", "embed", _downsample(pvt.stages[index - 1], stage)))
+        for block_index, block in enumerate(stage.blocks):
+            result.append(Segment(f"stages.{index}.blocks.{block_index}", "block", _on_map(block)))
+
+    def head(stream: Tensor) -> Tensor:
+        return cast(Tensor, pvt.forward_head(_leave(pvt.stages[-1], stream)))
+
+    return (*result, Segment("head", "head", head))
+
+
+def _on_map(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(stream: Tensor) -> Tensor:
+        batch, height, width, channels = stream.shape
+        tokens = block(stream.reshape(batch, -1, channels), (height, width))
+        return cast(Tensor, tokens.reshape(batch, height, width, channels))
+
+    return run
+
+
+def _leave(stage: nn.Module, stream: Tensor) -> Tensor:
+    """The stage's result [B, C, H, W]."""
+    batch, height, width, channels = stream.shape
+    tokens = stage.get_submodule("norm")(stream.reshape(batch, -1, channels))
+    return cast(Tensor, tokens.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous())
+
+
+def _downsample(before: nn.Module, stage: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda stream: cast(Tensor, stage.get_submodule("downsample")(_leave(before, stream)))
+
+
+def block_lists(model: nn.Module) -> dict[str, int]:
+    """A list of blocks per stage."""
+    pvt: Any = model
+    return {f"stages.{index}.blocks": len(stage.blocks) for index, stage in enumerate(pvt.stages)}
+
+
 def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
     """timm's own attention when the heads fill the stage width, else the small subclass above."""
     timm_old: Any = old
@@ -167,10 +214,11 @@ def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Mod
 
 
 def refresh(model: nn.Module) -> None:
-    """Set `num_features` and the feature channels to the stage widths."""
+    """Set `num_features` and the feature channels to the stage widths, `depths` to the blocks that there are."""
     pvt: Any = model
     dims = _embed_dims(pvt)
     pvt.num_features = pvt.head_hidden_size = dims[-1]
+    pvt.depths = [len(stage.blocks) for stage in pvt.stages]
     pvt.feature_info = [{**info, "num_chs": dim} for info, dim in zip(pvt.feature_info, dims, strict=True)]
 
 

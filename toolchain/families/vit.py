@@ -7,10 +7,11 @@ from typing import Any, cast
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from toolchain.groups import ChannelGroup, MaskPoint, Slice
 from toolchain.layers import mlp_ratio
+from toolchain.segments import Segment
 
 
 def matches(model: nn.Module) -> bool:
@@ -134,6 +135,26 @@ def _block_groups(name: str, block: Any, names: set[str]) -> list[ChannelGroup]:
             masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
         ),
     ]
+
+
+def segments(model: nn.Module) -> tuple[Segment, ...]:
+    """Embedding, blocks, head; between them the stream of tokens [B, N, C]."""
+    vit: Any = model
+
+    def embed(images: Tensor) -> Tensor:
+        return cast(Tensor, vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))
+
+    def head(stream: Tensor) -> Tensor:
+        return cast(Tensor, vit.forward_head(vit.norm(stream)))
+
+    blocks = (Segment(f"blocks.{index}", "block", block) for index, block in enumerate(vit.blocks))
+    return (Segment("embed", "embed", embed), *blocks, Segment("head", "head", head))
+
+
+def block_lists(model: nn.Module) -> dict[str, int]:
+    """One list of blocks."""
+    vit: Any = model
+    return {"blocks": len(vit.blocks)}
 
 
 def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:

@@ -14,7 +14,8 @@ from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.families import groups_of
 from toolchain.masks import masked
-from toolchain.scores import Scores, _probes, divergence
+from toolchain.scores import Scores, divergence
+from toolchain.scores.fisher import probes_of
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 HEADLESS = next(variant for variant in VARIANTS if variant.args["num_classes"] == 0)
@@ -32,7 +33,7 @@ def calm(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("classes", [2, 7, 16])
 def test_exact_probes_sum_to_the_fisher_matrix(classes: int) -> None:
     logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(0))
-    probes = _probes(logits, None, torch.Generator())
+    probes = probes_of(logits, None, torch.Generator())
     p = logits.softmax(dim=1)
     wanted = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     torch.testing.assert_close(torch.einsum("kbi,kbj->bij", probes, probes), wanted, atol=1e-6, rtol=1e-5)
@@ -40,7 +41,7 @@ def test_exact_probes_sum_to_the_fisher_matrix(classes: int) -> None:
 
 def test_sampled_probes_are_unbiased() -> None:
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).expand(4000, -1)
-    probes = _probes(logits, None, torch.Generator().manual_seed(1))
+    probes = probes_of(logits, None, torch.Generator().manual_seed(1))
     p = logits[0].softmax(dim=0)
     found = torch.einsum("kbi,kbj->ij", probes, probes) / len(logits)
     assert (found - (torch.diag(p) - torch.outer(p, p))).abs().max() < 5e-3

@@ -1,0 +1,81 @@
+"""Fewer blocks: which of them a shortened network keeps, and building it.
+
+A block adds an attention branch and then an FFN branch to the residual stream. Taking out one attention branch and one
+neighbouring FFN branch leaves a network of ordinary blocks: either a whole block goes, or a *shifted* one (UP-ViTs,
+arXiv 2111.15127, section 3.2): the FFN of one block and the attention of the next.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from toolchain.families import family_of
+
+Blocks = Mapping[str, Sequence[tuple[int, int]]]
+"""List of blocks -> for every block that is left, the dense blocks that its attention and its FFN come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthPath:
+    """Greedy removal of blocks from one list, as far as it goes.
+
+    Attributes:
+        steps: what is left after the first, second, ... removal, as (attention, FFN) pairs.
+        loss: joint KL to the dense network in nats at each step, all other lists whole.
+    """
+
+    steps: tuple[tuple[tuple[int, int], ...], ...]
+    loss: tuple[float, ...]
+
+
+_FFN_PARTS = ("norm2", "mlp", "ls2", "drop_path2")  # timm's names; what a block lacks is skipped
+
+
+def all_blocks(model: nn.Module) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The blocks of a network as it is."""
+    return {name: tuple((i, i) for i in range(count)) for name, count in family_of(model).block_lists(model).items()}
+
+
+def shorter(pairs: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], ...]]:
+    """Every way to take one attention branch and a neighbouring FFN branch out of a list of blocks.
+
+    Args:
+        pairs: (attention, FFN) of each block.
+
+    Returns:
+        n lists without one block, then n - 1 without one shifted block; none when only one block is left.
+    """
+    if len(pairs) < 2:
+        return []
+    whole = [(*pairs[:i], *pairs[i + 1 :]) for i in range(len(pairs))]
+    shifted = [
+        (*pairs[:i], (pairs[i][0], pairs[i + 1][1]), *pairs[i + 2 :]) for i in range(len(pairs) - 1)
+    ]  # the FFN of block i and the attention of block i + 1 leave
+    return [tuple(blocks) for blocks in whole + shifted]
+
+
+def shorten(model: nn.Module, blocks: Blocks) -> nn.Module:
+    """A copy of the network with fewer blocks: a stock timm network of that depth.
+
+    Args:
+        model: a network of a supported family; it is not changed.
+        blocks: for the lists that get shorter.
+    """
+    result = copy.deepcopy(model)
+    for name, pairs in blocks.items():
+        old = result.get_submodule(name)
+        modules = list(old.children())
+        kept = []
+        for attention, ffn in pairs:
+            block = modules[attention]
+            for part in _FFN_PARTS:
+                if hasattr(block, part) and attention != ffn:
+                    setattr(block, part, getattr(modules[ffn], part))
+            kept.append(block)
+        result.set_submodule(name, type(old)(*kept) if isinstance(old, nn.Sequential) else nn.ModuleList(kept))
+    family_of(result).refresh(result)
+    return result

@@ -1,0 +1,29 @@
+"""Which units stay, once the widths are known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolchain.groups import ChannelGroup, Widths
+from toolchain.scores import Scores
+
+
+def kept_units(group: ChannelGroup, scores: Scores, widths: Widths, whole_heads: bool) -> Tensor:
+    """Ascending indices of the kept units of one group."""
+    values = scores.values[group.name]
+    if group.kind != "attention":
+        return _top(values, widths.channels[group.name])
+    heads = widths.num_heads[group.name]
+    if whole_heads and heads < group.num_heads:
+        best = _top(scores.values[f"{group.name}.heads"], heads)
+        return (best.view(-1, 1) * group.head_dim + torch.arange(group.head_dim)).flatten()
+    # equally many dims from every head, or from every run of consecutive heads that is merged into one
+    per_head = widths.channels[group.name] // heads
+    pools = values.view(heads, -1)
+    return torch.cat([_top(pool, per_head) + index * pools.shape[1] for index, pool in enumerate(pools)])
+
+
+def _top(values: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` largest values; ties keep the earlier unit."""
+    return values.sort(descending=True, stable=True).indices[:count].sort().values

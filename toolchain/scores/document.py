@@ -1,0 +1,98 @@
+"""Scores of all units of a network, in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calib_data.errors import UserError
+from toolchain.depth import DepthPath
+
+Method = Literal["fisher", "kl", "magnitude", "random"]
+
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Importance of every unit; low means that the unit can go.
+
+    Attributes:
+        method: how they were measured.
+        unit: `nats` (expected KL per image) for kl and fisher; magnitude and random have no unit.
+        values: group name -> float64 tensor [size]; NaN where a unit was not measured (sampled kl).
+        num_images: images that the scores were measured on (0 for magnitude and random).
+        seed: seed of the label probes or of the random scores.
+        model_digest: sha256 of the dense network's weights.
+        depth: list of blocks -> how it can get shorter; empty when that was not measured.
+    """
+
+    method: Method
+    unit: str
+    values: dict[str, Tensor]
+    num_images: int
+    seed: int
+    model_digest: str
+    depth: dict[str, DepthPath] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write scores.safetensors and score.json into an existing folder."""
+        save_file({name: tensor.contiguous() for name, tensor in self.values.items()}, folder / "scores.safetensors")
+        document = {
+            "format": 1,
+            "method": self.method,
+            "unit": self.unit,
+            "num_images": self.num_images,
+            "seed": self.seed,
+            "model_digest": self.model_digest,
+            "depth": {name: asdict(path) for name, path in self.depth.items()},
+        }
+        (folder / "score.json").write_text(json.dumps(document, indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the folder holds no scores.
+        """
+        try:
+            document = json.loads((folder / "score.json").read_text())
+            values = load_file(folder / "scores.safetensors")
+            return Scores(
+                method=document["method"],
+                unit=document["unit"],
+                values=values,
+                num_images=document["num_images"],
+                seed=document["seed"],
+                model_digest=document["model_digest"],
+                depth={name: _read_path(path) for name, path in document.get("depth", {}).items()},
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no readable scores ({error}).",
+                fix="Give the folder that `upvits-deploy score --output` wrote (scores.safetensors and score.json).",
+            ) from error
+
+
+def _read_path(document: dict[str, Any]) -> DepthPath:
+    steps = tuple(tuple((int(a), int(f)) for a, f in step) for step in document["steps"])
+    return DepthPath(steps, tuple(document["loss"]))
+
+
+def check_method(name: str) -> Method:
+    """The scoring method of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in METHODS:
+        raise UserError(f"Unknown scoring method {name!r}.", fix=f"Choose one of: {', '.join(METHODS)}.")
+    return name

@@ -1,0 +1,73 @@
+"""Scores of all units at once, from gradients of their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from calib_data.progress import watched
+from toolchain.groups import ChannelGroup
+from toolchain.masks import masked
+from toolchain.scores.divergence import device_of
+
+EXACT_CLASSES = 16
+"""Up to this many classes the expectation over labels is exact; beyond it, it is sampled."""
+
+
+DRAWS = 8
+"""Random probes per image for the label expectation with many classes."""
+
+
+def fisher(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[Tensor],
+    scale: float | None,
+    seed: int,
+    quiet: bool,
+) -> dict[str, Tensor]:
+    """1/2 E[(probe . d output / d mask)^2] per unit, summed image by image in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    # detached weights: nothing is kept for weight gradients, which halves time and memory
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    totals = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    for batch in watched(batches, "Scoring units (fisher)", quiet=quiet):
+        masks = {
+            group.name: torch.ones(len(batch), group.size, device=device_of(model), requires_grad=True)
+            for group in groups
+        }
+        with torch.enable_grad(), masked(model, groups, masks):
+            outputs = functional_call(model, weights, batch.to(device_of(model))).float()
+        probes = probes_of(outputs.detach().cpu(), scale, generator).to(outputs.device)
+        for index, probe in enumerate(probes):
+            gradients = torch.autograd.grad(
+                (probe * outputs).sum(), list(masks.values()), retain_graph=index + 1 < len(probes)
+            )
+            for name, gradient in zip(masks, gradients, strict=True):
+                totals[name] += gradient.double().square().sum(dim=0).cpu()
+    count = sum(len(batch) for batch in batches)
+    return {name: total / (2 * count) for name, total in totals.items()}
+
+
+def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator) -> Tensor:
+    """Directions g [K, B, C] with sum_k g_k g_k^T = the Fisher matrix of the output (exactly, or in expectation).
+
+    For a softmax that matrix is diag(p) - p p^T. Exactly: one direction sqrt(p_y) (e_y - p) per class y. With many
+    classes: diag(sqrt p) e - p (sqrt p . e) with random signs e, which uses all classes in every draw and so varies
+    less than drawing one label.
+    """
+    batch, size = outputs.shape
+    if scale is not None:
+        signs = torch.randint(0, 2, (DRAWS, batch, size), generator=generator).mul(2).sub(1)
+        return signs.float().div(scale * DRAWS**0.5)
+    p = outputs.double().softmax(dim=1)
+    root = p.sqrt()
+    if size <= EXACT_CLASSES:
+        probes = root.T.unsqueeze(2) * (torch.eye(size, dtype=p.dtype).unsqueeze(1) - p)
+    else:
+        signs = (torch.randint(0, 2, (DRAWS, batch, size), generator=generator) * 2 - 1).double()
+        probes = (root * signs - p * (root * signs).sum(dim=2, keepdim=True)) / DRAWS**0.5
+    return probes.float()
