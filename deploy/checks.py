@@ -16,14 +16,15 @@ from calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from calib_data.errors import UserError
 from deploy.precision import PRECISIONS
 from deploy.precision_stage import precisions_for
-from deploy.recipe import Recipe, split_names
+from deploy.recipe import PlanRecipe, Recipe, split_names
 from deploy.runtimes import BatchProfile, Runtime
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
 from toolchain.planning import check_request
 from toolchain.timm_config import num_classes_of
 
-CUTS = ("ratio", "target_macs", "target_params", "like")
+CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
+LATENCY = ("target_latency", "speedup")
 
 
 def with_names(recipe: Recipe) -> Recipe:
@@ -32,15 +33,7 @@ def with_names(recipe: Recipe) -> Recipe:
     Raises:
         UserError: a name is unknown, no cut or several cuts are asked for, or there are no weights to start from.
     """
-    plan = recipe.plan
-    given = [name for name in CUTS if getattr(plan, name) is not None]
-    if len(given) != 1:
-        raise UserError(
-            f"How much is to be cut? {'Nothing was given' if not given else 'Given were ' + ' and '.join(given)}.",
-            fix="Give exactly one of --ratio, --target-macs, --target-params and --like.",
-        )
-    if plan.like is None:
-        check_request({given[0]: getattr(plan, given[0])}, plan.align, plan.components)
+    plan = with_planner(recipe.plan)
     model = canonical_name(recipe.model)
     if plan.like is not None:
         plan = plan.model_copy(update={"like": canonical_name(plan.like)})
@@ -58,6 +51,47 @@ def with_names(recipe: Recipe) -> Recipe:
             "precision": precision,
         }
     )
+
+
+def with_planner(plan: PlanRecipe) -> PlanRecipe:
+    """The plan's part of a recipe with its planner chosen and its request checked.
+
+    Raises:
+        UserError: no cut or several cuts are asked for, or they do not go with the planner.
+    """
+    given = [name for name in CUTS if getattr(plan, name) is not None]
+    if not given and plan.depth_ratio is not None:
+        plan, given = plan.model_copy(update={"ratio": 0.0}), ["ratio"]
+    if len(given) != 1:
+        raise UserError(
+            f"How much is to be cut? {'Nothing was given' if not given else 'Given were ' + ' and '.join(given)}.",
+            fix="Give exactly one of --ratio, --target-macs, --target-params, --like, --target-latency and --speedup.",
+        )
+    planner = plan.planner or ("latency" if given[0] in LATENCY else "uniform")
+    if (planner == "latency") != (given[0] in LATENCY):
+        raise UserError(
+            f"The {planner} planner cannot aim at {given[0].replace('_', ' ')}.",
+            why="It spends milliseconds." if planner == "latency" else "Only the latency planner measures them.",
+            fix="Give --target-latency or --speedup with --planner latency, and any other cut with uniform or global.",
+        )
+    if planner != "uniform" and (plan.like is not None or plan.depth_ratio is not None):
+        raise UserError(
+            f"The {planner} planner chooses widths and depth itself.",
+            fix="Leave --like and --depth-ratio out, or use --planner uniform.",
+        )
+    if plan.rounds > 1 and (plan.like is not None or planner == "latency"):
+        raise UserError(
+            "Rounds need a cut that can be made in steps.",
+            fix="Use --rounds with --ratio, --target-macs or --target-params.",
+        )
+    if plan.target_latency is not None:
+        parse_target(plan.target_latency)
+    elif plan.speedup is not None:
+        parse_speedup(plan.speedup)
+    elif plan.like is None:
+        numbers = {given[0]: getattr(plan, given[0])}
+        check_request(numbers, plan.align, plan.components)
+    return plan.model_copy(update={"planner": planner})
 
 
 def _default_weights(model: str, data: str) -> str:

@@ -34,7 +34,11 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
     from deploy.recipe import read_recipe_file
 
     places = {
-        "plan": ("ratio", "target_macs", "target_params", "like", "align", "components"),
+        "plan": (
+            "ratio", "target_macs", "target_params", "like", "target_latency", "speedup", "depth_ratio", "planner",
+            "rounds", "align", "components",
+        ),
+        "compensate": ("enabled", "refit_images"),
         "score": ("method", "num_images"),
         "distill": ("epochs", "batch_size", "lr", "feature_weight", "workers"),
         "precision": ("calib", "calib_images", "max_drop"),
@@ -82,6 +86,13 @@ def _stage_command(until: str) -> Callable[..., None]:
         target_macs: opt.TargetMacs = None,
         target_params: opt.TargetParams = None,
         like: opt.Like = None,
+        target_latency: opt.TargetLatency = None,
+        speedup: opt.Speedup = None,
+        depth_ratio: opt.DepthRatio = None,
+        planner: opt.Planner = None,
+        rounds: opt.Rounds = None,
+        compensate: opt.Compensate = None,
+        refit_images: opt.RefitImages = None,
         align: opt.Align = None,
         components: opt.Components = None,
         method: opt.Method = None,
@@ -115,7 +126,9 @@ def _stage_command(until: str) -> Callable[..., None]:
     ) -> None:
         options = {
             "model": model, "weights": weights, "data": data, "image_size": image_size, "ratio": ratio,
-            "target_macs": target_macs, "target_params": target_params, "like": like, "align": align,
+            "target_macs": target_macs, "target_params": target_params, "like": like,
+            "target_latency": target_latency, "speedup": speedup, "depth_ratio": depth_ratio, "planner": planner,
+            "rounds": rounds, "enabled": compensate, "refit_images": refit_images, "align": align,
             "components": _split(components), "method": method, "num_images": proxy_images, "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "feature_weight": feature_weight, "workers": workers,
             "device": device, "runtime": runtime, "precision": precision, "max_drop": max_drop, "calib": calib,

@@ -28,6 +28,29 @@ TargetParams = Annotated[float | None, typer.Option(help="Share of the parameter
 Like = Annotated[
     str | None, typer.Option(help="Widths and heads of this smaller published model.", rich_help_panel=PLAN)
 ]
+TargetLatency = Annotated[
+    str | None, typer.Option(help="Milliseconds per batch, e.g. 2.0ms, measured here.", rich_help_panel=PLAN)
+]
+Speedup = Annotated[
+    str | None, typer.Option(help="Against the dense model, e.g. 2x, measured here.", rich_help_panel=PLAN)
+]
+DepthRatio = Annotated[
+    float | None, typer.Option(help="Share of the blocks to remove, also beside --ratio.", rich_help_panel=PLAN)
+]
+Planner = Annotated[
+    str | None,
+    typer.Option(help="uniform, global or latency. \\[default: uniform]", rich_help_panel=PLAN),
+]
+Rounds = Annotated[
+    int | None, typer.Option(help="Prune in steps, scoring again in between. \\[default: 1]", rich_help_panel=PLAN)
+]
+Compensate = Annotated[
+    bool | None,
+    typer.Option("--compensate/--no-compensate", help="Rotate and refit. \\[default: on]", rich_help_panel=PLAN),
+]
+RefitImages = Annotated[
+    int | None, typer.Option(help="Images to refit on. \\[default: 512]", rich_help_panel=PLAN)
+]
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
 Components = Annotated[
     str | None,

@@ -7,7 +7,7 @@ written to `recipe.toml` is the resolved recipe: running it again gives the same
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -24,6 +24,7 @@ from toolchain.families import FAMILIES, family_of
 from toolchain.planning import DEFAULT_COMPONENTS, Component
 from toolchain.scores import Method
 
+Planner = Literal["uniform", "global", "latency"]
 IDENTITY = ("model", "weights", "data", "image_size", "plan")
 """What makes a run this run: another value belongs into another directory."""
 
@@ -41,14 +42,30 @@ class ScoreRecipe(_Part):
 
 
 class PlanRecipe(_Part):
-    """How much is cut: exactly one of the first four."""
+    """How much is cut, exactly one of the first six (`depth_ratio` may stand alone or beside `ratio`), and by whom.
+
+    `target_latency` ("2.0ms") and `speedup` ("2x") are measured on the first runtime of the run that works here, at the
+    first batch size that is timed.
+    """
 
     ratio: float | None = None
     target_macs: float | None = None
     target_params: float | None = None
     like: str | None = None
+    target_latency: str | None = None
+    speedup: str | None = None
+    depth_ratio: float | None = None
+    planner: Planner | None = None
+    rounds: int = Field(1, ge=1, le=64)
     align: int = 8
     components: tuple[Component, ...] = DEFAULT_COMPONENTS
+
+
+class CompensateRecipe(_Part):
+    """Closed-form compensation of the cut on unlabelled training images: rotation and refit."""
+
+    enabled: bool = True
+    refit_images: int | None = Field(None, ge=1)
 
 
 class DistillRecipe(_Part):
@@ -122,6 +139,7 @@ class Recipe(_Part):
     device: str = "auto"
     score: ScoreRecipe = ScoreRecipe()
     plan: PlanRecipe = PlanRecipe()
+    compensate: CompensateRecipe = CompensateRecipe()
     distill: DistillRecipe = DistillRecipe()
     export: ExportRecipe = ExportRecipe()
     precision: PrecisionRecipe = PrecisionRecipe()
@@ -154,15 +172,20 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
 def run_name(recipe: Recipe) -> str:
     """Default name of the run's directory, e.g. `pvt_v2_b0-r0.50`."""
     plan = recipe.plan
+    target = plan.target_latency or plan.speedup
     if plan.like is not None:
         cut = f"like-{plan.like}"
+    elif target is not None:
+        cut = target.replace(" ", "")
     elif plan.target_macs is not None:
         cut = f"macs{plan.target_macs:.2f}"
     elif plan.target_params is not None:
         cut = f"params{plan.target_params:.2f}"
     else:
-        cut = f"r{plan.ratio:.2f}"
-    return f"{recipe.model}-{cut}"
+        cut = f"r{plan.ratio or 0:.2f}"
+    depth = "" if plan.depth_ratio is None else f"-d{plan.depth_ratio:.2f}"
+    planner = f"-{plan.planner}" if plan.planner == "global" else ""
+    return f"{recipe.model}-{cut}{depth}{planner}"
 
 
 def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.device) -> Recipe:
@@ -192,7 +215,10 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.
     score = recipe.score.model_copy(
         update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
     )
-    return recipe.model_copy(update={"distill": distill, "score": score})
+    compensate = recipe.compensate.model_copy(
+        update={"refit_images": min(recipe.compensate.refit_images or 512, images)}
+    )
+    return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate})
 
 
 def split_names(spec: str) -> list[str]:

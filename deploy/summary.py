@@ -14,17 +14,21 @@ from deploy.precision_stage import graph_name, left_out
 from deploy.report.document import (
     AccuracyFigures,
     Bench,
+    Compensation,
     ModelFigures,
     Parity,
     PlanFigures,
     PrunedFigures,
     Report,
+    Stability,
+    Target,
     Width,
     engine_figures,
 )
 from deploy.runtimes import Engine, runtime_named
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
+from toolchain.scores.stability import unstable
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
     assert done.tuned is not None
     assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
+    scores = Scores.load(done.scored.folder)
     before = read_json(done.pruned.folder / "accuracy.json")
     after = read_json(done.tuned.folder / "accuracy.json")["after_distill"]
     latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
@@ -80,6 +85,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
             top1=after["top1"],
             latency_ms=latency.pruned,
             top1_after_prune=before["after_prune"]["top1"],
+            top1_after_deletion=before.get("after_deletion", {}).get("top1"),
             agreement=after["agreement"],
         ),
         speedup=latency.speedup,
@@ -96,10 +102,10 @@ def summarise(job: Job, done: Artifacts) -> Report:
             engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
         ],
         stages=[artifact.record for artifact in done.all],
-        plan=_plan_figures(plan),
-        measurement=_measurement(
-            job, Scores.load(done.scored.folder), done.benched, after["top1"] is not None, after["images"]
-        ),
+        plan=_plan_figures(plan, scores),
+        compensation=_compensation(done.pruned),
+        target=_target(done.pruned, latency),
+        measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
         notes=[
@@ -178,7 +184,28 @@ def _reproduce(job: Job) -> list[str]:
     ]
 
 
-def _plan_figures(plan: PruningPlan) -> PlanFigures:
+def _compensation(pruned: Artifact) -> Compensation | None:
+    path = pruned.folder / "compensation.json"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    named = ("images", "held_out", "kl_deleted", "kl_cut", "kl", "accepted", "seconds", "warnings")
+    return Compensation(
+        **{name: record[name] for name in named},
+        layers=len(record["layers"]),
+        refitted=sum(layer["accepted"] for layer in record["layers"]),
+    )
+
+
+def _target(pruned: Artifact, bench: Bench) -> Target | None:
+    """The target and how the finished engine meets it: no more than 5 % above, in the last measurement."""
+    path = pruned.folder / "target.json"
+    if not path.exists():
+        return None
+    return None
+
+
+def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
     after = plan.widths
     return PlanFigures(
         asked=dict(plan.asked),
@@ -189,6 +216,13 @@ def _plan_figures(plan: PruningPlan) -> PlanFigures:
         widths=[
             Width(group=name, before=size, after=after.channels[name])
             for name, size in plan.dense_widths.channels.items()
+        ],
+        planner=plan.planner,
+        blocks={name: list(pairs) for name, pairs in plan.blocks.items()},
+        unstable=[
+            Stability(group=name, spearman=scores.stability[name].spearman, overlap=scores.stability[name].overlap)
+            for name in unstable(scores.stability)
+            if name in plan.keep
         ],
     )
 

@@ -147,10 +147,59 @@ class ModelFigures(_Document):
 
 
 class PrunedFigures(ModelFigures):
-    """`top1_after_prune`: before fine-tuning. `agreement`: images with the dense model's top-1, in percent."""
+    """`top1_after_prune`: before fine-tuning. `agreement`: images with the dense model's top-1, in percent.
+
+    `top1_after_deletion` is what the same plan leaves without compensation; None when that was switched off.
+    """
 
     top1_after_prune: float | None
     agreement: float | None
+    top1_after_deletion: float | None = None
+
+
+class Compensation(_Document):
+    """What rotating and refitting was worth: KL to the dense network in nats, on `held_out` images of the `images`.
+
+    `kl_deleted` is plain deletion of the same units, `kl_cut` after rotation and cut, `kl` what was kept. `layers` were
+    looked at, `refitted` got new weights; the others were not better on the held-out images.
+    """
+
+    images: int
+    held_out: int
+    kl_deleted: float
+    kl_cut: float
+    kl: float
+    accepted: bool
+    layers: int
+    refitted: int
+    seconds: float
+    warnings: list[str] = []
+
+
+class Stability(_Document):
+    """Agreement of a group's scores on two halves of the proxy set; `overlap` of the kept units, as a share."""
+
+    group: str
+    spearman: float
+    overlap: float
+
+
+class Target(_Document):
+    """A latency that was asked for, on the runtime where it was searched; in ms per batch.
+
+    `searched_ms` is what the plan's network took when it was chosen, `measured_ms` the finished engine's median and
+    `dense_ms` the dense one's, both of the last measurement.
+    """
+
+    asked: str
+    runtime: str
+    precision: str
+    batch: int
+    target_ms: float
+    searched_ms: float
+    dense_ms: float | None = None
+    measured_ms: float | None = None
+    met: bool
 
 
 class Width(_Document):
@@ -162,11 +211,18 @@ class Width(_Document):
 
 
 class PlanFigures(_Document):
-    """What was asked of the plan, what it came to, and the widths."""
+    """What was asked of the plan, what it came to, and the widths.
+
+    `blocks`: for lists that got shorter, the dense blocks that attention and FFN of each block left come from.
+    `unstable`: groups whose selection depends on the draw of the proxy images.
+    """
 
     asked: dict[str, Any]
     got: dict[str, Any]
     widths: list[Width]
+    planner: str = "uniform"
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    unstable: list[Stability] = []
 
 
 class Parity(_OpenDocument):
@@ -267,6 +323,8 @@ class Report(_Document):
     gpu: dict[str, Any] = {}
     stages: list[StageRecord] = []
     plan: PlanFigures | None = None
+    compensation: Compensation | None = None
+    target: Target | None = None
     measurement: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     reproduce: list[str] = []

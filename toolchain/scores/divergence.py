@@ -45,5 +45,10 @@ def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
     return float(outputs.std(dim=0).square().mean().sqrt().clamp_min(1e-12))
 
 
+def half_sums(per_image: Tensor, number: int) -> Tensor:
+    """Sums [2, ...] over every second image of [B, ...]; `number` of the batch tells which half the first one is in."""
+    return torch.stack([per_image[number % 2 :: 2].sum(dim=0), per_image[1 - number % 2 :: 2].sum(dim=0)])
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

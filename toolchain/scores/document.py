@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calib_data.errors import UserError
 from toolchain.depth import DepthPath
+from toolchain.scores.stability import Stability
 
 Method = Literal["fisher", "kl", "magnitude", "random"]
 
@@ -32,6 +33,9 @@ class Scores:
         seed: seed of the label probes or of the random scores.
         model_digest: sha256 of the dense network's weights.
         depth: list of blocks -> how it can get shorter; empty when that was not measured.
+        data_digest: sha256 of the proxy images; None where none were used.
+        stability: group name -> agreement of the scores on two disjoint halves of the proxy set (of the `fisher` scores
+            for `refined`); empty where no images were used, without the groups that were not measured as a whole.
     """
 
     method: Method
@@ -41,6 +45,8 @@ class Scores:
     seed: int
     model_digest: str
     depth: dict[str, DepthPath] = field(default_factory=dict)
+    data_digest: str | None = None
+    stability: dict[str, Stability] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write scores.safetensors and score.json into an existing folder."""
@@ -52,7 +58,9 @@ class Scores:
             "num_images": self.num_images,
             "seed": self.seed,
             "model_digest": self.model_digest,
+            "data_digest": self.data_digest,
             "depth": {name: asdict(path) for name, path in self.depth.items()},
+            "stability": {name: asdict(found) for name, found in self.stability.items()},
         }
         (folder / "score.json").write_text(json.dumps(document, indent=2) + "\n")
 
@@ -74,8 +82,10 @@ class Scores:
                 seed=document["seed"],
                 model_digest=document["model_digest"],
                 depth={name: _read_path(path) for name, path in document.get("depth", {}).items()},
+                data_digest=document.get("data_digest"),
+                stability={name: Stability(**found) for name, found in document.get("stability", {}).items()},
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{folder} holds no readable scores ({error}).",
                 fix="Give the folder that `upvits-deploy score --output` wrote (scores.safetensors and score.json).",

@@ -1,8 +1,14 @@
-"""Scores by the definition: take every unit out and look at the output."""
+"""Scores by the definition: take every unit out and look at the output.
+
+What the definition repeats for every unit and what nobody needs is not computed: dense outputs and the streams in front
+of each block are computed once; a unit re-runs the network from its own block on; an FFN unit, whose removal takes
+h_u w_u from the stream, from the next block on; the last block of a ViT only for the tokens that the head reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +16,10 @@ from torch import Tensor, nn
 from calib_data.progress import watched
 from toolchain.groups import ChannelGroup
 from toolchain.masks import masked
-from toolchain.scores.divergence import device_of, divergence
+from toolchain.scores.divergence import device_of, divergence, half_sums
+from toolchain.scores.suffix import Chain, chain_of
+
+Units = Mapping[str, Sequence[int]]
 
 
 def exact_kl(
@@ -18,23 +27,121 @@ def exact_kl(
     groups: Sequence[ChannelGroup],
     batches: Sequence[Tensor],
     scale: float | None,
-    units: Mapping[str, Sequence[int]] | None,
+    units: Units,
+    rows: int,
     quiet: bool,
 ) -> dict[str, Tensor]:
-    """One masked forward pass per unit and batch; the dense outputs are computed once per batch."""
-    wanted = units if units is not None else {group.name: range(group.size) for group in groups}
-    work = [(group, unit) for group in groups for unit in wanted.get(group.name, ())]
-    values = {group.name: torch.full((group.size,), torch.nan, dtype=torch.float64) for group in groups}
-    for group, unit in work:
-        values[group.name][unit] = 0.0
+    """Sums over images of KL(dense || without the unit), on images with even and with odd position.
+
+    Args:
+        model: the dense network in eval mode.
+        groups: its groups.
+        batches: the proxy set; one batch is worked on at a time, so memory does not grow with the set.
+        scale: see `divergence`.
+        units: group name -> units to measure.
+        rows: a pass holds about as many images times units.
+        quiet: no progress bar.
+
+    Returns:
+        Group name -> float64 [2, size]; NaN where a unit was not asked for.
+    """
+    totals = {group.name: torch.full((2, group.size), torch.nan, dtype=torch.float64) for group in groups}
+    for name, chosen in units.items():
+        totals[name][:, list(chosen)] = 0.0
+    count = sum(len(chosen) for chosen in units.values()) * len(batches)
     with torch.inference_mode():
-        dense = [model(batch.to(device_of(model))) for batch in batches]
-        for group, unit in watched(work, "Scoring units (kl)", quiet=quiet):
-            for batch, reference in zip(batches, dense, strict=True):
-                mask = torch.ones(len(batch), group.size, device=device_of(model))
-                mask[:, unit] = 0
-                with masked(model, groups, {group.name: mask}):
-                    output = model(batch.to(device_of(model)))
-                values[group.name][unit] += divergence(reference, output, scale).sum().item()
-    count = sum(len(batch) for batch in batches)
-    return {name: value / count for name, value in values.items()}
+        chain = chain_of(model, groups, batches[0][:2].to(device_of(model)))
+        work = (
+            (number, name, unit, per_image)
+            for number, batch in enumerate(batches)
+            for name, part, kl in _without_units(model, groups, chain, batch, scale, units, rows)
+            for unit, per_image in zip(part, kl, strict=True)
+        )
+        for number, name, unit, per_image in watched(work, "Scoring units (kl)", quiet=quiet, total=count):
+            totals[name][:, unit] += half_sums(per_image, number)
+    return totals
+
+
+def _without_units(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    chain: Chain,
+    batch: Tensor,
+    scale: float | None,
+    units: Units,
+    rows: int,
+) -> Iterator[tuple[str, Sequence[int], Tensor]]:
+    """For one batch: (group, units, their KL [units, B]), group by group as the network runs."""
+    stream = batch.to(device_of(model))
+    dense = model(stream)
+    for index, segment in enumerate(chain.segments):
+        here = [group for group in groups if chain.starts[group.name] == index and units.get(group.name)]
+        with _kept_inputs(model, [group for group in here if group.kind == "ffn"]) as hidden:
+            after = segment.run(stream)
+        for group in here:
+            chosen, step = units[group.name], max(1, rows // len(batch))
+            for part in (chosen[i : i + step] for i in range(0, len(chosen), step)):
+                if group.name in hidden:
+                    outputs = _without_ffn_units(model, chain, index, group, after, hidden[group.name], part)
+                else:
+                    outputs = _without_masked_units(model, chain, index, groups, group, stream, part)
+                kl = divergence(dense.repeat(len(part), 1), outputs, scale)
+                yield group.name, part, kl.view(len(part), -1).cpu()
+        stream = after
+
+
+@contextmanager
+def _kept_inputs(model: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[dict[str, Tensor]]:
+    """Group name -> what enters the second layer of that FFN in a forward pass inside this context."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: kept.__setitem__(name, args[0])
+
+    with ExitStack() as hooks:
+        for group in groups:
+            second = model.get_submodule(group.masks[0].module)
+            hooks.enter_context(second.register_forward_pre_hook(keep(group.name)))
+        yield kept
+
+
+def _without_ffn_units(
+    model: nn.Module,
+    chain: Chain,
+    index: int,
+    group: ChannelGroup,
+    after: Tensor,
+    hidden: Tensor,
+    part: Sequence[int],
+) -> Tensor:
+    """Outputs [units * B, C] when the block's result loses h_u w_u."""
+    second = model.get_submodule(group.masks[0].module)
+    columns = second.get_parameter("weight")[:, list(part)].T
+    layer_scale = getattr(model.get_submodule(chain.segments[index].name), "ls2", None)
+    if isinstance(layer_scale, nn.Module) and hasattr(layer_scale, "gamma"):
+        columns = columns * layer_scale.get_parameter("gamma")
+    values = hidden[..., list(part)]
+    if chain.read is not None and index + 2 == len(chain.segments):
+        after, values = after[:, : chain.read], values[:, : chain.read]
+    values = values.movedim(-1, 0).reshape(len(part), len(after), *after.shape[1:-1], 1)
+    lost = values * columns.view(len(part), *[1] * (after.ndim - 1), -1)
+    return chain.run((after - lost).flatten(0, 1), index + 1)
+
+
+def _without_masked_units(
+    model: nn.Module,
+    chain: Chain,
+    index: int,
+    groups: Sequence[ChannelGroup],
+    group: ChannelGroup,
+    stream: Tensor,
+    part: Sequence[int],
+) -> Tensor:
+    """Outputs [units * B, C] from the group's first segment on, with one unit masked in each copy of the batch."""
+    mask = torch.ones(len(part), group.size, device=stream.device, dtype=stream.dtype)
+    mask[range(len(part)), list(part)] = 0
+    repeated = stream.repeat(len(part), *[1] * (stream.ndim - 1))
+    # the short way through the last block does not call qkv, where attention is masked
+    short = index + 2 < len(chain.segments) or group.kind == "embed"
+    with masked(model, groups, {group.name: mask.repeat_interleave(len(stream), dim=0)}):
+        return chain.run(repeated, index) if short else chain.run_all(repeated, index)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from calib_data.progress import watched
 from toolchain.groups import ChannelGroup
 from toolchain.masks import masked
-from toolchain.scores.divergence import device_of
+from toolchain.scores.divergence import device_of, half_sums
 
 EXACT_CLASSES = 16
 """Up to this many classes the expectation over labels is exact; beyond it, it is sampled."""
@@ -29,12 +29,16 @@ def fisher(
     seed: int,
     quiet: bool,
 ) -> dict[str, Tensor]:
-    """1/2 E[(probe . d output / d mask)^2] per unit, summed image by image in float64."""
+    """1/2 (probe . d output / d mask)^2 per unit, summed in float64 over images with even and with odd position.
+
+    Returns:
+        Group name -> float64 [2, size].
+    """
     generator = torch.Generator().manual_seed(seed)
     # detached weights: nothing is kept for weight gradients, which halves time and memory
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    totals = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    for batch in watched(batches, "Scoring units (fisher)", quiet=quiet):
+    totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
+    for number, batch in enumerate(watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches))):
         masks = {
             group.name: torch.ones(len(batch), group.size, device=device_of(model), requires_grad=True)
             for group in groups
@@ -47,9 +51,8 @@ def fisher(
                 (probe * outputs).sum(), list(masks.values()), retain_graph=index + 1 < len(probes)
             )
             for name, gradient in zip(masks, gradients, strict=True):
-                totals[name] += gradient.double().square().sum(dim=0).cpu()
-    count = sum(len(batch) for batch in batches)
-    return {name: total / (2 * count) for name, total in totals.items()}
+                totals[name] += half_sums(gradient.double().square(), number).cpu() / 2
+    return totals
 
 
 def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator) -> Tensor:

@@ -93,15 +93,72 @@ def widths(report: Report) -> Section:
             for w in report.plan.widths
         ),
         remarks=(
-            f"Asked for: {inline(report.plan.asked)}.",
+            f"Asked for: {inline(report.plan.asked)}; chosen by the {report.plan.planner} planner.",
             f"Got: {inline(report.plan.got)}.",
             f"MACs per image: {report.dense.macs:,} before, {report.pruned.macs:,} after.",
+            *(f"{name}: {_block_list(pairs)}." for name, pairs in report.plan.blocks.items()),
         ),
         bars=tuple(
             Bar(w.before / widest[stage], w.after / widest[stage])
             for w, stage in zip(report.plan.widths, stages, strict=True)
         ),
         groups=tuple(stages),
+    )
+
+
+def _block_list(pairs: Sequence[tuple[int, int]]) -> str:
+    """Which blocks are left; a shifted one names its attention's and its FFN's block."""
+    names = [f"{a}" if a == f else f"{a}+{f}" for a, f in pairs]
+    return f"blocks {', '.join(names)} are left (attention+FFN where they come from two)"
+
+
+def compensation(report: Report) -> Section:
+    """What rotating and refitting was worth, before any training."""
+    found = report.compensation
+    if found is None:
+        return Section("compensation", "Compensation")
+    kept = "" if found.accepted else " Plain deletion was no worse and was kept."
+    return Section(
+        "compensation",
+        "Compensation",
+        ("", "KL to dense, nats"),
+        (
+            (words("plain deletion"), Cell(f"{found.kl_deleted:.4g}", found.kl_deleted)),
+            (words("rotated and cut"), Cell(f"{found.kl_cut:.4g}", found.kl_cut)),
+            (words("refitted"), Cell(f"{found.kl:.4g}", found.kl)),
+        ),
+        (
+            f"Mean over {found.held_out} of {found.images} calibration images, which the fit did not see. "
+            f"{found.refitted} of {found.layers} layers were refitted in {found.seconds:.0f} s.{kept}",
+            *found.warnings[:5],
+        ),
+    )
+
+
+def target(report: Report) -> Section:
+    """The latency that was asked for."""
+    found = report.target
+    if found is None:
+        return Section("target", "Target")
+    return Section(
+        "target",
+        "Target",
+        ("", "ms per batch"),
+        tuple(
+            (words(name), fine_ms(value))
+            for name, value in (
+                ("target", found.target_ms),
+                ("when the plan was chosen", found.searched_ms),
+                ("dense", found.dense_ms),
+                ("finished engine", found.measured_ms),
+            )
+            if value is not None
+        ),
+        (
+            f"Asked for: {found.asked}, on {found.runtime} {found.precision} at batch {found.batch}: "
+            f"{'met' if found.met else 'not met'}.",
+        ),
+        terminal=(0, 1),
     )
 
 

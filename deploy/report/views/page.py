@@ -20,12 +20,12 @@ from deploy.report.views.summary import shortcomings, subject, tiles
 from deploy.report.views.text import sections
 
 _CHAPTERS = (
-    ("Result", ("result", "best")),
+    ("Result", ("result", "best", "target")),
     ("Latency", ("latency", "parts")),
     ("Accuracy", ("accuracy",)),
     ("What was really built", ("built",)),
     ("Why is it not faster?", ("findings",)),
-    ("Widths", ("widths",)),
+    ("Widths", ("widths", "compensation")),
     ("Time per layer", ("layers",)),
     ("Checks and files", ("parity", "engines", "throughput", "gpu")),
     ("How and where", ("environment", "measurement", "reproduce", "stages", "notes")),

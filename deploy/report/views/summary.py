@@ -38,7 +38,9 @@ def shortcomings(report: Report) -> list[str]:
     return [
         *(f"Gate failed: {p.model}, {p.candidate} against {p.reference}, top-1 agreement {p.top1_agreement:.2f} %, "
           f"largest difference {p.max_abs:.1e}." for p in report.parity if not p.passed),
+        *_missed_target(report),
         *_slow(report),
+        *_small_proxy(report),
         *_unstable(report),
         *_built_short(report),
         *_unmeasured(report),
@@ -55,6 +57,27 @@ def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
     if on_gpu(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
         short.append(f"{built.attention_fused} of {built.attention_blocks} attention blocks fused")
     return short
+
+
+def _missed_target(report: Report) -> list[str]:
+    target = report.target
+    if target is None or target.met or target.measured_ms is None:
+        return []
+    return [
+        f"Target missed: {target.asked} asked for, {target.measured_ms:.3f} ms measured on {target.runtime} "
+        f"{target.precision} at batch {target.batch}."
+    ]
+
+
+def _small_proxy(report: Report) -> list[str]:
+    groups = report.plan.unstable if report.plan else []
+    if not groups:
+        return []
+    worst = min(groups, key=lambda group: group.overlap)
+    return [
+        f"The proxy set is small: in {len(groups)} groups its two halves choose other units (least in {worst.group}: "
+        f"{100 * worst.overlap:.0f} % the same). More --proxy-images make the choice steadier."
+    ]
 
 
 def _slow(report: Report) -> list[str]:

@@ -1,0 +1,216 @@
+"""What importance scores cost, and what the cheaper ones are worth: the published procedure, kl, refined, fisher.
+
+python -m benchmarks.scoring_speed --quick                  # under 10 minutes on two cores
+python -m benchmarks.scoring_speed --model-dir DIR --data SPEC   # ranks on this network too
+
+Costs are measured on networks of DeiT's sizes with random weights, on a sample of the units, and extrapolated to all
+units of the network: totals are that, not measurements. Ranks are measured on trained networks, on all units of the
+groups that are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import toolchain
+from benchmarks.published import published_kl
+from calib_data import open_source, proxy_images
+from deploy.environment import environment
+from toolchain.families import groups_of
+from toolchain.groups import ChannelGroup
+from toolchain.scores.cuts import cut_of
+from toolchain.scores.divergence import output_scale
+from toolchain.scores.exact import Units, exact_kl
+from toolchain.scores.fisher import fisher
+from toolchain.scores.refined import refined
+from toolchain.scores.stability import kept_overlap, spearman
+
+SIZES = {
+    "DeiT-T, 224 px": ("deit_tiny_patch16_224", 224, 8),
+    "DeiT-S, 112 px": ("deit_small_patch16_224", 112, 16),
+    "DeiT-S, 224 px": ("deit_small_patch16_224", 224, 8),
+    "DeiT-B, 224 px": ("deit_base_patch16_224", 224, 4),
+}
+"""Shown name -> (timm architecture, image size, images measured)."""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def spread(groups: Sequence[ChannelGroup], count: int) -> dict[str, list[int]]:
+    """`count` units at equal distances in the list of all units, so that every depth has its share."""
+    units = [(group.name, unit) for group in groups for unit in range(group.size)]
+    step = len(units) / count
+    chosen: dict[str, list[int]] = {}
+    for i in range(count):
+        name, unit = units[int((i + 0.5) * step)]
+        chosen.setdefault(name, []).append(unit)
+    return chosen
+
+
+def costs(shown: str, num_units: int, rounds: int) -> dict[str, Any]:
+    """Seconds per image and unit of each method on a DeiT with random weights; methods in turns, medians over rounds."""
+    architecture, pixels, count = SIZES[shown]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, img_size=pixels).eval()
+    images, groups = torch.randn(count, 3, pixels, pixels), groups_of(model)
+    units, batches, total = spread(groups, num_units), [images], sum(group.size for group in groups)
+    few = spread(groups, max(2, num_units // 6))
+    taken: dict[str, list[float]] = {"published": [], "kl": [], "walk": [], "fisher": []}
+    for _ in range(rounds):
+        taken["published"].append(seconds(lambda: published_kl(model, images, few, count)) / _size(few))
+        taken["walk"].append(seconds(lambda: exact_kl(model, groups, batches, None, {}, count, True)))
+        taken["kl"].append(seconds(lambda: exact_kl(model, groups, batches, None, units, count, True)))
+        taken["fisher"].append(seconds(lambda: fisher(model, groups, batches, None, 0, True)))
+    walk = median(taken["walk"])  # dense outputs and streams: once per image, however many units there are
+    per_unit = {
+        "published": median(taken["published"]) / count,
+        "kl": ((median(taken["kl"]) - walk) / num_units + walk / total) / count,
+        "fisher": median(taken["fisher"]) / total / count,
+    }
+    return {
+        "network": shown, "units": total, "images_measured": count, "units_measured": num_units, "rounds": rounds,
+        "seconds_per_image_and_unit": per_unit,
+        "extrapolated_hours_256_images": {name: cost * total * 256 / 3600 for name, cost in per_unit.items()},
+        "kl_speedup": per_unit["published"] / per_unit["kl"],
+        "fisher_speedup": per_unit["published"] / per_unit["fisher"],
+    }  # fmt: skip
+
+
+def _size(units: Units) -> int:
+    return sum(len(chosen) for chosen in units.values())
+
+
+def ranks_on(
+    shown: str, model: nn.Module, images: Tensor, groups: Sequence[ChannelGroup], batch_size: int, quiet: bool
+) -> dict[str, Any]:
+    """kl for all units of some groups, and how `fisher` and `refined` agree with it; seconds of each, measured."""
+    batches, every = torch.split(images, batch_size), {group.name: range(group.size) for group in groups}
+    scale = output_scale(model, batches)
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def run(name: str) -> None:
+        if name == "kl":
+            found[name] = _means(exact_kl(model, groups, batches, scale, every, batch_size, quiet), len(images))
+        elif name == "fisher":
+            found[name] = _means(fisher(model, groups, batches, scale, 0, quiet), len(images))
+        else:
+            found[name] = refined(model, groups, batches, scale, 0, None, quiet)[0]
+
+    taken = {name: seconds(lambda: run(name)) for name in ("kl", "fisher", "refined")}  # noqa: B023  run at once
+    rows = [
+        {
+            "group": group.name, "kind": group.kind, "units": group.size, "method": method,
+            "spearman": spearman(found[method][group.name], found["kl"][group.name]),
+            "overlap": kept_overlap(found[method][group.name], found["kl"][group.name], cut_of(group, None)),
+        }
+        for method in ("fisher", "refined") for group in groups
+    ]  # fmt: skip
+    return {
+        "network": shown, "images": len(images), "seconds": taken,
+        "refined_cost_share": taken["refined"] / taken["kl"], "rows": rows,
+    }  # fmt: skip
+
+
+def _means(halves: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    return {name: sums.sum(dim=0) / count for name, sums in halves.items()}
+
+
+def summary(measured: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that are asked for: the worst network for speeds and overlaps, medians of rank correlations."""
+    rows = [row for result in ranked for row in result["rows"]]
+    return {
+        "kl_speedup": min(result["kl_speedup"] for result in measured),
+        "fisher_speedup": measured[-1]["fisher_speedup"],
+        "fisher_speedup_on": measured[-1]["network"],
+        "refined_overlap_min": min(row["overlap"] for row in rows if row["method"] == "refined"),
+        "refined_cost_share": max(result["refined_cost_share"] for result in ranked),
+        "fisher_spearman_median": median(row["spearman"] for row in rows if row["method"] == "fisher"),
+        "fisher_overlap_min": min(row["overlap"] for row in rows if row["method"] == "fisher"),
+    }
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    """For the terminal."""
+    cost = Table("network", "published", "kl", "fisher", "kl faster", "fisher faster", title="ms per image and unit")
+    for result in document["costs"]:
+        figures = [f"{1000 * value:.4g}" for value in result["seconds_per_image_and_unit"].values()]
+        cost.add_row(result["network"], *figures, f"{result['kl_speedup']:.1f}x", f"{result['fisher_speedup']:.0f}x")
+    rank = Table("network", "group", "units", "method", "Spearman with kl", "kept overlap", title="Ranks")
+    for result in document["ranks"]:
+        for row in result["rows"]:
+            agreement = (f"{row['spearman']:.3f}", f"{row['overlap']:.3f}")
+            rank.add_row(result["network"], row["group"], str(row["units"]), row["method"], *agreement)
+    return [cost, rank]
+
+
+def networks(asked: argparse.Namespace) -> list[tuple[str, nn.Module, Tensor, list[ChannelGroup]]]:
+    """Trained networks, their images, and the groups whose units are all taken out one by one."""
+    model = toolchain.create_model("pvtv2_b0", weights="demo").eval()
+    images = proxy_images(open_source("demo"), toolchain.preprocess_of(model), asked.images, 0)
+    found = [("pvt_v2_b0 (demo)", model, images, list(groups_of(model)))]
+    if asked.model_dir is not None:
+        model = toolchain.load(asked.model_dir).eval()
+        images = proxy_images(open_source(asked.data), toolchain.preprocess_of(model), asked.images, 0)
+        chosen = [group for group in groups_of(model) if group.name in asked.groups or not asked.groups]
+        found.append((asked.model_dir.name, model, images, chosen))
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, help="proxy images for ranks (256; 32 with --quick)")
+    parser.add_argument("--units", type=int, help="units sampled for costs (48; 12 with --quick)")
+    parser.add_argument("--model-dir", type=Path, help="a trained network's folder, for ranks")
+    parser.add_argument("--data", default="demo", help="data of --model-dir, e.g. imagefolder:DIR")
+    parser.add_argument("--groups", nargs="*", default=[], help="groups of --model-dir to rank; all by default")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="under 10 minutes on two cores")
+    parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring_speed.json"))
+    asked = parser.parse_args()
+    asked.images = asked.images or (32 if asked.quick else 256)
+    num_units, rounds = asked.units or (12 if asked.quick else 48), 1 if asked.quick else 3
+    measured = [costs(shown, num_units, rounds) for shown in SIZES]
+    ranked = [
+        ranks_on(shown, model, images, groups, asked.batch_size, asked.json)
+        for shown, model, images, groups in networks(asked)
+    ]
+    document = {
+        "date": date.today().isoformat(),
+        "environment": environment().as_json(),
+        "quick": asked.quick,
+        **summary(measured, ranked),
+        "costs": measured,
+        "ranks": ranked,
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(document, indent=1) + "\n")
+    console = Console(width=120, file=sys.stderr if asked.json else sys.stdout)
+    for table in tables(document):
+        console.print(table)
+    if asked.json:
+        print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Refit: after a cut, every linear layer learns in closed form to give what the dense network gives.
+
+From the input to the output, each Linear and Conv2d of the pruned network solves a ridge regression: inputs are what it
+sees in the already pruned and refitted network, targets are what the dense network has at that place, on calibration
+images without labels. Layers that write into the residual stream aim at the dense *stream*, so they also repair what
+went wrong before them. In the spirit of Kwon et al. 2022 (arXiv 2204.09656), ZipLM (2302.04089) and SNOWS (2411.18376).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from calib_data.progress import watched
+from toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
+from toolchain.depth import Blocks
+from toolchain.families import segments_of
+from toolchain.segments import Segment
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Relative to the mean diagonal of the inputs' covariance; the one with the least held-out error is taken."""
+
+REPAIR = 1.0
+
+EXACT = 1e-9
+"""Squared error in units of the target's variance that is only rounding."""
+
+MAX_CONDITION = 1e10
+"""Beyond it float64 normal equations leave too few right digits; such a ridge is not considered."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What the refit did to one layer.
+
+    Attributes:
+        layer: its name in the pruned network.
+        action: `refit`, `bias` (only the bias was recalibrated), `kept` (nothing was better on held-out images), `exact`
+            (no error to repair) or `skipped` (see the warning).
+        error_before, error_after: held-out squared error in units of the target's variance.
+        ridge: relative to the mean diagonal; 0 where nothing was solved.
+        condition: of the regularised normal equations.
+        rows: tokens (or patches, or images) that were fitted.
+        inputs: unknowns per output, the bias not counted.
+        warning: why the layer fell back, or nothing.
+    """
+
+    layer: str
+    action: str
+    error_before: float
+    error_after: float
+    ridge: float
+    condition: float
+    rows: int
+    inputs: int
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """How places in the dense network look in the pruned one.
+
+    Attributes:
+        rows: layer of the pruned network -> its outputs among those of the dense layer, [out], and their factors [out]
+            (queries of narrower heads are scaled).
+        streams: layer that writes into the stream -> M [k, d]: the pruned stream should be M times the dense one.
+        blocks: lists that are shorter in the pruned network -> which dense branches are left.
+    """
+
+    rows: Mapping[str, tuple[Tensor, Tensor]]
+    streams: Mapping[str, Tensor]
+    blocks: Blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One segment of the pruned network and the part of the dense one that it stands for."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    dense: Callable[[Tensor], Tensor]
+    sources: tuple[str, str]  # names of the dense modules that its attention and its FFN come from
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The same images on their way through both networks, a chunk of them."""
+
+    pruned: Tensor
+    dense: Tensor
+    held_out: bool
+
+
+def refit(
+    model: nn.Module, dense: nn.Module, images: Tensor, targets: Targets, *, batch_size: int = 32, quiet: bool = True
+) -> list[LayerReport]:
+    """Refit all layers of a pruned network in place, front to back.
+
+    Both networks' streams are kept for all images: 2 * images * tokens * channels * 4 bytes.
+
+    Args:
+        model: the pruned network, in eval mode; its weights are changed.
+        dense: the network that it came from, in eval mode.
+        images: calibration images [N, 3, H, W], normalised; every fifth only decides what is accepted.
+        targets: how the two correspond.
+        batch_size: images per pass.
+    """
+    fit, held = split(images)
+    pairs = [_Pair(c, c, False) for c in fit.split(batch_size)] + [_Pair(c, c, True) for c in held.split(batch_size)]
+    reports = []
+    with torch.inference_mode():
+        for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):
+            pairs = [replace(p, pruned=_on(model, p.pruned), dense=_on(dense, p.dense)) for p in pairs]
+            for name in linear_layers(model, step.run, pairs[0].pruned[:1]):
+                if name in targets.rows or name in targets.streams:
+                    reports.append(_refit_layer(model, dense, name, step, pairs, targets))
+            pairs = [replace(p, pruned=step.run(p.pruned), dense=step.dense(p.dense)) for p in pairs]
+    return reports
+
+
+def _on(model: nn.Module, tensor: Tensor) -> Tensor:
+    return tensor.to(next(model.parameters()).device)
+
+
+def _steps(model: nn.Module, dense: nn.Module, blocks: Blocks) -> list[_Step]:
+    """Segments of the pruned network; a dense block that was taken out belongs to the step before it."""
+    segments, all_dense = segments_of(model), segments_of(dense)
+    position = {segment.name: index for index, segment in enumerate(all_dense)}
+    sources = [_sources(segment, blocks) for segment in segments]
+    starts = [0] + [position[attention] for attention, _ in sources[1:]] + [len(all_dense)]
+    return [
+        _Step(segment.name, segment.run, _chain(all_dense[starts[i] : starts[i + 1]]), sources[i])
+        for i, segment in enumerate(segments)
+    ]
+
+
+def _sources(segment: Segment, blocks: Blocks) -> tuple[str, str]:
+    parent, _, index = segment.name.rpartition(".")
+    if segment.kind != "block" or parent not in blocks:
+        return segment.name, segment.name
+    attention, ffn = blocks[parent][int(index)]
+    return f"{parent}.{attention}", f"{parent}.{ffn}"
+
+
+def _chain(segments: Sequence[Segment]) -> Callable[[Tensor], Tensor]:
+    def run(stream: Tensor) -> Tensor:
+        for segment in segments:
+            stream = segment.run(stream)
+        return stream
+
+    return run
+
+
+def _refit_layer(
+    model: nn.Module, dense: nn.Module, name: str, step: _Step, pairs: Sequence[_Pair], targets: Targets
+) -> LayerReport:
+    layer = cast("nn.Linear | nn.Conv2d", model.get_submodule(name))
+    now = coefficients_of(layer)
+    fit, held = (Moments.zeros(len(now) - 1, now.shape[1], now.device) for _ in range(2))
+    for pair in sorted(pairs, key=lambda p: not p.held_out):
+        if not pair.held_out and fit.count == 0 and held.error(now) < EXACT * held.variance():
+            break  # nothing before this layer was changed
+        x, y = _regression(model, dense, name, step, pair, targets)
+        (held if pair.held_out else fit).add(x, y)
+    report, coefficients = solve(name, now, fit, held, has_bias=layer.bias is not None)
+    if coefficients is not None:
+        layer.weight.copy_(coefficients[:-1].T.reshape(layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(coefficients[-1])
+    return report
+
+
+def coefficients_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """Weights and bias as one matrix [in + 1, out], float64."""
+    weight = layer.weight.detach().flatten(1).T.double()
+    bias = weight.new_zeros(1, weight.shape[1]) if layer.bias is None else layer.bias.detach().double().unsqueeze(0)
+    return torch.cat([weight, bias])
+
+
+def _regression(
+    model: nn.Module, dense: nn.Module, name: str, step: _Step, pair: _Pair, targets: Targets
+) -> tuple[Tensor, Tensor]:
+    """Inputs [T, in] and targets [T, out] of one layer on one chunk of images."""
+    layer = model.get_submodule(name)
+    part = name[len(step.name) + 1 :]
+    if name not in targets.streams:
+        source = f"{step.sources[part.startswith('mlp')]}.{part}" if name.startswith(f"{step.name}.") else name
+        (x,) = observe(step.run, pair.pruned, [(layer, "input")])
+        (y,) = observe(step.dense, pair.dense, [(dense.get_submodule(source), "output")])
+        rows, factors = targets.rows[name]
+        return input_rows(layer, x), output_rows(layer, y)[:, rows] * factors
+    ffn = dense.get_submodule(f"{step.sources[1]}.norm2")
+    if part == "attn.proj":
+        source_before, before_norm, scale = pair.dense, "norm1", "ls1"
+        (after,) = observe(step.dense, pair.dense, [(ffn, "input")])
+    else:
+        (source_before,) = observe(step.dense, pair.dense, [(ffn, "input")])
+        after, before_norm, scale = step.dense(pair.dense), "norm2", "ls2"
+    before_module = model.get_submodule(f"{step.name}.{before_norm}")
+    before, x = observe(step.run, pair.pruned, [(before_module, "input"), (layer, "input")])
+    to_stream = targets.streams[name].T
+    wanted = (after.flatten(0, -2).double() - (1 - REPAIR) * source_before.flatten(0, -2).double()) @ to_stream
+    y = wanted - REPAIR * before.flatten(0, -2)
+    block: Any = model.get_submodule(step.name)
+    gamma = getattr(getattr(block, scale, None), "gamma", None)
+    if gamma is not None:
+        y = y / torch.where(gamma == 0, torch.ones_like(gamma), gamma)
+    return input_rows(layer, x), y
+
+
+def solve(name: str, now: Tensor, fit: Moments, held: Moments, *, has_bias: bool) -> tuple[LayerReport, Tensor | None]:
+    """Ridge regression towards the present weights; what is best on held-out data is accepted.
+
+    The ridge pulls towards the weights that the cut left, not towards zero: with little data the result is the plain
+    pruned layer.
+
+    Args:
+        name: for the report.
+        now: present weights and bias [in + 1, out].
+        fit, held: moments of the layer's inputs and targets.
+        has_bias: whether the last row of the coefficients may be other than zero.
+
+    Returns:
+        The report, and the new coefficients or None when the layer stays as it is.
+    """
+    variance = max(held.variance(), 1e-300)
+    before = held.error(now) / variance
+    rows, inputs = int(fit.count), len(now) - 1
+    report = LayerReport(name, "kept", before, before, 0.0, 1.0, rows, inputs)
+    if not (fit.xx.isfinite().all() and fit.xy.isfinite().all() and math.isfinite(before)):
+        return replace(report, action="skipped", warning="its inputs or targets are not finite"), None
+    if before < EXACT:
+        return replace(report, action="exact"), None
+    if rows <= inputs:
+        return replace(report, action="skipped", warning=f"{rows} rows cannot determine {inputs} inputs"), None
+    mean, target_mean = fit.xx[-1:, :-1] / fit.count, fit.xy[-1:] / fit.count
+    if not has_bias:
+        mean, target_mean = torch.zeros_like(mean), torch.zeros_like(target_mean)
+    covariance = fit.xx[:-1, :-1] / fit.count - mean.T @ mean
+    missing = fit.xy[:-1] / fit.count - mean.T @ target_mean - covariance @ now[:-1]
+    values, vectors = torch.linalg.eigh(covariance)
+    values, projected = values.clamp_min(0), vectors.T @ missing
+
+    def with_bias(weight: Tensor) -> Tensor:
+        return torch.cat([weight, target_mean - mean @ weight])
+
+    best, coefficients = report, None
+    candidates = [(0.0, 1.0, with_bias(now[:-1]))]
+    for ridge in RIDGES:
+        shift = ridge * values.mean()
+        condition = float((values[-1] + shift) / (values[0] + shift))
+        if condition <= MAX_CONDITION:
+            candidates.append(
+                (ridge, condition, with_bias(now[:-1] + vectors @ (projected / (values + shift)[:, None])))
+            )
+    for ridge, condition, candidate in candidates:
+        error = held.error(candidate) / variance
+        if math.isfinite(error) and error < best.error_after:
+            action = "refit" if ridge else "bias"
+            best = replace(report, action=action, error_after=error, ridge=ridge, condition=condition)
+            coefficients = candidate
+    if not coefficients_finite(coefficients):
+        return replace(report, action="skipped", warning="the solution is not finite"), None
+    return best, coefficients
+
+
+def coefficients_finite(coefficients: Tensor | None) -> bool:
+    """Whether the solution also fits into the layer's own fp32."""
+    return coefficients is None or bool(coefficients.float().isfinite().all())
