@@ -13,7 +13,6 @@ narrower heads keep the dense network's softmax scale, and the Hessian criterion
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import tempfile
@@ -30,7 +29,7 @@ from calib_data.errors import BuildError, UserError
 from toolchain import PruningPlan, Widths
 from toolchain.checkpoints import weights_digest
 from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup, widths_of
+from toolchain.groups import ChannelGroup, partition, widths_of
 from toolchain.planning.document import sizer
 
 WORKER = Path(__file__).with_name("peers_worker.py")
@@ -94,7 +93,7 @@ def choices(
 
 def ratio_for(model: nn.Module, share: float) -> float:
     """The pruning ratio at which Torch-Pruning's rounding leaves `share` of the MACs, to 1/1024."""
-    groups, size = groups_of(model), sizer(_shell(model), None)
+    groups, size = groups_of(model), sizer(model, None)
     wanted = share * size(widths_of(groups)).macs
     low, high = 0, 1023
     while low < high:
@@ -104,20 +103,15 @@ def ratio_for(model: nn.Module, share: float) -> float:
     return low / 1024
 
 
-def _shell(model: nn.Module) -> nn.Module:
-    """The network without its weights: enough to count with, and quick to narrow."""
-    return copy.deepcopy(model).to("meta")
-
-
 def _widths(groups: Sequence[ChannelGroup], ratio: float) -> Widths:
     """Equal shares of everything, rounded as Torch-Pruning does; at least one unit stays."""
     channels = {}
-    for group in groups:
+    for group in partition(groups):
         if group.kind == "attention":
             channels[group.name] = max(1, int(group.head_dim * (1 - ratio))) * group.num_heads
-        elif group.kind != "heads":
+        else:
             channels[group.name] = max(1, int(group.size * (1 - ratio)))
-    return Widths(channels, {group.name: group.num_heads for group in groups if group.kind == "attention"})
+    return Widths(channels, widths_of(groups).num_heads)
 
 
 def as_plan(model: nn.Module, removed: Mapping[str, Sequence[int]], peer: str) -> PruningPlan:
@@ -126,33 +120,39 @@ def as_plan(model: nn.Module, removed: Mapping[str, Sequence[int]], peer: str) -
     Raises:
         UserError: it names a group that the network does not have, or would leave one empty.
     """
-    groups, size = groups_of(model), sizer(_shell(model), None)
-    own = {group.name: group for group in groups if group.kind != "heads"}
+    groups, size = groups_of(model), sizer(model, None)
+    own = {group.name: group for group in partition(groups)}
     keep: dict[str, tuple[int, ...]] = {}
     for name, units in removed.items():
         if name not in own or not set(units) < set(range(own[name].size)):
             raise UserError(f"{peer} removes {len(units)} units of {name}, which this network cannot lose.")
         keep[name] = tuple(unit for unit in range(own[name].size) if unit not in set(units))
     dense = widths_of(groups)
-    after = Widths({**dense.channels, **{name: len(units) for name, units in keep.items()}}, dense.num_heads)
     return PruningPlan(
         keep=keep,
         num_heads=dict(dense.num_heads),
         architecture=None,
         asked={"peer": peer},
         before=size(dense),
-        after=size(after),
+        after=size(_without(dense, removed)),
         dense_widths=dense,
         method=peer,
         model_digest=weights_digest(model),
     )
 
 
-def nearest(model: nn.Module, grid: Sequence[Choice], share: float, peer: str) -> PruningPlan:
-    """The largest of a peer's networks that does not exceed `share` of the MACs; without one, the smallest."""
-    found = sorted((as_plan(model, choice.removed, peer) for choice in grid), key=lambda plan: plan.after.macs)
-    fitting = [plan for plan in found if plan.after.macs <= TOLERANCE * share * plan.before.macs]
-    return fitting[-1] if fitting else found[0]
+def _without(dense: Widths, removed: Mapping[str, Sequence[int]]) -> Widths:
+    left = {name: dense.channels[name] - len(units) for name, units in removed.items() if name in dense.channels}
+    return Widths({**dense.channels, **left}, dense.num_heads)
+
+
+def nearest(model: nn.Module, grid: Sequence[Choice], share: float) -> Choice:
+    """The choice with the largest network that does not exceed `share` of the MACs; without one, the smallest."""
+    dense, size = widths_of(groups_of(model)), sizer(model, None)
+    most = TOLERANCE * share * size(dense).macs
+    sizes = sorted(((size(_without(dense, c.removed)).macs, c) for c in grid), key=lambda pair: pair[0])
+    fitting = [choice for macs, choice in sizes if macs <= most]
+    return fitting[-1] if fitting else sizes[0][1]
 
 
 def plans(
@@ -160,11 +160,7 @@ def plans(
 ) -> tuple[dict[float, PruningPlan], float]:
     """One peer's plan for every share of the MACs, and the seconds that its choice took."""
     grid, seconds = choices(python, model, images, labels, PEERS[name], shares, seed)
-    around = {share: ratio_for(model, share) for share in shares}
-    tried = {
-        share: [c for c in grid if abs(c.ratio - middle) <= max(OFFSETS) + 1e-3] for share, middle in around.items()
-    }
-    return {share: nearest(model, tried[share] or grid, share, name) for share in shares}, seconds
+    return {share: as_plan(model, nearest(model, grid, share).removed, name) for share in shares}, seconds
 
 
 def versions(python: Path) -> dict[str, str]:

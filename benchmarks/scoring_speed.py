@@ -113,7 +113,9 @@ def ranks_on(
         elif name == "fisher":
             found[name] = _means(fisher(model, groups, batches, scale, 0, quiet), len(images))
         else:
-            found[name] = refined(model, groups, batches, scale, 0, None, quiet)[0]
+            found[name] = refined(
+                model, groups, images, scale, seed=0, cuts=None, batch_size=batch_size, rows=batch_size, quiet=quiet
+            )[0]
 
     taken = {name: seconds(lambda: run(name)) for name in ("kl", "fisher", "refined")}  # noqa: B023  run at once
     rows = [

@@ -18,9 +18,10 @@ from deploy.precision import PRECISIONS
 from deploy.precision_stage import precisions_for
 from deploy.recipe import PlanRecipe, Recipe, split_names
 from deploy.runtimes import BatchProfile, Runtime
+from deploy.speed.target import parse_speedup, parse_target
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
-from toolchain.planning import check_request
+from toolchain.planning import DEFAULT_COMPONENTS, Component, check_request
 from toolchain.timm_config import num_classes_of
 
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
@@ -84,14 +85,16 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
             "Rounds need a cut that can be made in steps.",
             fix="Use --rounds with --ratio, --target-macs or --target-params.",
         )
+    depth: tuple[Component, ...] = () if planner == "uniform" else ("depth",)
+    components = plan.components or (*DEFAULT_COMPONENTS, *depth)
     if plan.target_latency is not None:
         parse_target(plan.target_latency)
     elif plan.speedup is not None:
         parse_speedup(plan.speedup)
     elif plan.like is None:
         numbers = {given[0]: getattr(plan, given[0])}
-        check_request(numbers, plan.align, plan.components)
-    return plan.model_copy(update={"planner": planner})
+        check_request(numbers, plan.align, components, "global" if planner == "global" else "uniform")
+    return plan.model_copy(update={"planner": planner, "components": components})
 
 
 def _default_weights(model: str, data: str) -> str:

@@ -35,8 +35,17 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
 
     places = {
         "plan": (
-            "ratio", "target_macs", "target_params", "like", "target_latency", "speedup", "depth_ratio", "planner",
-            "rounds", "align", "components",
+            "ratio",
+            "target_macs",
+            "target_params",
+            "like",
+            "target_latency",
+            "speedup",
+            "depth_ratio",
+            "planner",
+            "rounds",
+            "align",
+            "components",
         ),
         "compensate": ("enabled", "refit_images"),
         "score": ("method", "num_images"),
@@ -152,7 +161,7 @@ def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -
 
     console = Console(quiet=quiet)
     if until == "plan":
-        Console().print(plan_table(preview(make_recipe(values))))
+        Console().print(plan_table(preview(make_recipe(values), quiet=quiet)))
         return
     job = prepare(make_recipe(values), output, quiet=quiet)
     report = run_job(job, until)

@@ -19,11 +19,13 @@ from deploy.artifacts import Artifact, atomic_write, run_stage
 from deploy.measure.accuracy import outputs_of
 from deploy.recipe import Recipe
 from deploy.runtimes import BatchProfile, RuntimeChoice, Session
+from toolchain.evaluate import Accuracy, evaluate
+from toolchain.planning import PruningPlan
 
 MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
 VERSIONS = {
-    "1-score": 1, "2-prune": 1, "3-distill": 1, "4-export": 2, "4-precision": 1, "5-engine": 2, "6-bench": 2,
+    "1-score": 2, "2-prune": 2, "3-distill": 1, "4-export": 2, "4-precision": 1, "5-engine": 2, "6-bench": 2,
 }  # fmt: skip
 """Raise a stage's number when its code gives other results: artifacts of the old code are then made again."""
 
@@ -39,6 +41,7 @@ class Job:
         folder: the run directory, held by this process.
         dense: the network to prune, in eval mode on the device of the run.
         like: the published model whose widths are wanted, or None.
+        first_plan: a plan with the widths of the one that will be made; None where scores decide them.
         dense_digest: sha256 of its weights.
         calibration: where quantization takes its images from: the data, or what `--calib` names.
         runtimes: what engines are built for, and what was left out.
@@ -48,6 +51,7 @@ class Job:
     folder: Path
     dense: nn.Module
     like: nn.Module | None
+    first_plan: PruningPlan | None
     dense_digest: str
     source: DataSource
     calibration: DataSource
@@ -140,3 +144,16 @@ def model_input(job: Job, images: Tensor) -> Pixels:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (job.preprocess.mean, job.preprocess.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return np.asarray(pixels.contiguous().numpy())
+
+
+def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:
+    """A network on all validation images; agreement with the predictions in `reference`."""
+    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
+    total = -(-len(job.source.val) // EVAL_BATCH)
+    return evaluate(model.to(job.device), images, reference=reference, quiet=job.quiet, total=total)
+
+
+def write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
+    """Write accuracy.json of a stage."""
+    document = {name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()}
+    write_json(folder / "accuracy.json", document)

@@ -48,9 +48,7 @@ Compensate = Annotated[
     bool | None,
     typer.Option("--compensate/--no-compensate", help="Rotate and refit. \\[default: on]", rich_help_panel=PLAN),
 ]
-RefitImages = Annotated[
-    int | None, typer.Option(help="Images to refit on. \\[default: 512]", rich_help_panel=PLAN)
-]
+RefitImages = Annotated[int | None, typer.Option(help="Images to refit on. \\[default: 512]", rich_help_panel=PLAN)]
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
 Components = Annotated[
     str | None,

@@ -10,8 +10,8 @@ from torch import nn
 
 import toolchain
 from calib_data import Preprocess, open_source
-from calib_data.errors import UserError
-from deploy import engine_stages, stages
+from calib_data.errors import TargetError, UserError
+from deploy import engine_stages, prune_stage, stages
 from deploy.artifacts import disk_errors
 from deploy.checks import check_classes, check_engine_request, check_forward, like_model, warn_of_skipped, with_names
 from deploy.job import Job
@@ -44,6 +44,7 @@ def build(
 
     Raises:
         UserError: something in the request, the weights or the data is wrong (see its exit code).
+        TargetError: a latency was asked for and not met.
 
     Example:
         >>> import tempfile
@@ -74,13 +75,38 @@ def run_job(job: Job, until: str) -> Report | None:
         report = summarise(job, done)
         with disk_errors(job.folder, "report"):
             save_report(job.folder, report)
+    _require_target(report)
     return report
 
 
-def preview(recipe: Recipe) -> toolchain.PruningPlan:
-    """What a recipe would cut. Widths depend on the request alone, so nothing is scored, and nothing is written."""
-    job = prepare(recipe, None, quiet=True)
-    return random_plan(job.recipe, job.dense, job.like, job.preprocess)
+def _require_target(report: Report) -> None:
+    """The whole report is written before a missed latency ends the run.
+
+    Raises:
+        TargetError: the finished engine is more than 5 % slower than asked for.
+    """
+    target = report.target
+    if target is not None and not target.met:
+        raise TargetError(
+            f"{target.asked} was asked for on {target.runtime} {target.precision} at batch {target.batch}; the "
+            f"finished engine takes {target.measured_ms:.3g} ms, the dense one {target.dense_ms:.3g} ms.",
+            why=f"It took {target.searched_ms:.3g} ms when the plan was chosen.",
+            fix="If the machine was busy, delete 6-bench and run the same command again; otherwise ask for a little "
+            "less latency in a new run.",
+        )
+
+
+def preview(recipe: Recipe, *, quiet: bool = True) -> toolchain.PruningPlan:
+    """What a recipe would cut; nothing is written.
+
+    Uniform widths depend on the request alone. The other planners weigh scores, which are then measured (and, for a
+    latency, networks are built and timed).
+    """
+    job = prepare(recipe, None, quiet=quiet)
+    if job.first_plan is not None:
+        return job.first_plan
+    losses = prune_stage.expected_losses(job, prune_stage.compensation_images(job))
+    return prune_stage.choose_plan(job, stages.scores_of(job), losses)[0]
 
 
 def run_stages(job: Job, until: str) -> Artifacts:
@@ -88,7 +114,7 @@ def run_stages(job: Job, until: str) -> Artifacts:
     scored = stages.score(job)
     if until == "score":
         return Artifacts(scored)
-    pruned = stages.prune(job, scored)
+    pruned = prune_stage.prune(job, scored)
     if until == "prune":
         return Artifacts(scored, pruned)
     tuned = stages.distill(job, pruned)
@@ -134,12 +160,15 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     recipe = resolve(recipe, dense, source, device)
     preprocess = toolchain.preprocess_of(dense)
     like = like_model(recipe, dense, preprocess.input_size[1])
-    random_plan(recipe, dense, like, preprocess)
+    first = first_plan(recipe, dense, like, preprocess)
+    if recipe.plan.planner == "latency":
+        prune_stage.deployment_of(recipe, runtimes.runtimes)
     return Job(
         recipe=recipe,
         folder=(out or Path("runs") / run_name(recipe)).absolute(),
         dense=dense.to(device),
         like=like,
+        first_plan=first,
         dense_digest=weights_digest(dense),
         source=source,
         calibration=calibration,
@@ -149,8 +178,12 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     )
 
 
-def random_plan(
+def first_plan(
     recipe: Recipe, dense: nn.Module, like: nn.Module | None, preprocess: Preprocess
-) -> toolchain.PruningPlan:
-    """The plan with random scores: its widths are those of any scores, so it tells now whether a request can be met."""
-    return stages.make_plan(recipe, dense, like, toolchain.score(dense, method="random"), preprocess)
+) -> toolchain.PruningPlan | None:
+    """The plan by random scores: with the uniform planner its widths are those of any scores, so it tells now whether a
+    request can be met. None where scores decide widths or depth.
+    """
+    if recipe.plan.planner != "uniform" or stages.may_shorten(recipe, dense, like):
+        return None
+    return prune_stage.make_plan(recipe, dense, like, toolchain.score(dense, method="random"), preprocess)

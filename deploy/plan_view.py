@@ -7,32 +7,30 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from toolchain.groups import Widths
 from toolchain.planning import PruningPlan
 
 
 def plan_table(plan: PruningPlan) -> Group:
     """Groups with their widths before and after, and what was asked for and got."""
-    before, after = plan.dense_widths, plan.widths
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("group")
     for title in ("before", "after", "kept"):
         table.add_column(title, justify="right")
-    for name, size in before.channels.items():
-        share = f"{100 * after.channels[name] / size:.0f} %"
-        table.add_row(name, _width(before, name), _width(after, name), share)
+    for one in plan.changes:
+        share = f"{100 * one.after / one.before:.0f} %"
+        table.add_row(one.group, _width(one.before, one.heads[0]), _width(one.after, one.heads[1]), share)
     asked = ", ".join(f"{key} {value}" for key, value in plan.asked.items())
+    shorter = [f"{name} keeps {len(pairs)} blocks" for name, pairs in plan.blocks.items()]
     macs, params = (getattr(plan.after, key) / getattr(plan.before, key) for key in ("macs", "params"))
     lines = [
-        f"asked: {asked}",
+        f"asked: {asked} (planner: {plan.planner})",
+        *(["depth: " + ", ".join(shorter)] if shorter else []),
         f"got:   MACs {plan.before.macs / 1e6:,.1f} M to {plan.after.macs / 1e6:,.1f} M ({100 * macs:.1f} %), "
         f"parameters {plan.before.params / 1e6:.2f} M to {plan.after.params / 1e6:.2f} M ({100 * params:.1f} %)",
     ]
     return Group(table, *(Text(line) for line in lines))
 
 
-def _width(widths: Widths, name: str) -> str:
+def _width(size: int, heads: int) -> str:
     """Units; for attention, heads x head_dim."""
-    size = widths.channels[name]
-    heads = widths.num_heads.get(name)
-    return f"{size}" if heads is None else f"{heads} x {size // heads}"
+    return f"{heads} x {size // heads}" if heads else f"{size}"

@@ -21,7 +21,7 @@ from deploy.measure.bench import MAX_STREAMS
 from deploy.run_dir import read_recipe, read_toml
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
-from toolchain.planning import DEFAULT_COMPONENTS, Component
+from toolchain.planning import Component
 from toolchain.scores import Method
 
 Planner = Literal["uniform", "global", "latency"]
@@ -58,7 +58,7 @@ class PlanRecipe(_Part):
     planner: Planner | None = None
     rounds: int = Field(1, ge=1, le=64)
     align: int = 8
-    components: tuple[Component, ...] = DEFAULT_COMPONENTS
+    components: tuple[Component, ...] | None = None
 
 
 class CompensateRecipe(_Part):

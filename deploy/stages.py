@@ -1,5 +1,7 @@
 """The stages that make the small network, up to its ONNX file; `deploy/engine_stages.py` goes on from there.
 
+The cut itself is in `deploy/prune_stage.py`.
+
 Each takes artifacts, does one thing, and returns an artifact. A stage's settings are the part of the recipe that
 decides its result; its inputs are the digests of what it reads.
 """
@@ -8,24 +10,32 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import toolchain
-from calib_data import Preprocess, batches, proxy_images
+from calib_data import proxy_images
 from deploy.artifacts import Artifact, canonical_digest, file_digest
 from deploy.graphs.export import export_onnx
-from deploy.job import EVAL_BATCH, Job, model_input, parity_images, stage, validation_outputs, write_json
+from deploy.job import (
+    Job,
+    accuracy_of,
+    model_input,
+    parity_images,
+    stage,
+    validation_outputs,
+    write_accuracy,
+    write_json,
+)
 from deploy.measure.parity import check_parity, model_outputs, session_outputs
 from deploy.recipe import Recipe, distill_settings
 from deploy.runtimes import open_onnx
 from toolchain.checkpoints import weights_digest
-from toolchain.evaluate import Accuracy, evaluate
+from toolchain.families import family_of
 from toolchain.models import label_names_of
 from toolchain.scores import Scores
 from toolchain.timm_config import architecture_of
@@ -33,58 +43,36 @@ from toolchain.timm_config import architecture_of
 
 def score(job: Job) -> Artifact:
     """1-score: the importance of every unit of the dense network."""
-    recipe = job.recipe.score
-
-    def work(folder: Path) -> None:
-        images = None
-        if recipe.method in ("fisher", "kl"):
-            images = proxy_images(job.source, job.preprocess, recipe.num_images or 1, job.recipe.seed)
-        scores = toolchain.score(
-            job.dense,
-            images,
-            method=recipe.method,
-            batch_size=recipe.batch_size,
-            seed=job.recipe.seed,
-            quiet=job.quiet,
-        )
-        scores.save(folder)
-
-    settings = {**recipe.model_dump(), "seed": job.recipe.seed}
-    return stage(job, "1-score", settings, job.inputs, work)
+    settings = {
+        **job.recipe.score.model_dump(),
+        "seed": job.recipe.seed,
+        "depth": may_shorten(job.recipe, job.dense, job.like),
+    }
+    if job.recipe.score.method == "refined":  # measures around the cut, so the cut decides the result
+        settings["cuts"] = job.recipe.plan.model_dump()
+    return stage(job, "1-score", settings, job.inputs, lambda folder: scores_of(job).save(folder))
 
 
-def prune(job: Job, scored: Artifact) -> Artifact:
-    """2-prune: the plan, the network that it leaves, and what that costs before any training."""
-
-    def work(folder: Path) -> None:
-        plan = make_plan(job.recipe, job.dense, job.like, Scores.load(scored.folder), job.preprocess)
-        (folder / "plan.json").write_text(plan.to_json())
-        pruned = toolchain.prune(job.dense, plan)
-        toolchain.save(pruned, folder / "model")
-        dense = _accuracy(job, job.dense)
-        save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
-        accuracy = {"dense": dense, "after_prune": _accuracy(job, pruned, dense.predictions)}
-        _write_accuracy(folder, accuracy)
-
-    return stage(job, "2-prune", job.recipe.plan.model_dump(), {**job.inputs, "scores": scored.digest}, work)
-
-
-def make_plan(
-    recipe: Recipe, dense: nn.Module, like: nn.Module | None, scores: Scores, preprocess: Preprocess
-) -> toolchain.PruningPlan:
-    """The plan that a recipe asks for."""
-    wanted = recipe.plan
-    return toolchain.plan(
-        dense,
-        scores,
-        ratio=wanted.ratio,
-        target_macs=wanted.target_macs,
-        target_params=wanted.target_params,
-        like=like,
-        align=wanted.align,
-        components=wanted.components,
-        input_size=preprocess.input_size,
+def scores_of(job: Job) -> Scores:
+    """Measure them; nothing is written."""
+    recipe, depth = job.recipe.score, may_shorten(job.recipe, job.dense, job.like)
+    needs_images = depth or recipe.method not in ("magnitude", "random")
+    return toolchain.score(
+        job.dense,
+        proxy_images(job.source, job.preprocess, recipe.num_images or 1, job.recipe.seed) if needs_images else None,
+        method=recipe.method,
+        cuts=None if job.first_plan is None else job.first_plan.widths,
+        depth=depth,
+        batch_size=recipe.batch_size,
+        seed=job.recipe.seed,
+        quiet=job.quiet,
     )
+
+
+def may_shorten(recipe: Recipe, dense: nn.Module, like: nn.Module | None) -> bool:
+    """Whether blocks may leave."""
+    lists = [family_of(model).block_lists(model) for model in (dense, like or dense)]
+    return lists[0] != lists[1] or recipe.plan.depth_ratio is not None or "depth" in (recipe.plan.components or ())
 
 
 def distill(job: Job, pruned: Artifact) -> Artifact:
@@ -108,7 +96,7 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
         reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
-        _write_accuracy(folder, {"after_distill": _accuracy(job, tuned, reference)})
+        write_accuracy(folder, {"after_distill": accuracy_of(job, tuned, reference)})
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     return stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
@@ -171,14 +159,3 @@ def _model_digest(artifact: Artifact) -> str:
     """Digest of an artifact's network alone; logs beside it hold times."""
     files = artifact.manifest.files.items()
     return canonical_digest({path: entry.sha256 for path, entry in files if path.startswith("model/")})
-
-
-def _accuracy(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:
-    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
-    total = -(-len(job.source.val) // EVAL_BATCH)
-    return evaluate(model.to(job.device), images, reference=reference, quiet=job.quiet, total=total)
-
-
-def _write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
-    document = {name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()}
-    write_json(folder / "accuracy.json", document)

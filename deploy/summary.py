@@ -26,6 +26,8 @@ from deploy.report.document import (
     engine_figures,
 )
 from deploy.runtimes import Engine, runtime_named
+from deploy.speed.search import ALLOWED, LatencyRecord
+from deploy.speed.target import parse_speedup
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
 from toolchain.scores.stability import unstable
@@ -198,25 +200,42 @@ def _compensation(pruned: Artifact) -> Compensation | None:
 
 
 def _target(pruned: Artifact, bench: Bench) -> Target | None:
-    """The target and how the finished engine meets it: no more than 5 % above, in the last measurement."""
+    """The target and how the finished engine meets it in the last measurement: at most 5 % above."""
     path = pruned.folder / "target.json"
     if not path.exists():
         return None
-    return None
+    found = LatencyRecord.model_validate_json(path.read_bytes())
+    place = (found.runtime, found.precision, f"b{found.batch}")
+    dense, own, speedup = (_at(values, *place) for values in (bench.dense, bench.pruned, bench.speedup))
+    over = found.chosen.over_target
+    if own is not None and dense is not None:
+        asked = parse_speedup(found.asked).speedup if found.asked.endswith("x") else None
+        over = own.median / found.target_ms if asked is None else asked / speedup
+    return Target(
+        asked=found.asked,
+        runtime=found.runtime,
+        precision=found.precision,
+        batch=found.batch,
+        target_ms=found.target_ms,
+        searched_ms=found.chosen.measured_ms,
+        dense_ms=dense and dense.median,
+        measured_ms=own and own.median,
+        met=over <= ALLOWED,
+    )
+
+
+def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, precision: str, batch: str) -> Any:
+    return values.get(runtime, {}).get(precision, {}).get(batch)
 
 
 def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
-    after = plan.widths
     return PlanFigures(
         asked=dict(plan.asked),
         got={
             "macs_share": round(plan.after.macs / plan.before.macs, 4),
             "params_share": round(plan.after.params / plan.before.params, 4),
         },
-        widths=[
-            Width(group=name, before=size, after=after.channels[name])
-            for name, size in plan.dense_widths.channels.items()
-        ],
+        widths=[Width(group=one.group, before=one.before, after=one.after) for one in plan.changes],
         planner=plan.planner,
         blocks={name: list(pairs) for name, pairs in plan.blocks.items()},
         unstable=[

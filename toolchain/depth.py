@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from toolchain.families import family_of
 
+T = TypeVar("T")
 Blocks = Mapping[str, Sequence[tuple[int, int]]]
 """List of blocks -> for every block that is left, the dense blocks that its attention and its FFN come from."""
 
@@ -79,3 +81,44 @@ def shorten(model: nn.Module, blocks: Blocks) -> nn.Module:
         result.set_submodule(name, type(old)(*kept) if isinstance(old, nn.Sequential) else nn.ModuleList(kept))
     family_of(result).refresh(result)
     return result
+
+
+def name_after(name: str, blocks: Blocks) -> str | None:
+    """What a group of the dense network is called in the shortened one; None when it left.
+
+    Args:
+        name: of the group, e.g. `blocks.3.mlp`.
+        blocks: of the shortened network.
+    """
+    for listed, pairs in blocks.items():
+        if name.startswith(f"{listed}."):
+            index, part = _place(name, listed)
+            sources = [pair[_branch(part)] for pair in pairs]
+            return f"{listed}.{sources.index(index)}.{part}" if index in sources else None
+    return name
+
+
+def name_before(name: str, blocks: Blocks) -> str:
+    """What a group of the shortened network is called in the dense one."""
+    for listed, pairs in blocks.items():
+        if name.startswith(f"{listed}."):
+            index, part = _place(name, listed)
+            return f"{listed}.{pairs[index][_branch(part)]}.{part}"
+    return name
+
+
+def after_shortening(values: Mapping[str, T], blocks: Blocks) -> dict[str, T]:
+    """What is known of the dense network's groups, by the names of the shortened network's."""
+    renamed = ((name_after(name, blocks), value) for name, value in values.items())
+    return {name: value for name, value in renamed if name is not None}
+
+
+def _place(name: str, listed: str) -> tuple[int, str]:
+    """Index of the block and the path within it."""
+    index, _, part = name.removeprefix(f"{listed}.").partition(".")
+    return int(index), part
+
+
+def _branch(part: str) -> int:
+    """Position in an (attention, FFN) pair."""
+    return 0 if part.startswith("attn") else 1

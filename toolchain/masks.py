@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolchain.groups import ChannelGroup, MaskPoint
@@ -49,6 +50,9 @@ def _expand(mask: Tensor, point: MaskPoint, like: Tensor) -> Tensor:
     units = mask.repeat_interleave(point.unit, dim=1)
     parts = [units if masks_part else torch.ones_like(units) for masks_part in point.pattern]
     channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    after = like.shape[-1] - point.start - channels.shape[1]
+    if point.start or after:
+        channels = F.pad(channels, (point.start, after), value=1.0)
     return channels.view(channels.shape[0], *[1] * (like.ndim - 2), channels.shape[1])
 
 

@@ -7,15 +7,17 @@ import math
 import torch
 from torch import nn
 
+from toolchain.depth import shorten
 from toolchain.families import groups_of, narrow
 from toolchain.groups import cut
 from toolchain.layers import adopt_parameters
 from toolchain.planning import PruningPlan
+from toolchain.planning.document import widths_kept
 from toolchain.timm_config import update_config
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The network that `plan` describes, with the weights of the kept units.
+    """The network that `plan` describes, with the weights of the kept units: first fewer blocks, then narrower ones.
 
     Softmax logits keep their scale: a narrower head divides by the root of its own head_dim, so sqrt(new / old) is
     folded into the query weights. Without that, attention gets sharper with every cut.
@@ -35,18 +37,19 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         >>> small.embed_dim, small.blocks[0].attn.head_dim, small.blocks[0].mlp.fc1.out_features
         (96, 32, 384)
     """
+    model = shorten(model, plan.blocks) if plan.blocks else model
     groups = groups_of(model)
     keep = {name: torch.tensor(units) for name, units in plan.keep.items()}
     state = cut(model.state_dict(), groups, keep)
     for group in groups:
-        if group.kind == "attention" and group.name in keep:
-            head_dim = len(plan.keep[group.name]) // plan.num_heads[group.name]
+        if group.queries and group.name in keep:
+            head_dim = len(plan.keep[group.name]) // plan.num_heads[group.module]
             if head_dim != group.head_dim:
                 rows = slice(0, len(plan.keep[group.name]))
                 for name in group.queries:
                     state[name] = state[name].clone()
                     state[name][rows] *= math.sqrt(head_dim / group.head_dim)
-    pruned = narrow(model, plan.widths)
+    pruned = narrow(model, widths_kept(plan.keep, plan.num_heads))
     if plan.architecture is not None:
         update_config(pruned, architecture=plan.architecture)
     return adopt_parameters(pruned, state)

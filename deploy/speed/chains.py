@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deploy.speed.deployment import with_random_weights
 from toolchain.depth import shorten
-from toolchain.families import groups_of, narrow, segments_of
+from toolchain.families import family_of, groups_of, narrow, segments_of, skeleton
 from toolchain.groups import Widths
 from toolchain.planning.uniform import aligned
 
@@ -96,26 +96,21 @@ class Chain(nn.Module):
 
 def chain(model: nn.Module, stage: Stage, part: Part, dim: int, width: int, repeats: int) -> nn.Module:
     """One branch so many times in a row, each with weights of its own; with 0 it is the cost of a call alone."""
-    short = shorten(model, {stage.blocks: ((0, 0),)})
+    short = shorten(skeleton(model), {stage.blocks: ((0, 0),)})
     attention = width if part == "attn" else stage.widths["attn"]
     ffn = width if part == "mlp" else stage.widths["mlp"]
     names = {stage.embed: dim, f"{stage.blocks}.0.attn": attention, f"{stage.blocks}.0.mlp": ffn}
     narrowed = narrow(short, Widths(names, {f"{stage.blocks}.0.attn": stage.heads}))
-    block = with_random_weights(narrowed).get_submodule(f"{stage.blocks}.0")
-    return Chain([copy.deepcopy(block) for _ in range(repeats)], part, stage.on_map).eval()
+    block = narrowed.get_submodule(f"{stage.blocks}.0")
+    made = [with_random_weights(copy.deepcopy(block), seed) for seed in range(repeats)]
+    return Chain(made, part, stage.on_map).eval()
 
 
 def without_blocks(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
-    """Embeddings, norms and head at these widths of the `embed` groups."""
-    lists = dict.fromkeys(_block_lists(model), ())
-    short = shorten(model, dict.fromkeys(lists, ((0, 0),)))
-    narrowed = narrow(short, Widths(dict(dims)))
-    return with_random_weights(shorten(narrowed, lists))
-
-
-def _block_lists(model: nn.Module) -> list[str]:
-    names = [group.name for group in groups_of(model) if group.kind == "ffn"]
-    return list(dict.fromkeys(name.rsplit(".", 2)[0] for name in names))
+    """Embeddings, norms and head at these widths of the `embed` groups, on the meta device."""
+    lists = family_of(model).block_lists(model)
+    short = shorten(skeleton(model), dict.fromkeys(lists, ((0, 0),)))
+    return shorten(narrow(short, Widths(dict(dims))), dict.fromkeys(lists, ()))
 
 
 def grid(size: int, shares: Sequence[float], align: int) -> tuple[int, ...]:

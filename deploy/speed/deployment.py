@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from deploy.graphs.export import export_onnx
 from deploy.graphs.files import load_model, save_model
 from deploy.measure.bench import BenchSettings, LatencyReport, interleave_own
 from deploy.precision import QUANTIZED, calibrate, convert
-from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, Runtime, Session
+from deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Runtime, Session
+from deploy.runtimes.interface import Floats
 from deploy.runtimes.threads import random_feeds
 
 MEASURING = BenchSettings(seconds=2.0, warmup_seconds=0.1, rounds=10, min_iterations=20)
@@ -118,29 +121,63 @@ def measure(
     deployment: Deployment,
     settings: BenchSettings = MEASURING,
 ) -> LatencyReport:
-    """Time sessions in turns on random inputs of their sizes, at the batch of the deployment."""
-    feeds = {}
+    """Time whole networks in turns, as the bench stage does, at the batch of the deployment."""
+    return interleave_own(sessions, _feeds(sessions, sizes, deployment), settings)
+
+
+def shares(
+    sessions: Mapping[str, Session],
+    sizes: Mapping[str, tuple[int, int, int]],
+    deployment: Deployment,
+    *,
+    seconds: float = 0.02,
+    rounds: int = 12,
+) -> dict[str, Floats]:
+    """Time of graphs of any length in shares of the first one's, [rounds] each.
+
+    Each takes its turn for about `seconds` in every round and counts with its mean: on a busy machine a short call
+    slips between the turns of other processes, which a long one never does, and medians of calls would make long ones
+    look too slow.
+    """
+    feeds = {name: own[deployment.batch] for name, own in _feeds(sessions, sizes, deployment).items()}
+    calls = {}
     for name, session in sessions.items():
-        feeds[name] = {deployment.batch: {session.input_names[0]: _random_input(sizes[name], deployment)}}
-    return interleave_own(sessions, feeds, settings)
+        session.time(feeds[name], 2)
+        calls[name] = max(2, math.ceil(seconds / max(float(np.median(session.time(feeds[name], 5).total)), 1e-6)))
+    means: dict[str, list[float]] = {name: [] for name in sessions}
+    for number in range(rounds):
+        for name in list(sessions)[:: 1 if number % 2 == 0 else -1]:
+            sessions[name].time(feeds[name], 1)
+            means[name].append(float(sessions[name].time(feeds[name], calls[name]).total.mean()))
+    reference = np.array(next(iter(means.values())))
+    return {name: np.array(own) / reference for name, own in means.items()}
 
 
-def _random_input(size: tuple[int, int, int], deployment: Deployment) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _feeds(
+    sessions: Mapping[str, Session], sizes: Mapping[str, tuple[int, int, int]], deployment: Deployment
+) -> dict[str, dict[int, Arrays]]:
+    return {
+        name: {deployment.batch: {session.input_names[0]: _random_input(sizes[name], deployment)}}
+        for name, session in sessions.items()
+    }
+
+
+def _random_input(size: tuple[int, int, int], deployment: Deployment) -> np.ndarray[Any, np.dtype[Any]]:
     generator = np.random.default_rng(0)
     if deployment.uint8_input and size[0] == 3:
         return generator.integers(0, 256, (deployment.batch, *size[1:], 3), np.uint8)
     return generator.standard_normal((deployment.batch, *size), np.float32)
 
 
-def with_random_weights(model: nn.Module) -> nn.Module:
+def with_random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give a network on the meta device weights of its own: small ones, so that nothing overflows."""
     made = model.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.02, generator=generator)
             if parameter.ndim == 1:
-                parameter += 1
+                parameter.add_(1)
     return made
 
 

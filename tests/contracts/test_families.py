@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import toolchain
 from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
+from toolchain.depth import DepthPath, shorten
 from toolchain.families import FAMILIES, family_of, groups_of, segments_of
+from toolchain.groups import axis_indices, partition, widths_of
 from toolchain.masks import masked
 from toolchain.planning import Component, PruningPlan
 
@@ -25,6 +28,7 @@ CUTS: tuple[tuple[Component, ...], ...] = (
     ("heads",),
     ("ffn",),
     ("embed",),
+    ("qk_v",),
 )
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -34,6 +38,16 @@ def planned(model: nn.Module, ratio: float, components: tuple[Component, ...], s
     """A plan by random scores: which units go does not matter here, only that they go."""
     scores = toolchain.score(model, method="random", seed=seed)
     return toolchain.plan(model, scores, ratio=ratio, align=4, components=components)
+
+
+def uneven(model: nn.Module) -> PruningPlan:
+    """Half of everything, and half of the v dims that are left in all attentions but the last."""
+    plan = planned(model, 0.5, ("embed", "qk_v", "ffn"))
+    keep = dict(plan.keep)
+    for name in [name for name in keep if name.endswith(".v")][:-1]:
+        pools = torch.tensor(keep[name]).view(plan.num_heads[name.removesuffix(".v")], -1)
+        keep[name] = tuple(pools[:, ::2].flatten().tolist())
+    return replace(plan, keep=keep)
 
 
 def masked_output(model: nn.Module, plan: PruningPlan, images: torch.Tensor) -> torch.Tensor:
@@ -80,7 +94,9 @@ def test_slices_have_the_length_that_they_claim(variant: Variant) -> None:
     state = model.state_dict()
     for group in groups_of(model):
         for piece in group.slices:
-            assert state[piece.parameter].shape[piece.axis] == piece.repeat * group.size * piece.unit, piece
+            end = piece.start + piece.repeat * group.size * piece.unit
+            length = state[piece.parameter].shape[piece.axis]
+            assert end == length or (group.kind == "qk" and end < length), piece
 
 
 @variants
@@ -127,6 +143,68 @@ def test_saved_and_loaded(variant: Variant, components: tuple[Component, ...], t
     loaded = toolchain.load(tmp_path / "model")
     assert torch.equal(output_of(loaded, images), output_of(pruned, images))
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@variants
+def test_unequal_dims_are_cut_saved_and_cut_again(variant: Variant, tmp_path: Path) -> None:
+    model, images = make(variant), pictures(variant)
+    plan = uneven(model)
+    pruned = toolchain.prune(model, plan)
+    expected, actual = masked_output(model, plan, images), output_of(pruned, images)
+    assert (expected - actual).abs().max() <= 1e-5
+    assert plan.widths == widths_of(groups_of(pruned))
+    assert any(name.endswith(".qk") for name in plan.widths.channels)
+    toolchain.save(pruned, tmp_path / "model")
+    loaded = toolchain.load(tmp_path / "model")
+    assert torch.equal(output_of(loaded, images), actual)
+    with pytest.raises(UserError, match="Whole heads"):
+        planned(loaded, 0.5, ("heads",))
+    again = toolchain.plan(loaded, toolchain.score(loaded, method="random"), ratio=0.5, align=1)
+    smaller = toolchain.prune(loaded, again)
+    assert (masked_output(loaded, again, images) - output_of(smaller, images)).abs().max() <= 1e-5
+    assert toolchain.count_params(smaller) == again.after.params < toolchain.count_params(loaded)
+
+
+@variants
+def test_groups_that_make_up_a_network_own_every_part_once(variant: Variant) -> None:
+    model = make(variant)
+    for network in (model, toolchain.prune(model, uneven(model))):
+        state = network.state_dict()
+        owned: dict[tuple[str, int], list[int]] = {}
+        for group in partition(groups_of(network)):
+            for piece in group.slices:
+                axis = piece.axis % state[piece.parameter].ndim
+                places = axis_indices(piece, group.size, torch.arange(group.size)).tolist()
+                owned.setdefault((piece.parameter, axis), []).extend(places)
+        for (name, axis), places in owned.items():
+            assert sorted(places) == list(range(state[name].shape[axis])), name
+
+
+@variants
+@pytest.mark.parametrize("pairs", [((1, 1),), ((0, 1),)], ids=["whole", "shifted"])
+def test_shorter_networks_load_with_stock_timm(
+    variant: Variant, pairs: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    deep = {"depths": (1, 2, 1, 1)} if variant.family == "pvt_v2" else {}
+    variant = replace(variant, args={**variant.args, **deep})
+    model, images = make(variant), pictures(variant)
+    name = next(name for name, count in family_of(model).block_lists(model).items() if count == 2)
+    scores = replace(toolchain.score(model, method="random"), depth={name: DepthPath((pairs,), (0.1,))})
+    share = 1 / sum(family_of(model).block_lists(model).values())
+    plan = toolchain.plan(model, scores, ratio=0.5, depth_ratio=share, align=4)
+    pruned = toolchain.prune(model, plan)
+    assert plan.blocks == {name: pairs}
+    assert plan.widths == widths_of(groups_of(pruned))
+    assert toolchain.count_params(pruned) == plan.after.params
+    assert {change.group for change in plan.changes if change.after == 0} == {f"{name}.{1 - pairs[0][0]}.attn"} | {
+        f"{name}.{1 - pairs[0][1]}.mlp"
+    }
+    assert (masked_output(shorten(model, plan.blocks), plan, images) - output_of(pruned, images)).abs().max() <= 1e-5
+    toolchain.save(pruned, tmp_path / "model")
+    assert "upvits" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    stock = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    assert type(stock) is type(model)
+    assert torch.equal(output_of(stock, images), output_of(pruned, images))
 
 
 @variants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.contracts.variants import VARIANTS, Variant, make, pictures
 from toolchain.planning import Component
 
 ALL: tuple[Component, ...] = ("embed", "attention", "ffn")
+UNEVEN: tuple[Component, ...] = ("qk_v",)  # and q·k dims other than v dims
 NOT_STOCK: tuple[Component, ...] = ("attention", "ffn")  # heads no longer fill the embedding
 BY_NAME = {variant.architecture: variant for variant in VARIANTS}
 
@@ -29,13 +31,18 @@ BY_NAME = {variant.architecture: variant for variant in VARIANTS}
         ("pvt_v2_b0", ALL),
         ("pvt_v2_b0", NOT_STOCK),
         ("pvt_v2_b2_li", NOT_STOCK),
+        ("deit3_small_patch16_224", UNEVEN),
+        ("pvt_v2_b0", UNEVEN),
     ],
 )
 def test_pruned_networks_export(architecture: str, components: tuple[Component, ...], tmp_path: Path) -> None:
     variant: Variant = BY_NAME[architecture]
     model, images = make(variant), pictures(variant, 5)
     scores = toolchain.score(model, method="random")
-    pruned = toolchain.prune(model, toolchain.plan(model, scores, ratio=0.5, align=4, components=components))
+    plan = toolchain.plan(model, scores, ratio=0.5, align=4, components=components)
+    if components == UNEVEN:
+        plan = replace(plan, keep={name: units for name, units in plan.keep.items() if not name.endswith(".v")})
+    pruned = toolchain.prune(model, plan)
     report = export_onnx(pruned, tmp_path / "model.onnx", toolchain.preprocess_of(pruned))
     with open_onnx(tmp_path / "model.onnx", threads=1) as session:
         for size in (1, 5):

@@ -95,13 +95,13 @@ def compress(
     require_images(images)
     model = copy.deepcopy(model).eval()
     fit, held = split(images)
-    scale = output_scale(model, held.split(batch_size))
+    scale = output_scale(model, torch.split(held, batch_size))
     deleted = prune(model, plan).eval()
     student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
 
     def kl(network: nn.Module) -> float:
         with torch.inference_mode():
-            parts = [c.to(device_of(model)) for c in held.split(batch_size)]
+            parts = [c.to(device_of(model)) for c in torch.split(held, batch_size)]
             return float(torch.cat([divergence(model(c), network(c), scale) for c in parts]).mean())
 
     kl_deleted, kl_cut = kl(deleted), kl(student)
@@ -129,11 +129,12 @@ def compress(
 
 def _require_enough(layers: list[LayerReport], images: int) -> None:
     """Refuses a calibration set with which most layers could not be fitted; single ones are skipped with a warning."""
-    short = [layer for layer in layers if layer.rows <= layer.inputs]
-    if 2 * len(short) > len(layers):
+    needed = [layer for layer in layers if layer.action != "exact"]
+    short = [layer for layer in needed if 0 < layer.rows <= layer.inputs]
+    if 2 * len(short) > len(needed):
         wanted = max(-(-images * (layer.inputs + 1) // layer.rows) for layer in short)
         raise UserError(
-            f"{images} calibration images are too few: {len(short)} of {len(layers)} layers have more inputs than rows.",
+            f"{images} calibration images are too few for {len(short)} of {len(needed)} layers.",
             why="A regression needs more observations than unknowns.",
             fix=f"Give {wanted} images or more.",
         )

@@ -12,22 +12,25 @@ and H^-1 and W are updated after every removal, so that losses of the units that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib_data.progress import watched
 from toolchain.compensation.heads import rotate_heads
-from toolchain.compensation.statistics import require_images
-from toolchain.compensation.stream import rotate_stream, stream_can_rotate
+from toolchain.compensation.statistics import require_images, split
+from toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
-from toolchain.planning.curves import Curve
+from toolchain.planning.curves import Curve, curve_of
 from toolchain.scores.divergence import device_of, divergence, output_scale
-from toolchain.scores.fisher import fisher, probes_of
+from toolchain.scores.fisher import probes_of
 
 RIDGE = 1e-4
 """Relative to the mean diagonal of H, so that its inverse exists where units are dead or equal."""
@@ -36,13 +39,18 @@ SHARE_PER_STEP = 1 / 64
 """Units that leave between two updates of the whole inverse."""
 
 
+WIDTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Shares of the embedding width at which the KL of the rotated network is measured."""
+
+
 @dataclass(slots=True)
-class _Reader:
+class LayerStatistics:
     """What is known of a layer that reads prunable units.
 
     Attributes:
-        second: sum over tokens of importance * x x^T, [d + 1, d + 1] float64; the last input is the bias.
-        fisher: sum over tokens of g g^T, [out, out] float64.
+        second: sum over an image's tokens of importance * x x^T, [d + 1, d + 1] float64; the last input is the bias.
+            Importance is the squared gradient at the layer's output, summed over the probes.
+        fisher: sum over an image's tokens and the probes of g g^T, [out, out] float64.
     """
 
     second: Tensor
@@ -50,115 +58,164 @@ class _Reader:
 
 
 def compensated_curves(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    rotate: bool = True,
-    batch_size: int = 16,
-    seed: int = 0,
-    quiet: bool = True,
+    model: nn.Module, images: Tensor, *, rotate: bool = True, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> dict[str, Curve]:
     """Curves for every FFN and attention group, and for the embedding width where the stream can be rotated.
 
-    FFN units and value dims: as above, from one pass with gradients. q and k dims: the Fisher scores of the rotated
-    heads' dims, the last first. Embedding width: KL measured at a few widths of the rotated stream. Whole heads have no
-    curve here.
+    FFN units and value dims: as above, from one pass with gradients. q and k dims: Fisher scores of the rotated heads'
+    dims, the last first. Embedding width: KL measured at a few widths of the rotated stream, nothing refitted. Whole
+    heads have no curve here, and neither has the width of a stream that cannot be rotated.
 
     Args:
-        model: a timm network of a supported family; it is not changed.
+        model: a timm network of a supported family, in eval mode; it is not changed.
         images: calibration images [N, 3, H, W], normalised; labels are not needed.
         rotate: whether the cut will rotate heads and stream (as `compress` does).
         batch_size: images per pass.
-        seed: for the label probes (more than 16 classes).
+        seed: for the label probes.
         quiet: no progress bar.
 
     Returns:
-        Group name -> curve. Where heads are rotated, `order` speaks of the rotated dims: only the lengths matter.
+        Group name -> curve. Where a basis is rotated, `order` speaks of the rotated dims: only its length matters.
+
+    Raises:
+        UserError: too few images, or the network gives NaN on them.
     """
     require_images(images)
+    model = copy.deepcopy(model).eval()
     groups = groups_of(model)
-    scale = output_scale(model, images.split(batch_size))
+    batches = torch.split(images, batch_size)
+    scale = output_scale(model, batches)
     attention = [group for group in groups if group.kind == "attention"]
+    turned = model
     if rotate:
         names = [group.name for group in attention]
         turned = rotate_heads(model, images, names, batch_size=batch_size, quiet=quiet).model.eval()
-    else:
-        turned = model
     readers = {f"{g.name}.fc2": g for g in groups if g.kind == "ffn"} | {f"{g.name}.proj": g for g in attention}
-    known = _statistics(turned, list(readers), images.split(batch_size), scale, seed, quiet)
+    layers, products = _statistics(turned, list(readers), attention, batches, scale, seed, quiet)
     curves = {}
     for name, group in watched(readers.items(), "Loss curves", quiet=quiet, total=len(readers)):
         weight = turned.get_submodule(name).get_parameter("weight")
-        fixed = _last_dims_first(group) if rotate and group.kind == "attention" else None
-        curves[group.name] = surgeon(weight, known[name].second, known[name].fisher, group.num_heads, fixed)
+        order = _dims_in_turns(group, products[group.name], rotate) if group.kind == "attention" else None
+        curve = surgeon(weight, layers[name], group.num_heads, order)
+        if order is not None:
+            joint = curve.loss[1:] + products[group.name][order].cumsum(0)
+            curve = Curve(order, torch.cat([curve.loss[:1], joint]))
+        curves[group.name] = curve
+    if rotate and stream_can_rotate(model) is None:
+        curves["embed"] = _width_curve(model, images, scale, batch_size, seed, quiet)
     return curves
 
 
-def _last_dims_first(group: ChannelGroup) -> Tensor:
+def _dims_in_turns(group: ChannelGroup, products: Tensor, rotated: bool) -> Tensor:
+    """Head dims in the order in which they leave, one of every head in turn: rotated ones from the last on."""
+    if not rotated:
+        return curve_of(products, group.num_heads).order
     dims = torch.arange(group.size).view(group.num_heads, group.head_dim)
     return dims.flip(1).T.flatten()
 
 
+def _width_curve(
+    model: nn.Module, images: Tensor, scale: float | None, batch_size: int, seed: int, quiet: bool
+) -> Curve:
+    moments = measure_stream(model, images, batch_size=batch_size, seed=seed, quiet=quiet)
+    size = len(moments.second)
+    points = {0: 0.0}
+    with torch.inference_mode():
+        parts = [part.to(device_of(model)) for part in torch.split(split(images)[1], batch_size)]
+        dense = [model(part) for part in parts]
+        for share in watched(sorted(WIDTHS, reverse=True), "Width of the stream", quiet=quiet, total=len(WIDTHS)):
+            narrow = cut_stream(model, moments, max(2, int(share * size))).model.eval()
+            losses = [divergence(whole, narrow(part), scale) for whole, part in zip(dense, parts, strict=True)]
+            points[size - max(2, int(share * size))] = float(torch.cat(losses).mean())
+    gone, loss = list(points), torch.tensor(list(points.values()), dtype=torch.float64).cummax(0).values
+    # beyond the narrowest width that was measured nobody should go
+    table = np.interp(np.arange(size + 1), gone, loss.numpy(), right=float("inf"))
+    return Curve(torch.arange(size - 1, -1, -1), torch.from_numpy(table))
+
+
 def _statistics(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], scale: float | None, seed: int, quiet: bool
-) -> dict[str, _Reader]:
-    """Second moments of the inputs and Fisher of the outputs of some Linear layers, per image."""
+    model: nn.Module,
+    names: Sequence[str],
+    attention: Sequence[ChannelGroup],
+    batches: Sequence[Tensor],
+    scale: float | None,
+    seed: int,
+    quiet: bool,
+) -> tuple[dict[str, LayerStatistics], dict[str, Tensor]]:
+    """What is known of the layers `names`, and the Fisher scores of q-k dims per attention group, per image."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    known: dict[str, _Reader] = {}
-
-    def note(name: str, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs[name] = args[0].detach()
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        outputs[name] = output
-        return output
-
-    hooks = []
+    device = device_of(model)
+    layers, scores = {}, {g.name: torch.zeros(g.size, dtype=torch.float64) for g in attention}
     for name in names:
-        layer = model.get_submodule(name)
-        out, size = layer.get_parameter("weight").shape
-        zeros = (torch.zeros(n, n, dtype=torch.float64, device=device_of(model)) for n in (size + 1, out))
-        known[name] = _Reader(*zeros)
-        hooks.append(layer.register_forward_hook(lambda _, args, output, name=name: note(name, args, output)))
-    try:
-        for batch in watched(batches, "Second moments", quiet=quiet):
-            with torch.enable_grad():
-                logits = functional_call(model, weights, batch.to(device_of(model))).float()
-            probes = probes_of(logits.detach().cpu(), scale, generator).to(logits.device)
-            importance = {name: inputs[name].new_zeros(inputs[name].shape[:-1]) for name in names}
-            for index, probe in enumerate(probes):
-                gradients = torch.autograd.grad(
-                    (probe * logits).sum(), [outputs[name] for name in names], retain_graph=index + 1 < len(probes)
-                )
-                for name, gradient in zip(names, gradients, strict=True):
-                    importance[name] += gradient.square().sum(dim=-1)
-                    rows = gradient.flatten(0, -2)
-                    known[name].fisher += (rows.T @ rows).double()
-            for name in names:
-                x = inputs[name].flatten(0, -2).double()
-                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-                known[name].second += (x * importance[name].flatten().double().unsqueeze(1)).T @ x
-    finally:
-        for hook in hooks:
-            hook.remove()
+        out, size = model.get_submodule(name).get_parameter("weight").shape
+        layers[name] = LayerStatistics(
+            *(torch.zeros(n, n, dtype=torch.float64, device=device) for n in (size + 1, out))
+        )
+    for batch in watched(batches, "Second moments", quiet=quiet, total=len(batches)):
+        masks = {g.name: torch.ones(len(batch), g.size, device=device, requires_grad=True) for g in attention}
+        with torch.enable_grad(), _taps(model, names, attention, masks) as seen:
+            logits = functional_call(model, weights, batch.to(device)).float()
+        probes = probes_of(logits.detach().cpu(), scale, generator).to(device)
+        importance = {name: seen[name][0].new_zeros(seen[name][0].shape[:-1]) for name in names}
+        for index, probe in enumerate(probes):
+            wanted = [seen[name][1] for name in names] + list(masks.values())
+            slopes = torch.autograd.grad((probe * logits).sum(), wanted, retain_graph=index + 1 < len(probes))
+            for name, slope in zip(names, slopes, strict=False):
+                importance[name] += slope.square().sum(dim=-1)
+                rows = slope.flatten(0, -2).double()
+                layers[name].fisher += rows.T @ rows
+            for group, slope in zip(masks, slopes[len(names) :], strict=True):
+                scores[group] += slope.double().square().sum(dim=0).cpu() / 2
+        for name in names:
+            x = seen[name][0].flatten(0, -2).double()
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            layers[name].second += (x * importance[name].flatten().double().unsqueeze(1)).T @ x
     count = sum(len(batch) for batch in batches)
-    return {name: _Reader(reader.second / count, reader.fisher / count) for name, reader in known.items()}
+    for layer in layers.values():
+        layer.second /= count
+        layer.fisher /= count
+    return layers, {name: score / count for name, score in scores.items()}
 
 
-def surgeon(weight: Tensor, second: Tensor, fisher: Tensor, num_heads: int = 1, order: Tensor | None = None) -> Curve:
+@contextmanager
+def _taps(
+    model: nn.Module, names: Sequence[str], attention: Sequence[ChannelGroup], masks: Mapping[str, Tensor]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """While the model runs: inputs and (differentiable) outputs of layers, and masks on the queries."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = (args[0].detach(), output)
+
+    def mask_queries(group: ChannelGroup, output: Tensor) -> Tensor:
+        mask = masks[group.name].view(len(output), *[1] * (output.ndim - 2), group.size)
+        return torch.cat([output[..., : group.size] * mask, output[..., group.size :]], dim=-1)
+
+    with ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda _, args, output, name=name: note(name, args, output)
+            )
+            hooks.enter_context(hook)
+        for group in attention:
+            module = model.get_submodule(group.queries[0].rpartition(".")[0])
+            hook = module.register_forward_hook(lambda _, __, output, group=group: mask_queries(group, output))
+            hooks.enter_context(hook)
+        yield seen
+
+
+def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: Tensor | None = None) -> Curve:
     """Greedy removal of a layer's inputs, all others refitted, by joint quadratic loss.
 
     Args:
         weight: of the reading layer, [out, d].
-        second: importance-weighted second moments of its inputs and the bias [d + 1, d + 1], float64: summed over the
-            tokens of an image, each counted as often as the squared gradient at its output says.
-        fisher: of its output [out, out], float64; only its shape matters, its size is in `second`.
+        layer: second moments of its inputs [d + 1, d + 1] and Fisher of its output [out, out]; only the shape of the
+            latter matters, its size is in the former.
         num_heads: inputs leave in turns, one of every head.
         order: a given order of removal [d] instead of the greedy one; only the loss is computed.
     """
+    second, fisher = layer.second, layer.fisher
     size = weight.shape[1]
     ridge = RIDGE * second.diagonal()[:-1].mean().clamp_min(1e-300)
     shifts = torch.full((size + 1,), float(ridge), dtype=torch.float64, device=second.device)

@@ -9,6 +9,9 @@ of weighted matrices; for language models cf. SVD-LLM, arXiv 2403.07378). Biases
   their covariance within an image, and their mean leaves the bias;
 - the weights of an attention row add up to one, so the mean of a head's output moves into the bias of the projection,
   and values count by the covariance of the head's output.
+
+What matters is the output of the network: tokens are weighted by the squared gradient g of the Fisher information at
+the branch's output (`toolchain.scores.fisher`), and values by what the projection does along E[g g^T].
 """
 
 from __future__ import annotations
@@ -22,12 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
+from toolchain.compensation.gradients import output_gradients
 from toolchain.families import groups_of
 from toolchain.scores.divergence import device_of
 
 RIDGE = 1e-8
 """Added to second moments, relative to their mean diagonal: dims that never move stay invertible."""
+
+EVENNESS = 0.1
+"""Added to the importance of every channel of a branch's output, relative to the mean one: gradients are few."""
+
+LEAST_WEIGHT = 0.01
+"""Every token counts at least this share of the mean token of its image."""
+
+TINY = 1e-30
+"""Where nothing depends on a branch, everything counts alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +49,11 @@ class HeadRotation:
     Attributes:
         model: same class, same shapes.
         logit_error: attention group -> [heads, qk_dim + 1] float64: expected squared error of an attention logit, as
-            softmax sees it, when the last r dims of q and k are cut (r = 0 ... qk_dim).
-        output_error: attention group -> [heads, v_dim + 1] float64: expected squared error |.|^2 of the branch's output
-            per token when the last r value dims of the head are cut.
+            softmax sees it, when the last r dims of q and k are cut (r = 0 ... qk_dim); mean over keys, and over
+            queries by their weight.
+        output_error: attention group -> [heads, v_dim + 1] float64: expected loss in nats (KL to this network) when the
+            last r value dims of the head are cut, in the second order of `fisher`; for networks without classes half
+            the squared change of the output.
     """
 
     model: nn.Module
@@ -49,15 +63,17 @@ class HeadRotation:
 
 @dataclass(slots=True)
 class _Moments:
-    """Sums over calibration tokens per head, float64, and how many tokens there were."""
+    """Sums over calibration tokens per head, float64."""
 
-    queries: Tensor  # [heads, qk_dim, qk_dim]
+    queries: Tensor  # [heads, qk_dim, qk_dim], weighted
     keys: Tensor  # [heads, qk_dim, qk_dim], each image's mean taken out
     key_sum: Tensor  # [heads, qk_dim]
-    output: Tensor  # [heads, v_dim, v_dim]
-    output_sum: Tensor  # [heads, v_dim]
-    query_count: int = 0
+    output: Tensor  # [heads, v_dim, v_dim], weighted
+    output_sum: Tensor  # [heads, v_dim], weighted
+    importance: Tensor  # [d, d], of the branch's output
+    weight: float = 0.0
     key_count: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +94,7 @@ def rotate_heads(
     groups: Collection[str] | None = None,
     *,
     batch_size: int = 16,
+    seed: int = 0,
     quiet: bool = True,
 ) -> HeadRotation:
     """Turn the basis of every head so that cutting its last dims is the best cut.
@@ -87,6 +104,7 @@ def rotate_heads(
         images: calibration images [N, 3, H, W], normalised; labels are not needed.
         groups: names of the attention groups to rotate (`blocks.0.attn`); None: all.
         batch_size: images per pass; memory grows with it, and not with the images.
+        seed: for the random gradients.
         quiet: no progress bar.
 
     Example:
@@ -97,7 +115,7 @@ def rotate_heads(
         torch.Size([3, 65])
     """
     names = [g.name for g in groups_of(model) if g.kind == "attention" and (groups is None or g.name in groups)]
-    moments = _measure(model, names, torch.split(images, batch_size), quiet)
+    moments = _measure(model, names, torch.split(images, batch_size), seed, quiet)
     rotated = copy.deepcopy(model)
     logit_error, output_error = {}, {}
     with torch.no_grad():
@@ -119,31 +137,71 @@ def _rows(attention: Any) -> _Rows:
     return _Rows(heads, qk // heads, v_dim, (attention.q, 0), (attention.kv, 0), (attention.kv, qk))
 
 
-def _measure(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], quiet: bool) -> dict[str, _Moments]:
-    found = {}
+def _measure(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], seed: int, quiet: bool
+) -> dict[str, _Moments]:
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    sums = {
+        name: _zeros(_rows(attention), attention.proj.out_features, device_of(model))
+        for name, attention in modules.items()
+    }
+    seen: dict[nn.Module, Tensor] = {}
     was_training = model.training
     model.eval()
-    with ExitStack() as hooks, torch.inference_mode():
-        for name in names:
-            attention: Any = model.get_submodule(name)
-            rows = _rows(attention)
-            found[name] = _zeros(rows, device_of(model))
-            for layer in {rows.queries[0], rows.keys[0]}:
-                hooks.enter_context(layer.register_forward_hook(_observe(rows, found[name])))
-            hooks.enter_context(attention.proj.register_forward_pre_hook(_observe_output(rows, found[name])))
-        for batch in watched(batches, "Measuring heads", quiet=quiet):
-            model(batch.to(device_of(model)))
+    with ExitStack() as hooks:
+        for attention in modules.values():
+            for layer in {_rows(attention).queries[0], _rows(attention).keys[0]}:
+                hooks.enter_context(layer.register_forward_hook(_keep_output(seen)))
+            hooks.enter_context(attention.proj.register_forward_pre_hook(_keep_input(seen)))
+        writers = [f"{name}.proj" for name in names]
+        for batch in output_gradients(model, writers, batches, "Measuring heads", seed=seed, quiet=quiet):
+            for (name, attention), (_, gradients) in zip(modules.items(), batch, strict=True):
+                _add(sums[name], _rows(attention), seen, seen[attention.proj], gradients.double())
     model.train(was_training)
-    return found
+    return sums
 
 
-def _zeros(rows: _Rows, device: torch.device) -> _Moments:
+def _keep_output(seen: dict[nn.Module, Tensor]) -> Any:
+    return lambda layer, _, output: seen.update({layer: output.detach()})
+
+
+def _keep_input(seen: dict[nn.Module, Tensor]) -> Any:
+    return lambda layer, args: seen.update({layer: args[0].detach()})
+
+
+def _zeros(rows: _Rows, channels: int, device: torch.device) -> _Moments:
     heads, qk, v = rows.heads, rows.qk_dim, rows.v_dim
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    return _Moments(zeros(heads, qk, qk), zeros(heads, qk, qk), zeros(heads, qk), zeros(heads, v, v), zeros(heads, v))
+    return _Moments(
+        queries=zeros(heads, qk, qk),
+        keys=zeros(heads, qk, qk),
+        key_sum=zeros(heads, qk),
+        output=zeros(heads, v, v),
+        output_sum=zeros(heads, v),
+        importance=zeros(channels, channels),
+    )
+
+
+def _add(sums: _Moments, rows: _Rows, seen: dict[nn.Module, Tensor], output: Tensor, gradients: Tensor) -> None:
+    """Sum over a batch: `output` [B, N, heads * v_dim] enters the projection, `gradients` [draws, B, N, d] leave it."""
+    queries = _part(seen[rows.queries[0]], rows.queries[1], rows.heads, rows.qk_dim)
+    keys = _part(seen[rows.keys[0]], rows.keys[1], rows.heads, rows.qk_dim)
+    values = _part(output, 0, rows.heads, rows.v_dim)
+    weights = gradients.square().sum(dim=(0, 3))
+    weights = (weights + LEAST_WEIGHT * weights.mean(dim=1, keepdim=True)).clamp_min(TINY)
+    centred = keys - keys.mean(dim=1, keepdim=True)
+    sums.queries += torch.einsum("bn,bnhi,bnhj->hij", weights, queries, queries)
+    sums.keys += torch.einsum("bnhi,bnhj->hij", centred, centred)
+    sums.key_sum += keys.sum(dim=(0, 1))
+    sums.output += torch.einsum("bn,bnhi,bnhj->hij", weights, values, values)
+    sums.output_sum += torch.einsum("bn,bnhi->hi", weights, values)
+    sums.importance += torch.einsum("kbni,kbnj->ij", gradients, gradients)
+    sums.weight += float(weights.sum())
+    sums.key_count += keys.shape[0] * keys.shape[1]
+    sums.images += len(keys)
 
 
 def _part(output: Tensor, first: int, heads: int, dim: int) -> Tensor:
@@ -152,38 +210,13 @@ def _part(output: Tensor, first: int, heads: int, dim: int) -> Tensor:
     return part.reshape(*part.shape[:-1], heads, dim).double()
 
 
-def _observe(rows: _Rows, sums: _Moments) -> Any:
-    def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
-        if layer is rows.queries[0]:
-            queries = _part(output, rows.queries[1], rows.heads, rows.qk_dim)
-            sums.queries += torch.einsum("bnhi,bnhj->hij", queries, queries)
-            sums.query_count += queries.shape[0] * queries.shape[1]
-        if layer is rows.keys[0]:
-            keys = _part(output, rows.keys[1], rows.heads, rows.qk_dim)
-            sums.key_sum += keys.sum(dim=(0, 1))
-            keys = keys - keys.mean(dim=1, keepdim=True)
-            sums.keys += torch.einsum("bnhi,bnhj->hij", keys, keys)
-            sums.key_count += keys.shape[0] * keys.shape[1]
-
-    return hook
-
-
-def _observe_output(rows: _Rows, sums: _Moments) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        output = _part(args[0], 0, rows.heads, rows.v_dim)
-        sums.output += torch.einsum("bnhi,bnhj->hij", output, output)
-        sums.output_sum += output.sum(dim=(0, 1))
-
-    return hook
-
-
 def _rotate_products(attention: Any, sums: _Moments) -> Tensor:
     """Turn q and k of every head; the squared error of a scaled logit by dims cut, [heads, qk_dim + 1]."""
     rows = _rows(attention)
     key_mean = sums.key_sum / sums.key_count
     errors = []
     for head in range(rows.heads):
-        query_root, _ = _roots(sums.queries[head] / sums.query_count)
+        query_root, _ = _roots(sums.queries[head] / sums.weight)
         key_root, key_inverse = _roots(sums.keys[head] / sums.key_count)
         _, strength, right = torch.linalg.svd(query_root @ key_root)
         balance = _floored(strength).sqrt().unsqueeze(1)  # q and k of a dim get equal variance
@@ -194,24 +227,26 @@ def _rotate_products(attention: Any, sums: _Moments) -> Tensor:
 
 
 def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
-    """Turn the values of every head; the squared error of the branch's output by dims cut, [heads, v_dim + 1]."""
+    """Turn the values of every head; the loss in nats by dims cut, [heads, v_dim + 1]."""
     rows, proj = _rows(attention), attention.proj
-    mean = sums.output_sum / sums.query_count
+    mean = sums.output_sum / sums.weight
     has_biases = rows.values[0].bias is not None and proj.bias is not None
+    metric = sums.importance / sums.importance.trace().clamp_min(TINY)
+    metric.diagonal().add_(EVENNESS / len(metric))
     errors = []
     for head in range(rows.heads):
         columns = slice(head * rows.v_dim, (head + 1) * rows.v_dim)
         weight = proj.weight[:, columns].double()
-        second = sums.output[head] / sums.query_count
+        second = sums.output[head] / sums.weight
         root, inverse = _roots(second - torch.outer(mean[head], mean[head]) if has_biases else second)
-        energy, basis = torch.linalg.eigh(root @ weight.T @ weight @ root)
+        energy, basis = torch.linalg.eigh(root @ weight.T @ metric @ weight @ root)
         energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
         balance = _floored(energy.sqrt()).sqrt()
         if has_biases:
             proj.bias += (weight @ mean[head]).to(proj.bias.dtype)
         _turn(rows.values, head, balance.unsqueeze(1) * (basis.T @ inverse), mean[head] if has_biases else None)
         proj.weight[:, columns] = (weight @ root @ basis / balance).to(proj.weight.dtype)
-        errors.append(_tails(energy))
+        errors.append(_tails(energy * sums.weight / (2 * sums.images)))
     return torch.stack(errors).cpu()
 
 
@@ -229,13 +264,13 @@ def _roots(second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root and its inverse."""
     values, vectors = torch.linalg.eigh(second_moment)
     floor = RIDGE * values.clamp_min(0).mean()
-    roots = (values.clamp_min(0) + floor).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    roots = (values.clamp_min(0) + floor).clamp_min(TINY).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def _floored(strength: Tensor) -> Tensor:
     """Strengths that may be divided by."""
-    return strength.clamp_min(max(1e-8 * float(strength.max()), torch.finfo(strength.dtype).tiny))
+    return strength.clamp_min(max(1e-8 * float(strength.max()), TINY))
 
 
 def _tails(energy: Tensor) -> Tensor:

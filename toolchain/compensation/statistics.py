@@ -43,13 +43,16 @@ class _AllSeen(Exception):  # noqa: N818 -- no error: what was wanted is there, 
     pass
 
 
-def observe(run: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequence[tuple[nn.Module, Site]]) -> list[Tensor]:
+def observe(
+    run: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequence[tuple[nn.Module, Site]], *, to_end: bool = False
+) -> list[Tensor]:
     """What enters or leaves some modules while `run(start)` goes on; it stops as soon as everything was seen.
 
     Args:
         run: a part of a forward pass.
         start: its argument.
         wanted: modules, each of them run once, and the side to look at.
+        to_end: do not stop; what `run` returns is then the last tensor.
 
     Returns:
         One tensor for each of `wanted`.
@@ -58,7 +61,7 @@ def observe(run: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequence[tup
 
     def note(index: int, tensor: Tensor) -> None:
         found[index] = tensor
-        if len(found) == len(wanted):
+        if len(found) == len(wanted) and not to_end:
             raise _AllSeen
 
     hooks = []
@@ -67,14 +70,15 @@ def observe(run: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequence[tup
             hooks.append(module.register_forward_pre_hook(lambda _, args, index=index: note(index, args[0])))
         else:
             hooks.append(module.register_forward_hook(lambda _, __, output, index=index: note(index, output)))
+    result = []
     try:
-        run(start)
+        result.append(run(start))
     except _AllSeen:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-    return [found[index] for index in range(len(wanted))]
+    return [found[index] for index in range(len(wanted))] + (result if to_end else [])
 
 
 def linear_layers(model: nn.Module, run: Callable[[Tensor], Tensor], start: Tensor) -> list[str]:

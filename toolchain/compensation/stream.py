@@ -17,17 +17,15 @@ own tokens, weighted by how much the output depends on them.
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from calib_data.errors import UserError
-from calib_data.progress import watched
 from toolchain.compensation.fold import Reading, fold, readings, require_rotatable, stream_axes, stream_can_rotate
+from toolchain.compensation.gradients import output_gradients
 from toolchain.families import narrow
 from toolchain.groups import Widths
 from toolchain.layers import adopt_parameters
@@ -35,11 +33,11 @@ from toolchain.scores.divergence import device_of
 
 __all__ = ["Rotated", "StreamMoments", "cut_stream", "measure_stream", "rotate_stream", "stream_can_rotate"]
 
-DRAWS = 2
-"""Random gradients per image: each covers all classes, and moments are summed over many tokens."""
-
 EVENNESS = 1.0
 """Added to the importance of every direction, relative to the mean one: LayerNorm's variance needs all the energy."""
+
+TINY = 1e-30
+"""Where the output depends on nothing, everything counts alike."""
 
 RIDGE = 1e-1
 """Of the readers' regression, relative to the mean diagonal."""
@@ -122,46 +120,14 @@ def measure_stream(
         UserError: the stream of this network cannot be rotated.
     """
     folded = fold(model).to(next(model.parameters()).dtype).eval()
-    weights = {name: parameter.detach() for name, parameter in folded.named_parameters()}
-    places = readings(folded)
+    norms = [reading.norm for reading in readings(folded)]
     channels: Any = folded.embed_dim
-    sums = _Sums(len(places), channels, device_of(model))
-    generator = torch.Generator().manual_seed(seed)
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    with ExitStack() as hooks, torch.enable_grad():
-        for index, place in enumerate(places):
-            hooks.enter_context(folded.get_submodule(place.norm).register_forward_hook(_tap(index, seen)))
-        for batch in watched(torch.split(images, batch_size), "Measuring the stream", quiet=quiet):
-            outputs = functional_call(folded, weights, batch.to(device_of(model)))
-            probes = _probes(outputs.detach(), generator)
-            leaves = [seen[index][1] for index in range(len(places))]
-            gradients = [
-                torch.autograd.grad((probe * outputs).sum(), leaves, retain_graph=draw + 1 < DRAWS)
-                for draw, probe in enumerate(probes)
-            ]
-            for index in range(len(places)):
-                sums.add(index, seen[index][0], [gradient[index] for gradient in gradients])
+    sums = _Sums(len(norms), channels, device_of(model))
+    batches = torch.split(images, batch_size)
+    for batch in output_gradients(folded, norms, batches, "Measuring the stream", seed=seed, quiet=quiet):
+        for place, (normalised, gradients) in enumerate(batch):
+            sums.add(place, normalised, gradients)
     return sums.moments(len(images))
-
-
-def _tap(index: int, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """A hook that keeps what a norm gives, and a zero added to it whose gradient is that of the norm's output."""
-
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        leaf = torch.zeros_like(output, requires_grad=True)
-        seen[index] = (output.detach(), leaf)
-        return output + leaf
-
-    return hook
-
-
-def _probes(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Random directions [DRAWS, B, C] whose outer products give the Fisher matrix diag(p) - p p^T in expectation."""
-    p = outputs.double().cpu().softmax(dim=-1)
-    signs = torch.randint(0, 2, (DRAWS, *p.shape), generator=generator) * 2.0 - 1
-    spread = p.sqrt() * signs
-    probes: Tensor = (spread - p * spread.sum(dim=-1, keepdim=True)) / DRAWS**0.5
-    return probes.to(outputs)
 
 
 class _Sums:
@@ -175,9 +141,9 @@ class _Sums:
         self.importance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self.tokens = [0] * places
 
-    def add(self, place: int, normalised: Tensor, gradients: list[Tensor]) -> None:
+    def add(self, place: int, normalised: Tensor, gradients: Tensor) -> None:
         tokens = normalised.flatten(0, -2).double()
-        slopes = torch.stack([gradient.flatten(0, -2) for gradient in gradients]).double()  # [DRAWS, T, d]
+        slopes = gradients.flatten(1, -2).double()  # [draws, T, d]
         weight = slopes.square().sum(dim=(0, 2))
         weighted = tokens * weight.unsqueeze(1)
         self.second[place] += tokens.T @ tokens
@@ -189,7 +155,7 @@ class _Sums:
 
     def moments(self, images: int) -> StreamMoments:
         tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.second.device)
-        weight = self.weight.clamp_min(torch.finfo(torch.float64).tiny)
+        weight = self.weight.clamp_min(TINY)
         return StreamMoments(
             second=(self.second / tokens.view(-1, 1, 1)).sum(dim=0),
             importance=self.importance / images,
@@ -245,27 +211,32 @@ def _directions(moments: StreamMoments, count: int) -> Tensor:
     """[d, count], orthonormal and orthogonal to the ones: the span that keeps most of what the output depends on."""
     basis = _zero_mean_basis(len(moments.second), moments.second.device)
     importance = basis.T @ moments.importance @ basis
-    even = importance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    importance = importance / importance.diagonal().mean().clamp_min(TINY)
+    importance.diagonal().add_(EVENNESS)
     values, vectors = torch.linalg.eigh(importance)
-    root = (vectors * (values.clamp_min(0) + EVENNESS * even).sqrt()) @ vectors.T
+    root = (vectors * values.sqrt()) @ vectors.T
     seen = root @ basis.T @ moments.second @ basis @ root
     best = torch.linalg.eigh(seen).eigenvectors.flip(1)[:, :count]
-    return basis @ torch.linalg.qr(root @ best).Q
+    directions: Tensor = basis @ torch.linalg.qr(root @ best).Q
+    return directions
 
 
 def _reads(moments: StreamMoments, directions: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """Affine map (A [d, k - 1], a [d]) with x^ ~ A V^T x^ + a on the tokens of one depth.
+    """Affine map (A [d, k - 1], a [d]) from what V^T x^ becomes in the new network to x^, on the tokens of one depth.
 
-    Ridge regression of what V does not hold on what it holds; the ridge pulls towards A = V. All is held at k = d.
+    Ridge regression of what V does not hold on what it holds; the ridge pulls towards A = V. The new LayerNorm sees the
+    energy of V^T x^ only and so divides by too little, which A takes back. At k = d all is held, and A = V.
     """
-    mean = moments.weighted_mean[place]
-    covariance = moments.weighted_second[place] - torch.outer(mean, mean)
+    second, mean = moments.weighted_second[place], moments.weighted_mean[place]
+    energy = (directions * (second @ directions)).sum()
+    held_share = torch.where(energy > 0, energy / second.trace(), 1.0)
+    covariance = second - torch.outer(mean, mean)
     across = covariance @ directions
     held = directions.T @ across
-    held.diagonal().add_(RIDGE * held.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    held.diagonal().add_(RIDGE * held.diagonal().mean().clamp_min(TINY))
     lost = across - directions @ (directions.T @ across)
     reads = directions + torch.linalg.solve(held, lost.T).T
-    return reads, mean - reads @ (directions.T @ mean)
+    return reads * held_share.sqrt(), mean - reads @ (directions.T @ mean)
 
 
 def _zero_mean_basis(size: int, device: torch.device) -> Tensor:
@@ -275,4 +246,5 @@ def _zero_mean_basis(size: int, device: torch.device) -> Tensor:
     """
     rows = torch.arange(size, dtype=torch.float64, device=device).unsqueeze(1) + 0.5
     columns = torch.arange(1, size, dtype=torch.float64, device=device)
-    return (rows * columns * (math.pi / size)).cos() * (2 / size) ** 0.5
+    basis: Tensor = (rows * columns * (math.pi / size)).cos() * math.sqrt(2 / size)
+    return basis

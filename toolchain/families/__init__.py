@@ -39,8 +39,8 @@ class Family(Protocol):
     def block_lists(self, model: nn.Module) -> dict[str, int]:
         """Lists of like blocks (`torch.nn` containers by name) and their lengths; blocks may leave each of them."""
 
-    def attention(self, old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
-        """An attention module like `old` with other sizes; parameters keep timm's names."""
+    def attention(self, old: nn.Module, dim: int, num_heads: int, qk_dim: int, v_dim: int) -> nn.Module:
+        """An attention module like `old` with other sizes (q·k and v dims per head); parameters keep timm's names."""
 
     def refresh(self, model: nn.Module) -> None:
         """Update the sizes that timm keeps as attributes of the model after submodules were replaced."""
@@ -89,6 +89,13 @@ def segments_of(model: nn.Module) -> tuple[Segment, ...]:
     return family_of(model).segments(model)
 
 
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the network with its tensors on the meta device: structure without memory."""
+    tensors = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    buffers = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, {**tensors, **buffers})  # the memo stands in for what would be copied
+
+
 def narrow(model: nn.Module, widths: Widths) -> nn.Module:
     """The same architecture with other widths, its parameters on the meta device (no memory, no values).
 
@@ -98,15 +105,15 @@ def narrow(model: nn.Module, widths: Widths) -> nn.Module:
     family = family_of(model)
     groups = family.groups(model)
     shapes = narrowed_shapes({name: tensor.shape for name, tensor in model.state_dict().items()}, groups, widths)
-    result = copy.deepcopy(model).to("meta")
+    result = skeleton(model)
     with torch.device("meta"):
+        sizes = {group.name: group.size for group in groups} | widths.channels
         for group in groups:
-            if group.kind == "attention":
-                heads = widths.num_heads.get(group.name, group.num_heads)
-                head_dim = widths.channels.get(group.name, group.size) // heads
+            if group.kind == "qk":
+                name, heads = group.module, widths.num_heads.get(group.module, group.num_heads)
+                qk, v = (widths.channels.get(name, sizes[f"{name}.{part}"]) // heads for part in ("qk", "v"))
                 dim = shapes[group.queries[0]][1]
-                attention = family.attention(result.get_submodule(group.name), dim, heads, head_dim)
-                result.set_submodule(group.name, attention)
+                result.set_submodule(name, family.attention(result.get_submodule(name), dim, heads, qk, v))
         for name in {name.rpartition(".")[0] for name in shapes} - {""}:
             module = result.get_submodule(name)
             own = {key: shapes[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}

@@ -15,33 +15,35 @@ from toolchain.segments import Segment
 
 
 class NarrowAttention(Attention):  # type: ignore[misc]
-    """PVTv2 attention whose heads don't fill the stage width.
+    """PVTv2 attention whose heads don't fill the stage width, or whose q·k and v dims per head differ.
 
     timm's own reshapes the heads' output to the stage width, which only works while
-    `num_heads * head_dim == dim`. Parameters have the same names and meaning.
+    `num_heads * head_dim == dim`. Parameters have the same names and meaning; the rows of `kv` are
+    num_heads * qk_dim for k, then num_heads * v_dim for v.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, head_dim: int, sr_ratio: int, linear_attn: bool, qkv_bias: bool
+        self, dim: int, num_heads: int, qk_dim: int, v_dim: int, sr_ratio: int, linear_attn: bool, qkv_bias: bool
     ) -> None:
         super().__init__(dim, num_heads=1, sr_ratio=sr_ratio, linear_attn=linear_attn, qkv_bias=qkv_bias)
-        attn_dim = num_heads * head_dim
-        self.num_heads, self.head_dim, self.scale = num_heads, head_dim, head_dim**-0.5
-        self.q = nn.Linear(dim, attn_dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * attn_dim, bias=qkv_bias)
-        self.proj = nn.Linear(attn_dim, dim)
+        self.num_heads, self.head_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, qk_dim**-0.5
+        self.q = nn.Linear(dim, num_heads * qk_dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, num_heads * (qk_dim + v_dim), bias=qkv_bias)
+        self.proj = nn.Linear(num_heads * v_dim, dim)
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         """Attend within a feature map; x is [B, H * W, dim], feat_size (H, W)."""
         batch, tokens, _ = x.shape
-        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
         kv = self.kv(self._reduce(x, feat_size))
-        k, v = kv.reshape(batch, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        k_part, v_part = kv.split([self.num_heads * self.head_dim, self.num_heads * self.v_dim], dim=-1)
+        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        k = k_part.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
+        v = v_part.reshape(batch, -1, self.num_heads, self.v_dim).transpose(1, 2)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
             out = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
+        out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.v_dim)
         return cast(Tensor, self.proj_drop(self.proj(out)))
 
     def _reduce(self, x: Tensor, feat_size: list[int]) -> Tensor:
@@ -111,46 +113,74 @@ def _stage_group(pvt: Any, index: int, names: set[str]) -> ChannelGroup:
 
 
 def _block_groups(name: str, block: Any, stage: int, names: set[str]) -> list[ChannelGroup]:
-    attn = block.attn
-    queries = tuple(q for q in (f"{name}.attn.q.weight", f"{name}.attn.q.bias") if q in names)
-    values = tuple(kv for kv in (f"{name}.attn.kv.weight", f"{name}.attn.kv.bias") if kv in names)
-
-    def attention_slices(unit: int) -> tuple[Slice, ...]:
-        return (
-            *(Slice(q, 0, unit=unit) for q in queries),
-            *(Slice(kv, 0, repeat=2, unit=unit) for kv in values),
-            Slice(f"{name}.attn.proj.weight", 1, unit=unit),
-        )
-
     ffn = {"fc1.weight": 0, "fc1.bias": 0, "dwconv.weight": 0, "dwconv.bias": 0, "fc2.weight": 1}
-    return [
+    mlp = ChannelGroup(
+        name=f"{name}.mlp",
+        kind="ffn",
+        size=block.mlp.fc1.out_features,
+        slices=tuple(Slice(f"{name}.mlp.{key}", axis) for key, axis in ffn.items()),
+        masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+        stage=stage,
+    )
+    return [*_attention_groups(f"{name}.attn", block.attn, stage, names), mlp]
+
+
+def _attention_groups(name: str, attn: Any, stage: int, names: set[str]) -> list[ChannelGroup]:
+    queries = tuple(q for q in (f"{name}.q.weight", f"{name}.q.bias") if q in names)
+    values = tuple(kv for kv in (f"{name}.kv.weight", f"{name}.kv.bias") if kv in names)
+    proj, heads, qk, v = f"{name}.proj.weight", attn.num_heads, attn.q.out_features, attn.proj.in_features
+    separate = [
         ChannelGroup(
-            name=f"{name}.attn",
-            kind="attention",
-            size=attn.num_heads * attn.head_dim,
-            slices=attention_slices(1),
-            masks=(MaskPoint(f"{name}.attn.q", "output"), MaskPoint(f"{name}.attn.kv", "output", (0, 1))),
+            name=f"{name}.qk",
+            kind="qk",
+            size=qk,
+            slices=tuple(Slice(parameter, 0) for parameter in queries + values),
+            masks=(MaskPoint(f"{name}.q", "output"),),
             stage=stage,
-            num_heads=attn.num_heads,
+            num_heads=heads,
             queries=queries,
         ),
         ChannelGroup(
-            name=f"{name}.attn.heads",
-            kind="heads",
-            size=attn.num_heads,
-            slices=attention_slices(attn.head_dim),
-            masks=(MaskPoint(f"{name}.attn.kv", "output", (0, 1), unit=attn.head_dim),),
+            name=f"{name}.v",
+            kind="v",
+            size=v,
+            slices=(*(Slice(kv, 0, start=qk) for kv in values), Slice(proj, 1)),
+            masks=(MaskPoint(f"{name}.kv", "output", start=qk),),
             stage=stage,
-            num_heads=attn.num_heads,
+            num_heads=heads,
+        ),
+    ]
+    if qk != v:
+        return separate
+
+    def slices(unit: int) -> tuple[Slice, ...]:
+        return (
+            *(Slice(q, 0, unit=unit) for q in queries),
+            *(Slice(kv, 0, repeat=2, unit=unit) for kv in values),
+            Slice(proj, 1, unit=unit),
+        )
+
+    return [
+        ChannelGroup(
+            name=name,
+            kind="attention",
+            size=v,
+            slices=slices(1),
+            masks=(MaskPoint(f"{name}.q", "output"), MaskPoint(f"{name}.kv", "output", (0, 1))),
+            stage=stage,
+            num_heads=heads,
+            queries=queries,
         ),
         ChannelGroup(
-            name=f"{name}.mlp",
-            kind="ffn",
-            size=block.mlp.fc1.out_features,
-            slices=tuple(Slice(f"{name}.mlp.{key}", axis) for key, axis in ffn.items()),
-            masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+            name=f"{name}.heads",
+            kind="heads",
+            size=heads,
+            slices=slices(attn.head_dim),
+            masks=(MaskPoint(f"{name}.kv", "output", (0, 1), unit=attn.head_dim),),
             stage=stage,
+            num_heads=heads,
         ),
+        *separate,
     ]
 
 
@@ -199,16 +229,16 @@ def block_lists(model: nn.Module) -> dict[str, int]:
     return {f"stages.{index}.blocks": len(stage.blocks) for index, stage in enumerate(pvt.stages)}
 
 
-def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
+def attention(old: nn.Module, dim: int, num_heads: int, qk_dim: int, v_dim: int) -> nn.Module:
     """timm's own attention when the heads fill the stage width, else the small subclass above."""
     timm_old: Any = old
     sr_ratio = timm_old.sr.stride[0] if timm_old.sr is not None else 1
     linear, qkv_bias = timm_old.pool is not None, timm_old.q.bias is not None
     new: Any
-    if num_heads * head_dim == dim:
+    if num_heads * qk_dim == num_heads * v_dim == dim:
         new = Attention(dim, num_heads=num_heads, sr_ratio=sr_ratio, linear_attn=linear, qkv_bias=qkv_bias)
     else:
-        new = NarrowAttention(dim, num_heads, head_dim, sr_ratio, linear, qkv_bias)
+        new = NarrowAttention(dim, num_heads, qk_dim, v_dim, sr_ratio, linear, qkv_bias)
     new.attn_drop, new.proj_drop, new.fused_attn = timm_old.attn_drop, timm_old.proj_drop, timm_old.fused_attn
     return cast(nn.Module, new)
 
@@ -239,7 +269,7 @@ def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     num_heads, mlp_ratios = [], []
     for stage, dim in zip(pvt.stages, dims, strict=True):
         shapes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in stage.blocks}
-        if len(shapes) != 1:
+        if len(shapes) != 1 or any(type(block.attn) is not Attention for block in stage.blocks):
             return None
         heads, head_dim, hidden = shapes.pop()
         if heads * head_dim != dim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -12,6 +13,41 @@ from torch import Tensor, nn
 from toolchain.groups import ChannelGroup, MaskPoint, Slice
 from toolchain.layers import mlp_ratio
 from toolchain.segments import Segment
+
+
+class UnequalAttention(Attention):  # type: ignore[misc]
+    """ViT attention whose q·k dims and v dims per head differ.
+
+    timm's own splits the fused qkv into three equal parts. Here its rows are heads * qk_dim for q, as many for k, and
+    heads * v_dim for v. Parameters have the same names and meaning.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qk_dim: int, v_dim: int, *, qkv_bias: bool, proj_bias: bool, **drops: float
+    ) -> None:
+        super().__init__(dim, num_heads, attn_head_dim=qk_dim, qkv_bias=qkv_bias, proj_bias=proj_bias, **drops)
+        self.v_dim, self.attn_dim = v_dim, num_heads * v_dim
+        self.qkv = nn.Linear(dim, num_heads * (2 * qk_dim + v_dim), bias=qkv_bias)
+        self.proj = nn.Linear(self.attn_dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend; x is [B, N, dim].
+
+        Raises:
+            ValueError: a mask is asked for, which no supported network does.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attention masks are not supported with unequal q·k and v dims")
+        batch, tokens, _ = x.shape
+        qk = self.num_heads * self.head_dim
+        parts = self.qkv(x).split([qk, qk, self.num_heads * self.v_dim], dim=-1)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            out = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        out = out.transpose(1, 2).reshape(batch, tokens, self.attn_dim)
+        return cast(Tensor, self.proj_drop(self.proj(out)))
 
 
 def matches(model: nn.Module) -> bool:
@@ -46,7 +82,7 @@ def _unsupported_block(block: Any) -> str | None:
     if type(block) is not Block:
         return f"{type(block).__name__} blocks (parallel, post-norm or custom)"
     attn, mlp = block.attn, block.mlp
-    if type(attn) is not Attention:
+    if type(attn) not in (Attention, UnequalAttention):
         return f"{type(attn).__name__} (rotary, differential or custom attention)"
     if not isinstance(attn.q_norm, nn.Identity):
         return "qk-norm"
@@ -101,39 +137,66 @@ def _embed_group(vit: Any, names: set[str]) -> ChannelGroup:
 
 
 def _block_groups(name: str, block: Any, names: set[str]) -> list[ChannelGroup]:
-    attn = block.attn
-    qkv = [f"{name}.attn.qkv.weight", f"{name}.attn.qkv.bias"]
-    queries = tuple(parameter for parameter in qkv if parameter in names)
-
-    def attention_slices(unit: int) -> tuple[Slice, ...]:
-        return (*(Slice(q, 0, repeat=3, unit=unit) for q in queries), Slice(f"{name}.attn.proj.weight", 1, unit=unit))
-
     ffn = {f"{name}.mlp.fc1.weight": 0, f"{name}.mlp.fc1.bias": 0, f"{name}.mlp.fc2.weight": 1}
-    return [
+    mlp = ChannelGroup(
+        name=f"{name}.mlp",
+        kind="ffn",
+        size=block.mlp.fc1.out_features,
+        slices=tuple(Slice(key, axis) for key, axis in ffn.items() if key in names),
+        masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+    )
+    return [*_attention_groups(f"{name}.attn", block.attn, names), mlp]
+
+
+def _attention_groups(name: str, attn: Any, names: set[str]) -> list[ChannelGroup]:
+    qkv, proj = f"{name}.qkv", f"{name}.proj.weight"
+    queries = tuple(parameter for parameter in (f"{qkv}.weight", f"{qkv}.bias") if parameter in names)
+    heads, v = attn.num_heads, attn.proj.in_features
+    qk = (attn.qkv.out_features - v) // 2
+    separate = [
         ChannelGroup(
-            name=f"{name}.attn",
-            kind="attention",
-            size=attn.num_heads * attn.head_dim,
-            slices=attention_slices(1),
-            masks=(MaskPoint(f"{name}.attn.qkv", "output", (1, 0, 1)),),
-            num_heads=attn.num_heads,
+            name=f"{name}.qk",
+            kind="qk",
+            size=qk,
+            slices=tuple(Slice(q, 0, repeat=2) for q in queries),
+            masks=(MaskPoint(qkv, "output"),),
+            num_heads=heads,
             queries=queries,
         ),
         ChannelGroup(
-            name=f"{name}.attn.heads",
-            kind="heads",
-            size=attn.num_heads,
-            slices=attention_slices(attn.head_dim),
-            masks=(MaskPoint(f"{name}.attn.qkv", "output", (0, 0, 1), unit=attn.head_dim),),
-            num_heads=attn.num_heads,
+            name=f"{name}.v",
+            kind="v",
+            size=v,
+            slices=(*(Slice(q, 0, start=2 * qk) for q in queries), Slice(proj, 1)),
+            masks=(MaskPoint(qkv, "output", start=2 * qk),),
+            num_heads=heads,
+        ),
+    ]
+    if qk != v:
+        return separate
+
+    def slices(unit: int) -> tuple[Slice, ...]:
+        return (*(Slice(q, 0, repeat=3, unit=unit) for q in queries), Slice(proj, 1, unit=unit))
+
+    return [
+        ChannelGroup(
+            name=name,
+            kind="attention",
+            size=v,
+            slices=slices(1),
+            masks=(MaskPoint(qkv, "output", (1, 0, 1)),),
+            num_heads=heads,
+            queries=queries,
         ),
         ChannelGroup(
-            name=f"{name}.mlp",
-            kind="ffn",
-            size=block.mlp.fc1.out_features,
-            slices=tuple(Slice(key, axis) for key, axis in ffn.items() if key in names),
-            masks=(MaskPoint(f"{name}.mlp.fc2", "input"),),
+            name=f"{name}.heads",
+            kind="heads",
+            size=heads,
+            slices=slices(attn.head_dim),
+            masks=(MaskPoint(qkv, "output", (0, 0, 1), unit=attn.head_dim),),
+            num_heads=heads,
         ),
+        *separate,
     ]
 
 
@@ -157,28 +220,32 @@ def block_lists(model: nn.Module) -> dict[str, int]:
     return {"blocks": len(vit.blocks)}
 
 
-def attention(old: nn.Module, dim: int, num_heads: int, head_dim: int) -> nn.Module:
-    """timm's own Attention with `attn_head_dim`, which frees the head width from the embedding width."""
+def attention(old: nn.Module, dim: int, num_heads: int, qk_dim: int, v_dim: int) -> nn.Module:
+    """timm's own Attention with `attn_head_dim`, which frees the head width from the embedding width; where q·k and v
+    dims differ, the small subclass above.
+    """
     timm_old: Any = old
-    new: Any = Attention(
-        dim,
-        num_heads=num_heads,
-        attn_head_dim=head_dim,
-        qkv_bias=timm_old.qkv.bias is not None,
-        proj_bias=timm_old.proj.bias is not None,
-        attn_drop=timm_old.attn_drop.p,
-        proj_drop=timm_old.proj_drop.p,
-    )
+    args: dict[str, Any] = {
+        "qkv_bias": timm_old.qkv.bias is not None,
+        "proj_bias": timm_old.proj.bias is not None,
+        "attn_drop": timm_old.attn_drop.p,
+        "proj_drop": timm_old.proj_drop.p,
+    }
+    new: Any
+    if qk_dim == v_dim:
+        new = Attention(dim, num_heads=num_heads, attn_head_dim=qk_dim, **args)
+    else:
+        new = UnequalAttention(dim, num_heads, qk_dim, v_dim, **args)
     new.fused_attn = timm_old.fused_attn
     return cast(nn.Module, new)
 
 
 def refresh(model: nn.Module) -> None:
-    """Set `embed_dim`, `num_features` and the feature channels to the width of the patch embedding."""
+    """Set `embed_dim`, `num_features` and the feature channels to the width and the depth that there are."""
     vit: Any = model
     dim = vit.patch_embed.proj.out_channels
     vit.embed_dim = vit.num_features = vit.head_hidden_size = dim
-    vit.feature_info = [{**info, "num_chs": dim} for info in vit.feature_info]
+    vit.feature_info = [{**info, "num_chs": dim} for info in vit.feature_info[: len(vit.blocks)]]
 
 
 def constructor_args(model: nn.Module) -> dict[str, Any]:
@@ -196,7 +263,7 @@ def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     """`embed_dim`, `num_heads` and `mlp_ratio` when all blocks agree and heads fill the embedding."""
     vit: Any = model
     shapes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in vit.blocks}
-    if len(shapes) != 1:
+    if len(shapes) != 1 or any(type(block.attn) is not Attention for block in vit.blocks):
         return None
     num_heads, head_dim, hidden = shapes.pop()
     if num_heads * head_dim != vit.embed_dim:

@@ -7,13 +7,11 @@ from typing import Protocol
 
 
 class Costs(Protocol):
-    """A network's cost as a sum: one fixed part, and one part for each branch of each block.
+    """A network's cost as a sum: one fixed part, and one part for each branch of each block."""
 
-    Attributes:
-        unit: `MACs` or `ms`.
-    """
-
-    unit: str
+    @property
+    def unit(self) -> str:
+        """`MACs`, `parameters` or `ms`."""
 
     def fixed(self, dims: Mapping[str, int]) -> float:
         """Embeddings, norms and head, given the width of every `embed` group."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,15 +11,24 @@ import pydantic
 from torch import nn
 
 from calib_data.errors import UserError
+from toolchain.depth import after_shortening, name_after
 from toolchain.families import narrow
 from toolchain.groups import Widths
 from toolchain.macs import count_macs, count_params
 from toolchain.models import preprocess_of
 
-Component = Literal["embed", "attention", "heads", "ffn"]
+Component = Literal["embed", "attention", "heads", "qk_v", "ffn", "depth"]
+"""What may be cut. Of attention one of: `attention` (dims of every head; q, k and v lose the same ones), `heads` (whole
+heads), `qk_v` (dims of every head; q·k and v choose their own). `depth` (whole and shifted blocks) is for the global
+planner, which weighs it against the others."""
 
+Planner = Literal["uniform", "global"]
+"""How widths are chosen: equal shares of every dimension, or one budget over all groups."""
 
 DEFAULT_COMPONENTS: tuple[Component, ...] = ("embed", "attention", "ffn")
+
+
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +40,37 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One group before and after.
+
+    Attributes:
+        group: its name in the dense network; where q·k and v dims come apart, `blocks.3.attn.qk` and `blocks.3.attn.v`.
+        before, after: units; `after` is 0 when the branch left with its block.
+        heads: before and after, (0, 0) for groups that are not of an attention.
+    """
+
+    group: str
+    before: int
+    after: int
+    heads: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class PruningPlan:
     """What is kept, per group, and why.
 
     Attributes:
-        keep: group name -> kept units in ascending order. Whole heads are given as all their dims.
-        num_heads: attention group name -> number of heads after the cut; the kept dims are theirs in order.
+        keep: group name -> kept units in ascending order; groups that are not named stay whole. Whole heads are given
+            as all their dims. An attention is named once (q, k and v keep the same dims) or as `.qk` and `.v`.
+        num_heads: attention module -> number of heads after the cut; the kept dims are theirs in order.
         architecture: timm name of the result when it differs from the dense network's (`like`).
         asked: what was asked for, e.g. {"ratio": 0.5, "align": 8}.
         before, after: size of the dense and of the pruned network.
         dense_widths: group sizes of the dense network.
         method: scores that decided.
         model_digest: sha256 of the dense network that the plan was made for.
-        blocks: lists of blocks that get shorter -> the (attention, FFN) pairs that are left. All groups above are those
-            of the shortened network.
+        blocks: lists of blocks that get shorter -> the (attention, FFN) pairs that are left. `keep` and `num_heads`
+            name groups of the shortened network, `dense_widths` those of the dense one.
         planner: how the widths were chosen.
     """
 
@@ -59,15 +85,41 @@ class PruningPlan:
     model_digest: str
     blocks: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     planner: str = "uniform"
-    format: int = field(default=2)
+    format: int = field(default=FORMAT)
 
     @property
     def widths(self) -> Widths:
-        """Group sizes of the pruned network."""
-        return Widths(
-            channels={**self.dense_widths.channels, **{name: len(units) for name, units in self.keep.items()}},
-            num_heads={**self.dense_widths.num_heads, **self.num_heads},
-        )
+        """Group sizes of the pruned network, by its own names."""
+        channels = after_shortening(self.dense_widths.channels, self.blocks)
+        num_heads = {**after_shortening(self.dense_widths.num_heads, self.blocks), **self.num_heads}
+        sizes = {**channels, **{name: len(units) for name, units in self.keep.items()}}
+        for module in num_heads:
+            parts = {part: sizes.pop(f"{module}.{part}", None) for part in ("qk", "v")}
+            if parts != {"qk": None, "v": None}:
+                whole = sizes.pop(module, 0)  # of the part that is not named
+                qk, v = (whole if size is None else size for size in parts.values())
+                sizes |= {module: qk} if qk == v else {f"{module}.qk": qk, f"{module}.v": v}
+        return Widths(channels=sizes, num_heads=num_heads)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Every group of the dense network with what becomes of it."""
+        after = self.widths
+        result = []
+        for name, size in self.dense_widths.channels.items():
+            module = name if name in self.dense_widths.num_heads else name.rpartition(".")[0]
+            heads = self.dense_widths.num_heads.get(module, 0)
+            renamed, home = name_after(name, self.blocks), name_after(module, self.blocks)
+            if renamed is None or home is None:
+                result.append(Change(name, size, 0, (heads, 0)))
+                continue
+            both = (heads, after.num_heads.get(home, 0))
+            if renamed in after.channels or home in after.channels:
+                result.append(Change(name, size, after.channels.get(renamed, after.channels.get(home, 0)), both))
+            else:
+                parts = ((f".{part}", after.channels[f"{renamed}.{part}"]) for part in ("qk", "v"))
+                result += [Change(name + part, size, left, both) for part, left in parts]
+        return tuple(result)
 
     def to_json(self) -> str:
         """The plan as a JSON document."""
@@ -78,18 +130,32 @@ class PruningPlan:
         """Read a plan.
 
         Raises:
-            UserError: the file is missing or is no plan.
+            UserError: the file is missing, is no plan, or was written by a later version.
         """
         try:
-            return _DOCUMENT.validate_json(path.read_bytes())
+            plan = _DOCUMENT.validate_json(path.read_bytes())
         except (OSError, pydantic.ValidationError) as error:
             raise UserError(f"{path} is no readable pruning plan: {error}") from error
+        if plan.format > FORMAT:
+            raise UserError(
+                f"{path} is a plan of format {plan.format}; this version reads up to {FORMAT}.",
+                fix="Use the version that wrote it, or plan again.",
+            )
+        return replace(
+            plan, format=FORMAT
+        )  # format 1 had no `blocks` and no `planner`: their defaults are what it means
 
 
 _DOCUMENT = pydantic.TypeAdapter(PruningPlan)
 
 
+def widths_kept(keep: Mapping[str, Sequence[int]], num_heads: Mapping[str, int]) -> Widths:
+    """The sizes of the groups that a plan names, for `narrow`."""
+    return Widths({name: len(units) for name, units in keep.items()}, dict(num_heads))
+
+
 def sizer(model: nn.Module, input_size: tuple[int, int, int] | None) -> Callable[[Widths], Size]:
+    """Counts the size that a network has at other widths."""
     shape = input_size or preprocess_of(model).input_size
 
     def size(widths: Widths) -> Size:

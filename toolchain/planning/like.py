@@ -1,29 +1,55 @@
-"""The widths of a smaller published model."""
+"""The depth and the widths of a smaller published model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from calib_data.errors import UserError
 from toolchain.families import family_of, narrow
 from toolchain.groups import ChannelGroup, Widths, widths_of
+from toolchain.planning.depth_cut import blocks_left
+from toolchain.scores import Scores
 from toolchain.timm_config import architecture_of
 
 
-def widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Module) -> Widths:
-    """The widths of a smaller published model, checked to be reachable by removing and merging."""
+def blocks_like(model: nn.Module, scores: Scores, like: nn.Module) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The blocks to keep so that this network gets as deep as a smaller published one.
+
+    Raises:
+        UserError: it is of another family or deeper, or the scores say nothing on depth.
+    """
     name = architecture_of(like)
     if family_of(like) is not family_of(model):
         raise UserError(f"{name} is of another family.", fix="Name a smaller model of the same family.")
+    here, there = family_of(model).block_lists(model), family_of(like).block_lists(like)
+    if set(here) != set(there) or any(there[listed] > count for listed, count in here.items()):
+        raise UserError(
+            f"{name} has more blocks than this network ({_depths(there)}, here {_depths(here)}).",
+            fix="Name a model that is nowhere deeper.",
+        )
+    removed = {listed: count - there[listed] for listed, count in here.items()}
+    return blocks_left(scores, removed, f"{name} has another depth ({_depths(there)}, here {_depths(here)})")
+
+
+def _depths(lists: Mapping[str, int]) -> str:
+    return " + ".join(str(count) for count in lists.values()) + " blocks"
+
+
+def widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Module, components: Sequence[str]) -> Widths:
+    """The widths of a smaller published model of this depth, checked to be reachable by removing and merging.
+
+    Args:
+        model: the network, as deep as `like`.
+        groups: its groups.
+        like: the smaller model.
+        components: with `qk_v`, q·k and v dims get equal numbers, but are chosen on their own.
+    """
+    name = architecture_of(like)
     target = {group.name: group for group in family_of(like).groups(like)}
     if set(target) != {group.name for group in groups}:
-        raise UserError(
-            f"{name} has another depth or other parts than this network.",
-            why="Widths and heads can be taken over; blocks can't be removed yet.",
-            fix="Name a model of the same depth, e.g. deit_tiny for deit_small or deit_base, pvtv2_b0 for pvtv2_b1.",
-        )
+        raise UserError(f"{name} has other parts than this network.", fix="Name a smaller model of the same kind.")
     for group in groups:
         other = target[group.name]
         if other.size > group.size or group.num_heads % other.num_heads:
@@ -43,4 +69,8 @@ def widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Modul
             why="Widths and heads can be taken over; tokens, patch size and layer scales cannot.",
             fix="Name a smaller model of the same kind.",
         )
-    return widths
+    if "qk_v" not in components:
+        return widths
+    channels = {n: size for n, size in widths.channels.items() if n not in widths.num_heads}
+    separate = {f"{n}.{part}": widths.channels[n] for n in widths.num_heads for part in ("qk", "v")}
+    return Widths({**channels, **separate}, widths.num_heads)

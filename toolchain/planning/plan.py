@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from calib_data.errors import UserError
-from toolchain.families import family_of
+from toolchain.depth import after_shortening, shorten
+from toolchain.families import family_of, groups_of, skeleton
 from toolchain.groups import widths_of
-from toolchain.planning.choose import kept_units
-from toolchain.planning.document import DEFAULT_COMPONENTS, Component, PruningPlan, sizer
-from toolchain.planning.like import widths_like
-from toolchain.planning.request import check_request, check_scores
+from toolchain.planning.choose import kept_by_scores
+from toolchain.planning.curves import Curve
+from toolchain.planning.depth_cut import blocks_at_ratio
+from toolchain.planning.document import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, sizer
+from toolchain.planning.global_plan import FLOOR, plan_at_size
+from toolchain.planning.like import blocks_like, widths_like
+from toolchain.planning.request import check_request, check_scores, groups_to_cut
 from toolchain.planning.uniform import search_ratio, uniform_widths
 from toolchain.scores import Scores
 from toolchain.timm_config import architecture_of
@@ -26,63 +31,115 @@ def plan(
     target_macs: float | None = None,
     target_params: float | None = None,
     like: nn.Module | None = None,
+    depth_ratio: float | None = None,
+    planner: Planner = "uniform",
     align: int = 8,
     components: Sequence[Component] = DEFAULT_COMPONENTS,
+    floor: float = FLOOR,
+    curves: Mapping[str, Curve] | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> PruningPlan:
-    """Choose the units to keep. Exactly one of `ratio`, `target_macs`, `target_params` and `like` is given.
+    """Choose the units to keep. One of `ratio`, `target_macs`, `target_params` and `like` is given, or `depth_ratio`.
 
-    All blocks of a stage get equal widths, and all heads equally many dims, so that the result is again a network that
-    stock timm builds (as long as `components` prunes embedding and attention together).
+    `uniform`: all blocks of a stage get equal widths, and all heads equally many dims, so that the result is again a
+    network that stock timm builds (as long as `components` prunes embedding and attention together). `global`: one
+    budget over all groups; every block gets its own widths, which only `toolchain.load` rebuilds.
 
     Args:
         model: the dense network.
         scores: measured on this very network.
-        ratio: share of every prunable dimension to remove, in [0, 1).
-        target_macs: share of the multiply-accumulates to keep, in (0, 1]; the ratio is searched.
-        target_params: share of the parameters to keep, in (0, 1]; the ratio is searched.
-        like: a smaller published model of the same family, depth and input; its widths and heads are taken exactly.
+        ratio: share of every prunable dimension to remove, in [0, 1). With `global`: the MACs of that uniform plan.
+        target_macs: share of the multiply-accumulates to keep, in (0, 1].
+        target_params: share of the parameters to keep, in (0, 1].
+        like: a smaller published model of the same family and input; its depth, widths and heads are taken exactly.
             Consecutive heads are merged where it has fewer (UP-ViTs, section 3.3).
+        depth_ratio: share of all blocks to remove first, in [0, 1), the cheapest first; needs scores with depth.
+        planner: `uniform` or `global`.
         align: widths and head dims become multiples of this (unless they stay whole).
-        components: which dimensions to prune; `heads` removes whole heads instead of dims in every head.
+        components: which dimensions to prune; `heads` removes whole heads instead of dims in every head, `qk_v` lets
+            q·k and v choose their own dims (and, with `global`, how many), `depth` lets `global` remove blocks.
+        floor: for `global`: the share of its units that every group keeps at least.
+        curves: for `global`: expected losses by group, instead of those that follow from the scores.
         input_size: (channels, height, width) for counting MACs; the model's own by default.
 
     Raises:
         UserError: the request is out of range, contradictory, or would leave a width of zero.
 
     Example:
-        >>> import timm, toolchain
+        >>> import timm, torch, toolchain
         >>> dense = timm.create_model("pvt_v2_b0", num_classes=5)
         >>> chosen = toolchain.plan(dense, toolchain.score(dense, method="magnitude"), ratio=0.5)
         >>> chosen.widths.channels["stages.3"], round(chosen.after.macs / chosen.before.macs, 2)
         (128, 0.28)
     """
     asked = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
-    given: dict[str, float | int | str] = {name: value for name, value in asked.items() if value is not None}
-    if len(given) + (like is not None) != 1:
-        raise UserError("Give exactly one of ratio, target_macs, target_params and like.")
-    groups = family_of(model).groups(model)
-    check_scores(model, groups, scores)
-    size = sizer(model, input_size)
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) + (like is not None) > 1 or not (given or like is not None or depth_ratio is not None):
+        raise UserError("Give exactly one of ratio, target_macs, target_params and like (or depth_ratio alone).")
+    check_request(given | ({} if depth_ratio is None else {"depth_ratio": depth_ratio}), align, components, planner)
+    check_scores(model, groups_to_cut(groups_of(model), components), scores)
     if like is not None:
-        chosen = widths_like(model, groups, like)
-        given = {"like": architecture_of(like)}
-    else:
-        check_request({name: value for name, value in asked.items() if value is not None}, align, components)
-        if ratio is None:
-            ratio = search_ratio(groups, size, align, components, target_macs, target_params)
-        chosen = uniform_widths(groups, ratio, align, components)
-        found = {} if "ratio" in given else {"found_ratio": ratio}
-        given = {**given, **found, "align": align, "components": ",".join(components)}
-    keep = {g.name: kept_units(g, scores, chosen, "heads" in components) for g in groups if g.name in chosen.channels}
+        if depth_ratio is not None or planner != "uniform":
+            raise UserError("A smaller model fixes depth and widths.", fix="Give like without depth_ratio and planner.")
+        return _like(model, scores, like, components, input_size)
+    lists = family_of(model).block_lists(model)
+    blocks = {} if depth_ratio is None else blocks_at_ratio(scores, lists, depth_ratio)
+    notes: dict[str, float | int | str] = {**given, "align": align, "components": ",".join(components)}
+    if depth_ratio is not None:
+        notes["depth_ratio"] = depth_ratio
+    if planner == "global":
+        chosen = plan_at_size(
+            model, scores, ratio=ratio, target_macs=target_macs, target_params=target_params, blocks=blocks,
+            align=align, components=components, floor=floor, curves=curves, input_size=input_size,
+        )  # fmt: skip
+        return replace(chosen, asked={**notes, **chosen.asked})
+    short = shorten(skeleton(model), blocks)
+    groups, size = groups_of(short), sizer(short, input_size)
+    before = sizer(model, input_size)(widths_of(groups_of(model)))
+    if not given:
+        ratio = 0.0
+    elif ratio is None:
+        ratio = search_ratio(groups, size, align, components, before, target_macs, target_params)
+        notes["found_ratio"] = ratio
+    widths = uniform_widths(groups, ratio, align, components)
+    own_scores = replace(scores, values=after_shortening(scores.values, blocks))
     return PruningPlan(
-        keep={name: tuple(units.tolist()) for name, units in keep.items()},
-        num_heads=chosen.num_heads,
-        architecture=None if like is None else architecture_of(like),
-        asked=given,
-        before=size(widths_of(groups)),
-        after=size(chosen),
-        dense_widths=widths_of(groups),
+        keep=kept_by_scores(groups, own_scores, widths, "heads" in components),
+        num_heads=widths.num_heads,
+        architecture=None,
+        asked=notes,
+        before=before,
+        after=size(widths),
+        dense_widths=widths_of(groups_of(model)),
         method=scores.method,
         model_digest=scores.model_digest,
+        blocks=blocks,
+    )
+
+
+def _like(
+    model: nn.Module,
+    scores: Scores,
+    like: nn.Module,
+    components: Sequence[Component],
+    input_size: tuple[int, int, int] | None,
+) -> PruningPlan:
+    """The plan whose result is exactly the smaller model."""
+    blocks = blocks_like(model, scores, like)
+    short = shorten(skeleton(model), blocks)
+    groups = groups_of(short)
+    widths = widths_like(short, groups, like, components)
+    own_scores = replace(scores, values=after_shortening(scores.values, blocks))
+    check_scores(model, [group for group in groups_of(model) if group.kind in ("embed", "ffn")], scores)
+    return PruningPlan(
+        keep=kept_by_scores(groups, own_scores, widths, "heads" in components),
+        num_heads=widths.num_heads,
+        architecture=architecture_of(like),
+        asked={"like": architecture_of(like)},
+        before=sizer(model, input_size)(widths_of(groups_of(model))),
+        after=sizer(short, input_size)(widths),
+        dense_widths=widths_of(groups_of(model)),
+        method=scores.method,
+        model_digest=scores.model_digest,
+        blocks=blocks,
     )

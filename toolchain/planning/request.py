@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,34 +12,74 @@ from torch import nn
 from calib_data.errors import UserError
 from toolchain.checkpoints import weights_digest
 from toolchain.groups import ChannelGroup
+from toolchain.planning.document import Component, Planner
 from toolchain.scores import Scores
 
+_ATTENTION = {"attention", "heads", "qk_v"}
 
-def check_request(given: Mapping[str, float], align: int, components: Sequence[str]) -> None:
+
+def check_request(
+    given: Mapping[str, float], align: int, components: Sequence[str], planner: Planner = "uniform"
+) -> None:
     """Refuse numbers out of range and components that do not go together.
 
     Args:
-        given: one of ratio, target_macs, target_params.
+        given: ratio, depth_ratio, target_macs or target_params.
 
     Raises:
         UserError: says what would be right.
     """
     for name, value in given.items():
-        low_ok = 0 <= value < 1 if name == "ratio" else 0 < value <= 1
+        low_ok = 0 <= value < 1 if name.endswith("ratio") else 0 < value <= 1
         if not (math.isfinite(value) and low_ok):
-            wanted = "in [0, 1): the share to remove" if name == "ratio" else "in (0, 1]: the share to keep"
+            wanted = "in [0, 1): the share to remove" if name.endswith("ratio") else "in (0, 1]: the share to keep"
             raise UserError(f"{name} {value} is out of range.", fix=f"Give a number {wanted}.")
+    if planner not in get_args(Planner):
+        raise UserError(f"Unknown planner {planner!r}.", fix=f"Choose one of: {', '.join(get_args(Planner))}.")
     if align < 1:
         raise UserError(f"align {align} is out of range.", fix="Give a whole number of at least 1; kernels like 8.")
-    unknown = sorted(set(components) - {"embed", "attention", "heads", "ffn"})
-    if unknown or not components or {"attention", "heads"} <= set(components):
+    unknown = sorted(set(components) - set(get_args(Component)))
+    if unknown or not components or len(_ATTENTION & set(components)) > 1:
         raise UserError(
             f"Cannot prune the components {', '.join(components) or '(none)'}.",
-            fix="Give some of embed, ffn and one of attention (dims in every head) or heads (whole heads).",
+            fix="Give some of embed, ffn, depth (planner global only) and one of attention (dims in every head), "
+            "qk_v (q·k and v dims of their own) or heads (whole heads).",
+        )
+    if "depth" in components and planner != "global":
+        raise UserError(
+            "Only the global planner chooses how many blocks leave.",
+            fix="Give depth_ratio, the share of blocks to remove, or planner global.",
         )
 
 
+def groups_to_cut(groups: Sequence[ChannelGroup], components: Sequence[Component]) -> tuple[ChannelGroup, ...]:
+    """The groups that the components name, each tensor once.
+
+    Raises:
+        UserError: whole heads are to leave where q·k and v dims differ.
+    """
+    coupled = {group.name for group in groups if group.kind == "attention"}
+    uneven = any(group.kind == "qk" and group.module not in coupled for group in groups)
+    if "heads" in components and uneven:
+        raise UserError(
+            "Whole heads cannot be removed from a network whose q·k and v dims differ.",
+            fix="Prune the component qk_v instead of heads.",
+        )
+
+    def named(group: ChannelGroup) -> bool:
+        if group.kind in ("qk", "v"):
+            return "qk_v" in components or ("attention" in components and group.module not in coupled)
+        return group.kind in components
+
+    return tuple(group for group in groups if named(group))
+
+
 def check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Scores) -> None:
+    """Refuse scores that do not tell the units of these groups apart.
+
+    Raises:
+        UserError: they are of another network, lack a group or hold NaN.
+    """
     if scores.model_digest != weights_digest(model):
         raise UserError(
             "These scores were measured on another network.",
@@ -46,6 +87,11 @@ def check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Score
             fix="Score this network again (`upvits-deploy score`).",
         )
     for group in groups:
+        if group.name not in scores.values or len(scores.values[group.name]) != group.size:
+            raise UserError(
+                f"These scores have nothing on {group.name} with {group.size} units.",
+                fix="Score this network again (`upvits-deploy score`).",
+            )
         if torch.isnan(scores.values[group.name]).any():
             raise UserError(
                 f"The scores of {group.name} hold NaN.", fix="Measure all units; NaN marks unmeasured ones."

@@ -6,41 +6,43 @@ import math
 from collections.abc import Callable, Sequence
 
 from calib_data.errors import UserError
-from toolchain.groups import ChannelGroup, Widths, widths_of
+from toolchain.groups import ChannelGroup, Widths, partition
 from toolchain.planning.document import Component, Size
+from toolchain.planning.request import groups_to_cut
 
 
 def uniform_widths(groups: Sequence[ChannelGroup], ratio: float, align: int, components: Sequence[Component]) -> Widths:
     """Widths after removing `ratio` of every dimension, equal within a stage."""
     channels, num_heads = {}, {}
-    for group in groups:
-        if group.kind not in components or (group.kind == "embed" and _follows_heads(group, groups, components)):
+    cutting = groups_to_cut(groups, components)
+    for group in cutting:
+        if group.kind == "embed" and _follows_heads(group, groups, cutting):
             continue
         if group.kind == "heads":
-            target, heads = _attention_of(group, groups), max(1, int(group.size * (1 - ratio) + 0.5))
-            channels[target.name], num_heads[target.name] = heads * target.head_dim, heads
-        elif group.kind == "attention":
+            heads = max(1, int(group.size * (1 - ratio) + 0.5))
+            head_dim = next(other.head_dim for other in groups if other.name == group.module)
+            channels[group.module], num_heads[group.module] = heads * head_dim, heads
+        elif group.kind in ("attention", "qk", "v"):
             head_dim = aligned(group.head_dim, ratio, align, group.name)
-            channels[group.name], num_heads[group.name] = head_dim * group.num_heads, group.num_heads
+            channels[group.name], num_heads[group.module] = head_dim * group.num_heads, group.num_heads
         else:
             channels[group.name] = aligned(group.size, ratio, align, group.name)
-    for group in groups:
-        if group.kind == "embed" and "embed" in components and group.name not in channels:
+    for group in cutting:
+        if group.kind == "embed" and group.name not in channels:
             # heads that fill the embedding keep filling it: that is what stock timm can build
-            channels[group.name] = next(
-                channels[a.name] for a in groups if a.kind == "attention" and a.stage == group.stage
-            )
+            names = [
+                n for a in groups if a.stage == group.stage and a.kind == "qk" for n in (a.module, f"{a.module}.v")
+            ]
+            channels[group.name] = next(channels[name] for name in names if name in channels)
     return Widths(channels, num_heads)
 
 
-def _follows_heads(group: ChannelGroup, groups: Sequence[ChannelGroup], components: Sequence[Component]) -> bool:
-    attention = [other for other in groups if other.kind == "attention" and other.stage == group.stage]
-    pruned = bool({"attention", "heads"} & set(components))
-    return pruned and bool(attention) and all(other.size == group.size for other in attention)
-
-
-def _attention_of(heads: ChannelGroup, groups: Sequence[ChannelGroup]) -> ChannelGroup:
-    return next(group for group in groups if group.kind == "attention" and f"{group.name}.heads" == heads.name)
+def _follows_heads(embed: ChannelGroup, groups: Sequence[ChannelGroup], cutting: Sequence[ChannelGroup]) -> bool:
+    """Whether all heads of the stage fill its width, and are cut."""
+    attention = [group for group in partition(groups) if group.kind in ("attention", "qk", "v")]
+    own = [group for group in attention if group.stage == embed.stage]
+    pruned = any(group.kind in ("attention", "heads", "qk") for group in cutting)
+    return pruned and bool(own) and all(group.size == embed.size for group in own)
 
 
 def aligned(size: int, ratio: float, align: int, name: str) -> int:
@@ -67,14 +69,14 @@ def search_ratio(
     size: Callable[[Widths], Size],
     align: int,
     components: Sequence[Component],
+    before: Size,
     target_macs: float | None,
     target_params: float | None,
 ) -> float:
-    """The smallest ratio (to 1/256) whose network is at or below the target.
+    """The smallest ratio (to 1/256) whose network is at or below the target share of `before`.
 
     Sizes fall monotonically with the ratio, so bisection finds it.
     """
-    before = size(widths_of(groups))
 
     def share(ratio: float) -> float:
         after = size(uniform_widths(groups, ratio, align, components))

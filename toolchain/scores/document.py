@@ -15,7 +15,7 @@ from calib_data.errors import UserError
 from toolchain.depth import DepthPath
 from toolchain.scores.stability import Stability
 
-Method = Literal["fisher", "kl", "magnitude", "random"]
+Method = Literal["fisher", "refined", "kl", "magnitude", "random"]
 
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -27,7 +27,7 @@ class Scores:
 
     Attributes:
         method: how they were measured.
-        unit: `nats` (expected KL per image) for kl and fisher; magnitude and random have no unit.
+        unit: `nats` (expected KL per image) for kl, refined and fisher; magnitude and random have no unit.
         values: group name -> float64 tensor [size]; NaN where a unit was not measured (sampled kl).
         num_images: images that the scores were measured on (0 for magnitude and random).
         seed: seed of the label probes or of the random scores.

@@ -26,8 +26,16 @@ from toolchain.scores.divergence import output_scale
 from toolchain.scores.document import Method, Scores
 from toolchain.scores.exact import Units, exact_kl
 from toolchain.scores.fisher import fisher
+from toolchain.scores.refined import refined
+from toolchain.scores.shortening import depth_paths
 from toolchain.scores.simple import magnitude, random_scores
 from toolchain.scores.stability import stability_of
+
+PASS_ROWS = 32
+"""Images times units in a pass of `kl`, at least: what a CPU needs to be busy."""
+
+DEPTH_IMAGES = 64
+"""Images on which blocks are taken out, at most: whole blocks are far above the noise."""
 
 
 def score(
@@ -39,6 +47,7 @@ def score(
     batch_size: int = 16,
     seed: int = 0,
     units: Units | None = None,
+    depth: bool = False,
     quiet: bool = True,
 ) -> Scores:
     """Measure the importance of every unit of every group.
@@ -47,16 +56,18 @@ def score(
         model: a timm network of a supported family; it is not changed.
         images: the proxy set [N, 3, H, W], normalised as the network expects; labels are not needed. Not used by
             `magnitude` and `random`.
-        method: `fisher` (default), `kl` (exact, one pass through the rest of the network per unit and image),
-            `magnitude` or `random`.
-        cuts: widths that a plan is going to keep, where `stability` is judged; half of every group by default.
+        method: `fisher` (default), `kl` (exact, one pass through the rest of the network per unit and image), `refined`
+            (`fisher`, and exact where it decides which units stay), `magnitude` or `random`.
+        cuts: widths that a plan is going to keep: where `refined` looks closely and where `stability` is judged; half
+            of every group by default.
         batch_size: images per pass; memory grows with it, and with neither the images nor the units.
         seed: for the label probes of `fisher` (more than 16 classes) and for `random`.
         units: only for `kl`: the units to measure per group (the others get NaN); all by default.
+        depth: measure too how every list of blocks can get shorter, on the first 64 images at most.
         quiet: no progress bar.
 
     Raises:
-        UserError: the model is not supported, images are missing, or the network gives NaN on them.
+        UserError: the model is not supported, images are missing, or outputs or scores are not finite.
 
     Example:
         >>> import timm, torch, toolchain
@@ -66,31 +77,78 @@ def score(
         ('nats', ['blocks.0.attn', 'blocks.0.attn.heads', 'blocks.0.mlp', 'embed'])
     """
     groups = groups_of(model)
-    if method == "magnitude" or method == "random":
-        values = magnitude(model, groups) if method == "magnitude" else random_scores(groups, seed)
-        return Scores(method, "none", values, 0, seed, weights_digest(model))
     if images is None or len(images) == 0:
-        raise UserError(f"Scores by {method} need images.", fix="Give a proxy set: a few images per class will do.")
+        if depth or method not in ("magnitude", "random"):
+            raise UserError(
+                f"Scores by {method if not depth else 'depth'} need images.",
+                fix="Give a proxy set: a few images per class will do.",
+            )
+        return Scores(method, "none", _without_images(model, groups, method, seed), 0, seed, weights_digest(model))
     was_training = model.training
     model.eval()
-    batches = torch.split(images, batch_size)
+    try:
+        return _on_images(model, groups, images, method, cuts, batch_size, seed, units, depth, quiet)
+    finally:
+        model.train(was_training)
+
+
+def _without_images(model: nn.Module, groups: Sequence[ChannelGroup], method: Method, seed: int) -> dict[str, Tensor]:
+    return magnitude(model, groups) if method == "magnitude" else random_scores(groups, seed)
+
+
+def _on_images(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    images: Tensor,
+    method: Method,
+    cuts: Widths | None,
+    batch_size: int,
+    seed: int,
+    units: Units | None,
+    depth: bool,
+    quiet: bool,
+) -> Scores:
+    batches, rows = torch.split(images, batch_size), max(batch_size, PASS_ROWS)
     scale = output_scale(model, batches)
+    halves: dict[str, Tensor] = {}
     if method == "fisher":
         halves = fisher(model, groups, batches, scale, seed, quiet)
-    else:
+    elif method == "kl":
         chosen = units if units is not None else {group.name: range(group.size) for group in groups}
-        halves = exact_kl(model, groups, batches, scale, chosen, batch_size, quiet)
-    model.train(was_training)
+        halves = exact_kl(model, groups, torch.split(images, rows), scale, chosen, rows, quiet)
+        _check_finite({name: halves[name][:, list(chosen[name])] for name in chosen})
+    if method == "refined":
+        values, halves = refined(
+            model, groups, images, scale, seed=seed, cuts=cuts, batch_size=batch_size, rows=rows, quiet=quiet
+        )
+    elif halves:
+        values = {name: sums.sum(dim=0) / len(images) for name, sums in halves.items()}
+    else:
+        values = _without_images(model, groups, method, seed)
+    if method != "kl":
+        _check_finite(values)
+    paths = depth_paths(model, torch.split(images[:DEPTH_IMAGES], rows), scale, quiet) if depth else {}
     return Scores(
         method=method,
-        unit="nats",
-        values={name: sums.sum(dim=0) / len(images) for name, sums in halves.items()},
-        num_images=len(images),
+        unit="nats" if halves else "none",
+        values=values,
+        num_images=len(images) if halves else 0,
         seed=seed,
         model_digest=weights_digest(model),
-        data_digest=images_digest(images),
-        stability=stability_of(groups, halves, cuts),
+        depth=paths,
+        data_digest=images_digest(images) if halves or depth else None,
+        stability=stability_of(groups, halves, cuts) if halves else {},
     )
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    bad = [name for name, scores in values.items() if not torch.isfinite(scores).all()]
+    if bad:
+        raise UserError(
+            f"The scores of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} are not finite.",
+            why="The network's output overflows, or becomes NaN, when units leave it.",
+            fix="Check the weights; score in fp32, or by --method magnitude.",
+        )
 
 
 def images_digest(images: Tensor) -> str:

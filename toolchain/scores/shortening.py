@@ -16,9 +16,7 @@ from toolchain.segments import Segment
 Pairs = tuple[tuple[int, int], ...]
 
 
-def depth_paths(
-    model: nn.Module, batches: Sequence[Tensor], scale: float | None, quiet: bool
-) -> dict[str, DepthPath]:
+def depth_paths(model: nn.Module, batches: Sequence[Tensor], scale: float | None, quiet: bool) -> dict[str, DepthPath]:
     """Greedy removal from every list of blocks, all other lists whole.
 
     Each step takes out the block, or shifted block (the FFN of one and the attention of the next, UP-ViTs,

@@ -19,6 +19,7 @@ def magnitude(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Ten
         for piece in group.slices:
             rows = state[piece.parameter].detach().cpu().double().movedim(piece.axis, 0)
             energy = rows.square().flatten(1).sum(dim=1) if rows.ndim > 1 else rows.square()
+            energy = energy.narrow(0, piece.start, piece.repeat * group.size * piece.unit)
             total += energy.view(piece.repeat, group.size, piece.unit).sum(dim=(0, 2))
         values[group.name] = total.sqrt()
     return values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from torch import nn
 import toolchain
 from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
+from toolchain.depth import DepthPath
 from toolchain.families import groups_of
-from toolchain.planning import PruningPlan, aligned
+from toolchain.planning import Component, PruningPlan, aligned
 from toolchain.scores import Scores
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
@@ -111,7 +114,8 @@ def test_a_width_of_zero_is_refused_with_the_largest_ratio() -> None:
 @pytest.mark.parametrize(
     "request_",
     [{}, {"ratio": 0.5, "target_macs": 0.5}, {"ratio": 0.5, "align": 0}, {"ratio": 0.5, "components": ()},
-     {"ratio": 0.5, "components": ("attention", "heads")}, {"ratio": 0.5, "components": ("norms",)}],
+     {"ratio": 0.5, "components": ("attention", "heads")}, {"ratio": 0.5, "components": ("norms",)},
+     {"ratio": 0.5, "components": ("attention", "qk_v")}, {"ratio": 0.5, "planner": "best"}],
 )  # fmt: skip
 def test_contradictory_requests(request_: dict[str, object]) -> None:
     with pytest.raises(UserError):
@@ -183,6 +187,82 @@ def test_like_pvt_b0_from_b1() -> None:
 def test_like_refuses_what_cannot_be_reached(like: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         random_plan(small_deit("deit_base_patch16_224", 96, 6), like=like(), input_size=(3, 32, 32))  # type: ignore[operator]
+
+
+def with_depth(model: nn.Module, **paths: DepthPath) -> Scores:
+    """Random scores that say how the lists of blocks get shorter; `stages_1` stands for `stages.1.blocks`."""
+    named = {f"{name.replace('_', '.')}.blocks" if "_" in name else name: path for name, path in paths.items()}
+    return replace(toolchain.score(model, method="random"), depth=named)
+
+
+def whole_path(count: int) -> DepthPath:
+    """The last block leaves first, and so on."""
+    steps = tuple(tuple((i, i) for i in range(left)) for left in range(count - 1, 0, -1))
+    return DepthPath(steps, tuple(0.1 * (step + 1) for step in range(count - 1)))
+
+
+@pytest.mark.parametrize("attention", ["attention", "qk_v"])
+def test_like_takes_the_depth_too(attention: Component) -> None:
+    b2 = timm.create_model("pvt_v2_b2", num_classes=5)
+    b1 = timm.create_model("pvt_v2_b1", num_classes=5)
+    scores = with_depth(b2, **{f"stages_{index}": whole_path(count) for index, count in enumerate((3, 4, 6, 3))})
+    plan = toolchain.plan(b2, scores, like=b1, components=("embed", attention, "ffn"))
+    assert {name: len(pairs) for name, pairs in plan.blocks.items()} == {f"stages.{i}.blocks": 2 for i in range(4)}
+    pruned = toolchain.prune(b2, plan)
+    b1.load_state_dict(pruned.state_dict())
+    assert pruned.pretrained_cfg["architecture"] == "pvt_v2_b1"
+    assert type(pruned.stages[0].blocks[0].attn) is type(b1.stages[0].blocks[0].attn)
+    assert plan.after.params == toolchain.count_params(b1)
+
+
+def test_depth_ratio_takes_the_cheapest_steps_of_all_lists() -> None:
+    model = make(replace(PVT, args={**PVT.args, "depths": (1, 3, 3, 1)}))
+    dear = DepthPath((((0, 0), (1, 1)), ((0, 0),)), (0.5, 0.9))
+    cheap = DepthPath((((0, 1), (2, 2)), ((0, 2),)), (0.1, 0.7))
+    scores = with_depth(model, stages_1=dear, stages_2=cheap)
+    two = toolchain.plan(model, scores, depth_ratio=0.25)  # 0.1, then 0.5 rather than another 0.6
+    assert two.blocks == {"stages.1.blocks": dear.steps[0], "stages.2.blocks": cheap.steps[0]}
+    assert toolchain.plan(model, scores, depth_ratio=0.125).blocks == {"stages.2.blocks": cheap.steps[0]}
+    kept = toolchain.prune(model, two)
+    assert toolchain.count_params(kept) == two.after.params < two.before.params
+    assert kept.stages[2].blocks[0].mlp.fc1.weight.equal(model.stages[2].blocks[1].mlp.fc1.weight)
+    assert kept.stages[2].blocks[0].attn.q.weight.equal(model.stages[2].blocks[0].attn.q.weight)
+    small = toolchain.plan(model, scores, depth_ratio=0.25, target_macs=0.5, align=4)
+    assert small.after.macs <= 0.5 * small.before.macs
+    with pytest.raises(UserError, match="at most 4 can leave"):
+        toolchain.plan(model, scores, depth_ratio=0.7)
+
+
+def test_depth_is_refused_where_it_was_not_measured() -> None:
+    model = make(DEIT)
+    with pytest.raises(UserError, match="do not say which blocks"):
+        random_plan(model, depth_ratio=0.5)
+    with pytest.raises(UserError, match="fixes depth"):
+        random_plan(model, depth_ratio=0.5, like=model)
+
+
+def test_q_and_v_choose_their_own_dims() -> None:
+    model = make(DEIT)
+    scores = toolchain.score(model, method="random")
+    plan = toolchain.plan(model, scores, ratio=0.5, align=1, components=("embed", "qk_v", "ffn"))
+    for part in ("qk", "v"):
+        best = scores.values[f"blocks.0.attn.{part}"].view(3, 16).topk(8).indices
+        wanted = sorted((best + torch.arange(3).view(-1, 1) * 16).flatten().tolist())
+        assert list(plan.keep[f"blocks.0.attn.{part}"]) == wanted
+    assert plan.keep["blocks.0.attn.qk"] != plan.keep["blocks.0.attn.v"]
+    assert type(toolchain.prune(model, plan).blocks[0].attn) is type(model.blocks[0].attn)
+    assert plan.widths.channels["blocks.0.attn"] == 24
+
+
+def test_plans_of_earlier_versions_are_read_and_later_ones_refused(tmp_path: Path) -> None:
+    plan = random_plan(make(DEIT), ratio=0.5)
+    document = json.loads(plan.to_json())
+    del document["blocks"], document["planner"]
+    (tmp_path / "plan.json").write_text(json.dumps({**document, "format": 1}))
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    (tmp_path / "plan.json").write_text(json.dumps({**document, "format": 3}))
+    with pytest.raises(UserError, match="format 3"):
+        PruningPlan.load(tmp_path / "plan.json")
 
 
 def test_uniform_plans_are_equal_within_a_stage() -> None:

@@ -40,7 +40,9 @@ def test_same_scores_as_published(variant: Variant, dtype: torch.dtype, toleranc
     wanted = published_kl(model, images, units, batch_size=5, scale=scale)
     for name, chosen in units.items():
         mean = found[name].sum(dim=0)[chosen] / len(images)
-        torch.testing.assert_close(mean, wanted[name], rtol=tolerance, atol=NOISE, msg=lambda text, at=name: f"{at}: {text}")
+        torch.testing.assert_close(
+            mean, wanted[name], rtol=tolerance, atol=NOISE, msg=lambda text, at=name: f"{at}: {text}"
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -1,0 +1,206 @@
+"""2-prune: the plan, the network that it leaves, and what that costs before any training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import toolchain
+from calib_data import Preprocess, proxy_images
+from deploy.artifacts import Artifact, atomic_write
+from deploy.environment import environment
+from deploy.job import Job, accuracy_of, stage, write_accuracy, write_json
+from deploy.precision_stage import precisions_for
+from deploy.recipe import Recipe
+from deploy.runtimes import BatchProfile, Runtime
+from deploy.speed.deployment import Deployment, check_deployment
+from deploy.speed.search import Found, LatencyRecord, search
+from deploy.speed.target import parse_speedup, parse_target
+from toolchain.compensation import compensated_curves, compress
+from toolchain.planning import Curve, PruningPlan, plan_within
+from toolchain.rounds import plan_in_rounds
+from toolchain.scores import Scores
+
+
+def prune(job: Job, scored: Artifact) -> Artifact:
+    """The stage."""
+
+    def work(folder: Path) -> None:
+        images = compensation_images(job)
+        curves = expected_losses(job, images)
+        plan, target = choose_plan(job, Scores.load(scored.folder), curves)
+        if target is not None:
+            atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
+        (folder / "plan.json").write_text(plan.to_json())
+        deleted = toolchain.prune(job.dense, plan)
+        pruned = deleted
+        if images is not None:
+            compressed = compress(job.dense, plan, images, curves=curves, quiet=job.quiet)
+            write_json(folder / "compensation.json", compressed.report.as_document())
+            pruned = compressed.model
+        toolchain.save(pruned, folder / "model")
+        dense = accuracy_of(job, job.dense)
+        save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
+        accuracies = {"dense": dense, "after_prune": accuracy_of(job, pruned, dense.predictions)}
+        if images is not None:
+            accuracies["after_deletion"] = accuracy_of(job, deleted, dense.predictions)
+        write_accuracy(folder, accuracies)
+
+    settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
+    return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
+
+
+def choose_plan(
+    job: Job, scores: Scores, curves: Mapping[str, Curve] | None
+) -> tuple[PruningPlan, LatencyRecord | None]:
+    """The plan that a job asks for; where it asks for a latency, also how that was met."""
+    if job.recipe.plan.planner == "latency":
+        found = _latency_plan(job, scores, curves)
+        return found.plan, found.record
+    if job.recipe.plan.rounds > 1:
+        return _plan_in_rounds(job, scores), None
+    return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, curves), None
+
+
+def compensation_images(job: Job) -> Tensor | None:
+    """Training images that compensation is fitted on; None when it is switched off."""
+    wanted = job.recipe.compensate
+    if not wanted.enabled:
+        return None
+    return proxy_images(job.source, job.preprocess, wanted.refit_images or 1, job.recipe.seed)
+
+
+def make_plan(
+    recipe: Recipe,
+    dense: nn.Module,
+    like: nn.Module | None,
+    scores: Scores,
+    preprocess: Preprocess,
+    curves: Mapping[str, Curve] | None = None,
+) -> PruningPlan:
+    """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
+    wanted = recipe.plan
+    return toolchain.plan(
+        dense,
+        scores,
+        ratio=wanted.ratio,
+        target_macs=wanted.target_macs,
+        target_params=wanted.target_params,
+        like=like,
+        depth_ratio=wanted.depth_ratio,
+        planner="global" if wanted.planner == "global" else "uniform",
+        align=wanted.align,
+        components=wanted.components or (),
+        curves=curves,
+        input_size=preprocess.input_size,
+    )
+
+
+def expected_losses(job: Job, images: Tensor | None) -> Mapping[str, Curve] | None:
+    """Expected losses with compensation, for the planners that weigh groups against each other."""
+    if images is None or job.recipe.plan.planner == "uniform" or job.recipe.plan.rounds > 1:
+        return None
+    return compensated_curves(job.dense, images, seed=job.recipe.seed, quiet=job.quiet)
+
+
+def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
+    wanted, score = job.recipe.plan, job.recipe.score
+    images = proxy_images(job.source, job.preprocess, score.num_images or 1, job.recipe.seed)
+
+    def score_again(network: nn.Module, widths: toolchain.Widths | None) -> Scores:
+        if network is job.dense:
+            return scores
+        return toolchain.score(
+            network,
+            images,
+            method=score.method,
+            cuts=widths,
+            batch_size=score.batch_size,
+            seed=job.recipe.seed,
+            quiet=job.quiet,
+        )
+
+    return plan_in_rounds(
+        job.dense,
+        score_again,
+        wanted.rounds,
+        ratio=wanted.ratio,
+        target_macs=wanted.target_macs,
+        target_params=wanted.target_params,
+        depth_ratio=wanted.depth_ratio,
+        planner="global" if wanted.planner == "global" else "uniform",
+        align=wanted.align,
+        components=wanted.components or (),
+        input_size=job.preprocess.input_size,
+    )
+
+
+def _latency_plan(job: Job, scores: Scores, curves: Mapping[str, Curve] | None) -> Found:
+    """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
+
+    Raises:
+        TargetError: none does.
+    """
+    wanted = job.recipe.plan
+    assert wanted.target_latency is not None or wanted.speedup is not None
+    target = (
+        parse_target(wanted.target_latency) if wanted.target_latency is not None else parse_speedup(str(wanted.speedup))
+    )
+    return search(
+        job.dense.cpu(),
+        job.preprocess,
+        lambda costs, budget: plan_within(
+            job.dense,
+            scores,
+            costs,
+            budget,
+            components=wanted.components or (),
+            align=wanted.align,
+            curves=curves,
+            input_size=job.preprocess.input_size,
+        ),
+        deployment_of(job.recipe, job.runtimes.runtimes),
+        target,
+        align=wanted.align,
+        quiet=job.quiet,
+    )
+
+
+def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:
+    """Where a latency target is measured: on the first runtime that works here, in the first precision of the run that
+    it has, at the first batch size that is timed.
+
+    Raises:
+        UserError: none of the runtimes works here.
+    """
+    here = [one for one in runtimes if one.missing_to_build() is None and one.missing_to_run() is None]
+    runtime = here[0] if here else runtimes[0]
+    deployment = Deployment(
+        runtime=runtime,
+        precision=precisions_for(runtime, recipe.engine.precision)[0],
+        batch=recipe.bench.batches[0],
+        profile=BatchProfile(*(int(part) for part in recipe.engine.batch.split(":"))),
+        opset=recipe.export.opset,
+        uint8_input=recipe.export.uint8_input,
+        cuda_graph=recipe.bench.cuda_graph,
+    )
+    check_deployment(deployment)
+    return deployment
+
+
+def _where(job: Job) -> dict[str, str]:
+    """What a latency plan depends on beyond the network: the machine and the runtime's version."""
+    if job.recipe.plan.planner != "latency":
+        return {}
+    deployment = deployment_of(job.recipe, job.runtimes.runtimes)
+    here = environment()
+    versions = {name: here.libraries[name] for name in deployment.runtime.libraries if name in here.libraries}
+    return {
+        "runtime": f"{deployment.runtime.name} {deployment.precision} batch {deployment.batch}",
+        "libraries": json.dumps(versions, sort_keys=True),
+        "device": f"{here.cpu}, {here.cores_usable} cores, {', '.join(gpu.name for gpu in here.gpus)}",
+    }

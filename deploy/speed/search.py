@@ -1,0 +1,206 @@
+"""The widths that meet a latency target: planned with a latency table, then built and timed, and planned again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from calib_data import Preprocess
+from calib_data.errors import TargetError, UserError
+from deploy.measure.bench import Speedup
+from deploy.runtimes import Session
+from deploy.speed.deployment import Deployment, check_deployment, measure, opened
+from deploy.speed.table import LatencyCosts, measure_table, predicted, spread
+from deploy.speed.target import Target
+from toolchain.planning import NotReachableError, PruningPlan
+from toolchain.planning.costs import Costs
+from toolchain.surgery import prune
+
+Planner = Callable[[Costs, float], PruningPlan]
+"""The best plan whose costs stay within a budget; raises NotReachableError below the smallest that there is."""
+
+ALLOWED = 1.05
+"""A target is met up to 5 % above it."""
+
+_CLOSE = (0.93, 1.02)  # latency over target at which there is nothing to gain from another plan
+_ATTEMPTS = 6
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Attempt(_Document):
+    """One plan: what it was allowed, what the table said of it, and what it took when it was built and timed.
+
+    `over_target` is the latency over the target's, in one interleave with the dense network.
+    """
+
+    budget_ms: float
+    predicted_ms: float
+    dense_ms: float
+    measured_ms: float
+    speedup: float
+    low: float
+    high: float
+    over_target: float
+    macs_share: float
+    floor: bool
+
+
+class LatencyRecord(_Document):
+    """How a latency target was met. Milliseconds per call; `points` is the size of the latency table,
+    `points_spread` the median over its points of their 10th to 90th percentile range over rounds.
+    """
+
+    format_version: Literal[1] = 1
+    asked: str
+    runtime: str
+    precision: str
+    batch: int
+    target_ms: float
+    chosen: Attempt
+    attempts: list[Attempt]
+    points: int
+    points_spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan that meets the target, and how it was found."""
+
+    plan: PruningPlan
+    record: LatencyRecord
+
+
+def search(
+    model: nn.Module,
+    preprocess: Preprocess,
+    planner: Planner,
+    deployment: Deployment,
+    target: Target,
+    *,
+    align: int = 8,
+    quiet: bool = True,
+) -> Found:
+    """The plan that uses a latency target up, checked on a network of its widths that was built and timed.
+
+    Only shapes decide latency, so that network is cut from the dense one without any training.
+
+    Args:
+        model: the dense network on the CPU.
+        preprocess: its input.
+        planner: `lambda costs, budget: plan_within(model, scores, costs, budget, ...)`.
+        deployment: the runtime, precision and batch size that the target is for.
+        target: of `parse_target` or `parse_speedup`.
+        align: widths of the plans are multiples of this.
+        quiet: no progress bars.
+
+    Raises:
+        UserError: this cannot be timed here, or the dense network is fast enough.
+        TargetError: no plan meets the target within 5 %; names the nearest and the floor that stops it.
+    """
+    check_deployment(deployment)
+    with opened(deployment, {"dense": (model, preprocess)}) as base:
+        dense = base["dense"]
+        now = measure({"dense": dense}, {"dense": preprocess.input_size}, deployment)
+        dense_ms = now.stats["dense"][deployment.batch].median
+        if target.ms is not None and target.ms >= dense_ms:
+            raise UserError(
+                f"The dense network takes {dense_ms:.3g} ms on {_where(deployment)} and meets {target.text} as it is.",
+                fix="Give a lower --target-latency, or --ratio.",
+            )
+        costs = measure_table(model, preprocess, deployment, dense, dense_ms, align=align, quiet=quiet)
+        tried, floor = _attempts(model, preprocess, planner, deployment, target, dense, costs)
+    record = LatencyRecord(
+        asked=target.text,
+        runtime=deployment.runtime.name,
+        precision=deployment.precision,
+        batch=deployment.batch,
+        target_ms=target.ms_of(dense_ms),
+        chosen=min((own for own, _ in tried), key=lambda own: abs(own.over_target - 1)),
+        attempts=[own for own, _ in tried],
+        points=len(costs.points),
+        points_spread=spread(costs),
+    )
+    met = [(own, plan) for own, plan in tried if own.over_target <= ALLOWED]
+    if not met:
+        raise _not_reached(record, floor)
+    # the slowest that meets the target keeps the most of the network
+    chosen, plan = max(met, key=lambda pair: pair[0].over_target)
+    return Found(plan, record.model_copy(update={"chosen": chosen}))
+
+
+def _attempts(
+    model: nn.Module,
+    preprocess: Preprocess,
+    planner: Planner,
+    deployment: Deployment,
+    target: Target,
+    dense: Session,
+    costs: LatencyCosts,
+) -> tuple[list[tuple[Attempt, PruningPlan]], NotReachableError | None]:
+    """Plans and what they took, until one is close to the target; the floor, where the planner met it."""
+    tried: list[tuple[Attempt, PruningPlan]] = []
+    floor: NotReachableError | None = None
+    budget = target.ms_of(costs.dense_ms)
+    for _ in range(_ATTEMPTS):
+        try:
+            plan, at_floor = planner(costs, budget), False
+        except NotReachableError as error:
+            floor, at_floor = error, True
+            plan = planner(costs, error.lowest * (1 + 1e-6))
+        if any(plan.keep == other.keep and plan.blocks == other.blocks for _, other in tried):
+            break
+        network = prune(model, plan)
+        expected = predicted(costs, network)
+        dense_ms, ms, speedup = _time(network, preprocess, deployment, dense)
+        over = ms / target.ms if target.ms is not None else (target.speedup or 1) / speedup.median
+        attempt = Attempt(
+            budget_ms=budget,
+            predicted_ms=expected,
+            dense_ms=dense_ms,
+            measured_ms=ms,
+            speedup=speedup.median,
+            low=speedup.low,
+            high=speedup.high,
+            over_target=over,
+            macs_share=plan.after.macs / plan.before.macs,
+            floor=at_floor,
+        )
+        tried.append((attempt, plan))
+        if _CLOSE[0] <= over <= _CLOSE[1] or (at_floor and over > 1):
+            break
+        budget = expected / over
+    return tried, floor
+
+
+def _time(
+    network: nn.Module, preprocess: Preprocess, deployment: Deployment, dense: Session
+) -> tuple[float, float, Speedup]:
+    """Milliseconds of the dense and of the pruned network, in turns, and how many times faster that is."""
+    with opened(deployment, {"pruned": (network, preprocess)}) as sessions:
+        both = {"dense": dense, **sessions}
+        report = measure(both, dict.fromkeys(both, preprocess.input_size), deployment)
+    batch = deployment.batch
+    ms = {name: report.stats[name][batch].median for name in both}
+    return ms["dense"], ms["pruned"], report.ratio("dense", "pruned", batch)
+
+
+def _where(deployment: Deployment) -> str:
+    return f"{deployment.runtime.name} {deployment.precision} at batch {deployment.batch}"
+
+
+def _not_reached(record: LatencyRecord, floor: NotReachableError | None) -> TargetError:
+    nearest = min(record.attempts, key=lambda own: own.over_target)
+    stopped = f"{floor.what} {floor.why}".strip() if floor is not None else f"{len(record.attempts)} plans were tried."
+    return TargetError(
+        f"{record.asked} was not reached on {record.runtime} {record.precision} at batch {record.batch}.",
+        why=f"The nearest takes {nearest.measured_ms:.3g} ms, {nearest.speedup:.2f}x faster than the dense network's "
+        f"{nearest.dense_ms:.3g} ms, with {100 * nearest.macs_share:.0f} % of its MACs. {stopped}",
+        fix="Ask for less, use a smaller --align, prune more --components, or start from a smaller model.",
+    )

@@ -1,0 +1,143 @@
+"""From a plan to a compressed network: what it must be, and what it must never be."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import toolchain
+from calib_data.errors import UserError
+from toolchain.compensation import compress
+from toolchain.families import groups_of
+from toolchain.groups import widths_of
+from toolchain.scores import divergence
+
+VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "num_classes": 5}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, **(VIT if "deit" in name else PVT)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # random timm weights are so small that blocks hardly matter
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+def images(count: int, size: int = 32, seed: int = 1) -> Tensor:
+    """Smooth ones, as photographs are."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def kl(model: nn.Module, other: nn.Module, batch: Tensor) -> float:
+    with torch.inference_mode():
+        return float(divergence(model(batch), other(batch)).mean())
+
+
+def halved(model: nn.Module, components: tuple[toolchain.planning.Component, ...]) -> toolchain.PruningPlan:
+    scores = toolchain.score(model, method="magnitude")
+    return toolchain.plan(model, scores, ratio=0.5, align=1, components=components)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "pvt_v2_b0"])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_the_result_has_the_plans_widths_and_loses_less(name: str, rotate: bool) -> None:
+    model = network(name)
+    before = copy.deepcopy(model.state_dict())
+    plan = halved(model, ("embed", "attention", "ffn"))
+    side = 32 if "deit" in name else 64
+    result = compress(model, plan, images(150, side), rotate=rotate)
+    pruned = toolchain.prune(model, plan).eval()
+    assert type(result.model) is type(pruned)
+    assert widths_of(groups_of(result.model)) == plan.widths
+    assert {k: v.shape for k, v in result.model.state_dict().items()} == {
+        k: v.shape for k, v in pruned.state_dict().items()
+    }
+    assert result.report.accepted
+    share = 0.5 if "deit" in name else 0.9  # channels of a PVTv2 stage are selected, and here only 4 of 8 are left
+    assert result.report.kl < share * result.report.kl_deleted
+    unseen = images(64, side, seed=2)
+    assert kl(model, result.model, unseen) < share * kl(model, pruned, unseen)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    document = json.loads(json.dumps(result.report.as_document()))
+    assert document["images"] == 150
+    assert document["held_out"] == 30
+    assert {layer["action"] for layer in document["layers"]} <= {"refit", "bias", "kept", "exact", "skipped"}
+    assert all(layer["error_after"] <= layer["error_before"] for layer in document["layers"])
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "pvt_v2_b0"])
+def test_a_cut_of_redundant_units_is_undone(name: str) -> None:
+    """Every FFN unit has a twin: without one of them the network can still compute the same."""
+    model = network(name)
+    keep = {}
+    with torch.no_grad():
+        for group in groups_of(model):
+            if group.kind != "ffn":
+                continue
+            mlp = model.get_submodule(group.name)
+            half = group.size // 2
+            for parameter in ("fc1.weight", "fc1.bias", "dwconv.weight", "dwconv.bias"):
+                if parameter in dict(mlp.named_parameters()):
+                    tensor = mlp.get_parameter(parameter)
+                    tensor[half:] = tensor[:half]
+            keep[group.name] = tuple(range(half))
+    plan = halved(model, ("ffn",))
+    plan = replace(plan, keep=keep)
+    batch = images(200, 32 if "deit" in name else 64)
+    deleted = kl(model, toolchain.prune(model, plan).eval(), batch)
+    assert kl(model, compress(model, plan, batch).model, batch) < 1e-4 * deleted
+
+
+def test_the_same_images_give_the_same_network() -> None:
+    model = network("deit_tiny_patch16_224")
+    plan = halved(model, ("embed", "attention", "ffn"))
+    first, second = (compress(model, plan, images(60)).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_blocks_that_left_are_made_up_for() -> None:
+    """The writers before a block that was taken out aim at the stream after it."""
+    model = network("deit_tiny_patch16_224")
+    with torch.no_grad():
+        for name in ("blocks.1.attn.proj", "blocks.1.mlp.fc2"):
+            model.get_submodule(name).get_parameter("weight").mul_(0.3)
+    plan = replace(halved(model, ("ffn",)), keep={}, num_heads={}, blocks={"blocks": ((0, 0),)})
+    result = compress(model, plan, images(150))
+    assert len(result.model.get_submodule("blocks")) == 1  # type: ignore[arg-type]
+    assert result.report.kl < 0.7 * result.report.kl_cut
+
+
+def test_a_network_that_is_worse_than_plain_pruning_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(model: nn.Module, *_: object, **__: object) -> list[object]:
+        with torch.no_grad():
+            model.get_submodule("head").get_parameter("weight").mul_(-3)
+        return []
+
+    monkeypatch.setattr(sys.modules["toolchain.compensation.compress"], "refit", spoil)
+    model = network("deit_tiny_patch16_224")
+    plan = halved(model, ("ffn",))
+    result = compress(model, plan, images(20))
+    pruned = toolchain.prune(model, plan).state_dict()
+    assert not result.report.accepted
+    assert "plain pruning was better" in result.report.warnings[-1]
+    assert result.report.kl == result.report.kl_deleted
+    assert all(torch.equal(pruned[key], tensor) for key, tensor in result.model.state_dict().items())
+
+
+def test_too_few_images_are_refused_with_the_number_that_would_do() -> None:
+    model = network("deit_tiny_patch16_224")
+    plan = halved(model, ("ffn",))
+    with pytest.raises(UserError, match="at least 10"):
+        compress(model, plan, images(4))
+    with pytest.raises(UserError, match=r"Give \d\d+ images or more"):
+        compress(model, plan, images(10))
