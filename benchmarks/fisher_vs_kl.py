@@ -16,30 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import toolchain
 from calib_data import open_source, proxy_images
 from deploy.environment import environment
 from toolchain.families import groups_of
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks [n] in float64, ties averaged."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
-    return middle[inverse]
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two score vectors [n]."""
-    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
-
-
-def kept_overlap(a: Tensor, b: Tensor) -> float:
-    """Share of the better half by `b` that is in the better half by `a`."""
-    count = len(a) // 2
-    return len(set(a.topk(count).indices.tolist()) & set(b.topk(count).indices.tolist())) / max(count, 1)
+from toolchain.scores.cuts import Cut
+from toolchain.scores.stability import kept_overlap, spearman
 
 
 def compare(num_images: int, num_units: int, seed: int, quiet: bool) -> dict[str, Any]:
@@ -68,7 +51,7 @@ def compare(num_images: int, num_units: int, seed: int, quiet: bool) -> dict[str
                     "kind": group.kind,
                     "units": len(chosen),
                     "spearman": spearman(a, b),
-                    "kept_overlap": kept_overlap(a, b),
+                    "kept_overlap": kept_overlap(a, b, Cut(1, len(a) // 2)),
                     "ratio": float((a / b.clamp_min(1e-12)).median()),
                 }
             )
@@ -78,7 +61,7 @@ def compare(num_images: int, num_units: int, seed: int, quiet: bool) -> dict[str
         "environment": environment().as_json(),
         "images": num_images,
         "seed": seed,
-        "medians": {kind: _median(rows, kind) for kind in ("embed", "attention", "heads", "ffn")},
+        "medians": {kind: _median(rows, kind) for kind in ("embed", "attention", "heads", "qk", "v", "ffn")},
         "fisher_seconds_all_units": fisher_seconds,
         "kl_seconds_measured_units": kl_seconds,
         "units_measured": sum(row["units"] for row in rows),

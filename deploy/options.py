@@ -52,11 +52,11 @@ RefitImages = Annotated[int | None, typer.Option(help="Images to refit on. \\[de
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
 Components = Annotated[
     str | None,
-    typer.Option(help="Some of embed, attention or heads, ffn. \\[default: embed,attention,ffn]", rich_help_panel=PLAN),
+    typer.Option(help="Some of embed, attention or qk_v or heads, ffn, depth. \\[default: embed,attention,ffn]", rich_help_panel=PLAN),
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help="Scores: fisher, kl, magnitude, random. \\[default: fisher]", rich_help_panel=PLAN),
+    typer.Option(help="Scores: fisher, refined, kl, magnitude, random. \\[default: fisher]", rich_help_panel=PLAN),
 ]
 ProxyImages = Annotated[
     int | None, typer.Option(help="Images to score on. \\[default: 1024; 256 on the demo]", rich_help_panel=PLAN)

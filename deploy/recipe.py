@@ -38,7 +38,7 @@ class ScoreRecipe(_Part):
 
     method: Method = "fisher"
     num_images: int | None = Field(None, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(8, ge=1)
 
 
 class PlanRecipe(_Part):

@@ -18,8 +18,8 @@ from toolchain.compensation.statistics import require_images, split
 from toolchain.compensation.stream import rotate_stream, stream_can_rotate
 from toolchain.depth import shorten
 from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup, widths_of
-from toolchain.planning import PruningPlan
+from toolchain.groups import ChannelGroup
+from toolchain.planning import Curve, PruningPlan
 from toolchain.scores import divergence
 from toolchain.scores.divergence import device_of, output_scale
 from toolchain.surgery import prune
@@ -71,6 +71,7 @@ def compress(
     images: Tensor,
     *,
     rotate: bool = True,
+    curves: Mapping[str, Curve] | None = None,
     batch_size: int = 32,
     quiet: bool = True,
 ) -> Compressed:
@@ -85,6 +86,7 @@ def compress(
         plan: made for this network. Where a basis is rotated, only the number of its kept dims matters.
         images: calibration images [N, 3, H, W], normalised; 500 or more. Every fifth is held out for checks.
         rotate: turn the bases of heads and of the residual stream before they are cut (where that is possible).
+        curves: of `compensated_curves`; the FFN units that leave are then the first of their orders, not the plan's.
         batch_size: images per pass.
         quiet: no progress bar.
 
@@ -97,7 +99,8 @@ def compress(
     fit, held = split(images)
     scale = output_scale(model, torch.split(held, batch_size))
     deleted = prune(model, plan).eval()
-    student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
+    chosen = plan if curves is None else replace(plan, keep={**plan.keep, **_units_of(curves, plan)})
+    student, dense, targets, rotated = _cut(model, chosen, fit, rotate, batch_size, quiet)
 
     def kl(network: nn.Module) -> float:
         with torch.inference_mode():
@@ -144,22 +147,22 @@ def _cut(
     model: nn.Module, plan: PruningPlan, images: Tensor, rotate: bool, batch_size: int, quiet: bool
 ) -> tuple[nn.Module, nn.Module, Targets, tuple[str, ...]]:
     """The pruned network before its refit, the (rotated) dense network, how they correspond, and what was rotated."""
-    dense, rotated = model, []
+    dense = model
     base = shorten(dense, plan.blocks) if plan.blocks else dense
     keep, groups = dict(plan.keep), {group.name: group for group in groups_of(base)}
-    if rotate:
-        rotated = [name for name in keep if _heads_get_narrower(groups[name], plan)]
+    narrower = [name for name in keep if rotate and _heads_get_narrower(groups[name], plan)]
+    rotated = sorted({groups[name].module for name in narrower})
     if rotated:
         sources = [_dense_name(name, plan.blocks) for name in rotated]
         dense = rotate_heads(model, images, sources, batch_size=batch_size, quiet=quiet).model.eval()
         base = shorten(dense, plan.blocks) if plan.blocks else dense
-        keep |= {name: _first_dims(groups[name], len(keep[name])) for name in rotated}
+        keep |= {name: _first_dims(groups[name], len(keep[name])) for name in narrower}
     streams = {group.name: _selection(group, keep) for group in groups.values() if group.kind == "embed"}
     if rotate and "embed" in keep and len(keep["embed"]) < groups["embed"].size and stream_can_rotate(base) is None:
         turned = rotate_stream(base, images, len(keep.pop("embed")), batch_size=batch_size, quiet=quiet)
         base, streams["embed"] = turned.model.eval(), turned.stream_map
         rotated.append("embed")
-    cut_plan = replace(plan, keep=keep, blocks={}, dense_widths=widths_of(groups_of(base)))
+    cut_plan = replace(plan, keep=keep, blocks={})
     student = prune(base, cut_plan).eval()
     # The embedding layer of a rotated or selected stream is exact as it is: it reads the images themselves.
     writers = {
@@ -177,8 +180,9 @@ def _cut(
 
 def _heads_get_narrower(group: ChannelGroup, plan: PruningPlan) -> bool:
     """Whether every head stays and loses dims: whole heads and merged ones keep the plan's choice."""
-    heads = plan.num_heads.get(group.name, group.num_heads)
-    return group.kind == "attention" and heads == group.num_heads and len(plan.keep[group.name]) < group.size
+    heads = plan.num_heads.get(group.module, group.num_heads)
+    of_heads = group.kind in ("attention", "qk", "v")
+    return of_heads and heads == group.num_heads and len(plan.keep[group.name]) < group.size
 
 
 def _first_dims(group: ChannelGroup, count: int) -> tuple[int, ...]:
@@ -186,12 +190,22 @@ def _first_dims(group: ChannelGroup, count: int) -> tuple[int, ...]:
     return tuple(head * group.head_dim + dim for head in range(group.num_heads) for dim in range(per_head))
 
 
-def _dense_name(group: str, blocks: Mapping[str, Any]) -> str:
-    """Name that a group of the shortened network has in the dense one (attention groups)."""
+def _units_of(curves: Mapping[str, Curve], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """FFN units that stay longest in the curves of the dense network, at the plan's widths."""
+    kept = {}
+    for name, units in plan.keep.items():
+        if name.endswith(".mlp"):
+            order = curves[_dense_name(name, plan.blocks, branch=1)].order
+            kept[name] = tuple(sorted(order[len(order) - len(units) :].tolist()))
+    return kept
+
+
+def _dense_name(group: str, blocks: Mapping[str, Any], branch: int = 0) -> str:
+    """Name that an attention (branch 0) or FFN (branch 1) of the shortened network has in the dense one."""
     for parent, pairs in blocks.items():
         if group.startswith(f"{parent}."):
             index, _, rest = group[len(parent) + 1 :].partition(".")
-            return f"{parent}.{pairs[int(index)][0]}.{rest}"
+            return f"{parent}.{pairs[int(index)][branch]}.{rest}"
     return group
 
 

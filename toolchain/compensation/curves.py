@@ -85,31 +85,34 @@ def compensated_curves(
     groups = groups_of(model)
     batches = torch.split(images, batch_size)
     scale = output_scale(model, batches)
-    attention = [group for group in groups if group.kind == "attention"]
+    of_kind = {kind: {g.module: g for g in groups if g.kind == kind} for kind in ("ffn", "attention", "qk", "v")}
     turned = model
     if rotate:
-        names = [group.name for group in attention]
-        turned = rotate_heads(model, images, names, batch_size=batch_size, quiet=quiet).model.eval()
-    readers = {f"{g.name}.fc2": g for g in groups if g.kind == "ffn"} | {f"{g.name}.proj": g for g in attention}
-    layers, products = _statistics(turned, list(readers), attention, batches, scale, seed, quiet)
+        turned = rotate_heads(model, images, list(of_kind["v"]), batch_size=batch_size, quiet=quiet).model.eval()
+    readers = {f"{module}.fc2": g for module, g in of_kind["ffn"].items()}
+    readers |= {f"{module}.proj": g for module, g in of_kind["v"].items()}
+    layers, products = _statistics(turned, list(readers), of_kind["qk"], batches, scale, seed, quiet)
     curves = {}
     for name, group in watched(readers.items(), "Loss curves", quiet=quiet, total=len(readers)):
         weight = turned.get_submodule(name).get_parameter("weight")
-        order = _dims_in_turns(group, products[group.name], rotate) if group.kind == "attention" else None
-        curve = surgeon(weight, layers[name], group.num_heads, order)
-        if order is not None:
-            joint = curve.loss[1:] + products[group.name][order].cumsum(0)
-            curve = Curve(order, torch.cat([curve.loss[:1], joint]))
-        curves[group.name] = curve
+        order = _last_dims_first(group) if rotate and group.kind == "v" else None
+        curves[group.name] = surgeon(weight, layers[name], group.num_heads, order)
+        if group.kind == "ffn":
+            continue
+        scores, qk = products[group.module], of_kind["qk"][group.module]
+        order = _last_dims_first(qk) if rotate else curve_of(scores, qk.num_heads).order
+        losses = torch.cat([torch.zeros(1, dtype=torch.float64), scores[order].cumsum(0)])
+        curves[qk.name] = Curve(order, losses)
+        if group.module in of_kind["attention"]:
+            values = surgeon(weight, layers[name], group.num_heads, order)
+            curves[group.module] = Curve(order, values.loss + losses)
     if rotate and stream_can_rotate(model) is None:
         curves["embed"] = _width_curve(model, images, scale, batch_size, seed, quiet)
     return curves
 
 
-def _dims_in_turns(group: ChannelGroup, products: Tensor, rotated: bool) -> Tensor:
-    """Head dims in the order in which they leave, one of every head in turn: rotated ones from the last on."""
-    if not rotated:
-        return curve_of(products, group.num_heads).order
+def _last_dims_first(group: ChannelGroup) -> Tensor:
+    """Rotated head dims in the order in which they leave, one of every head in turn."""
     dims = torch.arange(group.size).view(group.num_heads, group.head_dim)
     return dims.flip(1).T.flatten()
 
@@ -136,25 +139,25 @@ def _width_curve(
 def _statistics(
     model: nn.Module,
     names: Sequence[str],
-    attention: Sequence[ChannelGroup],
+    queries: Mapping[str, ChannelGroup],
     batches: Sequence[Tensor],
     scale: float | None,
     seed: int,
     quiet: bool,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Tensor]]:
-    """What is known of the layers `names`, and the Fisher scores of q-k dims per attention group, per image."""
+    """What is known of the layers `names`, and the Fisher scores of q-k dims per attention, per image."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     device = device_of(model)
-    layers, scores = {}, {g.name: torch.zeros(g.size, dtype=torch.float64) for g in attention}
+    layers, scores = {}, {module: torch.zeros(g.size, dtype=torch.float64) for module, g in queries.items()}
     for name in names:
         out, size = model.get_submodule(name).get_parameter("weight").shape
         layers[name] = LayerStatistics(
             *(torch.zeros(n, n, dtype=torch.float64, device=device) for n in (size + 1, out))
         )
     for batch in watched(batches, "Second moments", quiet=quiet, total=len(batches)):
-        masks = {g.name: torch.ones(len(batch), g.size, device=device, requires_grad=True) for g in attention}
-        with torch.enable_grad(), _taps(model, names, attention, masks) as seen:
+        masks = {m: torch.ones(len(batch), g.size, device=device, requires_grad=True) for m, g in queries.items()}
+        with torch.enable_grad(), _taps(model, names, queries, masks) as seen:
             logits = functional_call(model, weights, batch.to(device)).float()
         probes = probes_of(logits.detach().cpu(), scale, generator).to(device)
         importance = {name: seen[name][0].new_zeros(seen[name][0].shape[:-1]) for name in names}
@@ -180,7 +183,7 @@ def _statistics(
 
 @contextmanager
 def _taps(
-    model: nn.Module, names: Sequence[str], attention: Sequence[ChannelGroup], masks: Mapping[str, Tensor]
+    model: nn.Module, names: Sequence[str], queries: Mapping[str, ChannelGroup], masks: Mapping[str, Tensor]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """While the model runs: inputs and (differentiable) outputs of layers, and masks on the queries."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -189,7 +192,7 @@ def _taps(
         seen[name] = (args[0].detach(), output)
 
     def mask_queries(group: ChannelGroup, output: Tensor) -> Tensor:
-        mask = masks[group.name].view(len(output), *[1] * (output.ndim - 2), group.size)
+        mask = masks[group.module].view(len(output), *[1] * (output.ndim - 2), group.size)
         return torch.cat([output[..., : group.size] * mask, output[..., group.size :]], dim=-1)
 
     with ExitStack() as hooks:
@@ -198,7 +201,7 @@ def _taps(
                 lambda _, args, output, name=name: note(name, args, output)
             )
             hooks.enter_context(hook)
-        for group in attention:
+        for group in queries.values():
             module = model.get_submodule(group.queries[0].rpartition(".")[0])
             hook = module.register_forward_hook(lambda _, __, output, group=group: mask_queries(group, output))
             hooks.enter_context(hook)

@@ -231,8 +231,8 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
     rows, proj = _rows(attention), attention.proj
     mean = sums.output_sum / sums.weight
     has_biases = rows.values[0].bias is not None and proj.bias is not None
-    metric = sums.importance / sums.importance.trace().clamp_min(TINY)
-    metric.diagonal().add_(EVENNESS / len(metric))
+    importance = sums.importance / sums.importance.trace().clamp_min(TINY)
+    metric = importance + EVENNESS / len(importance) * torch.eye(len(importance)).to(importance)
     errors = []
     for head in range(rows.heads):
         columns = slice(head * rows.v_dim, (head + 1) * rows.v_dim)
@@ -241,12 +241,14 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
         root, inverse = _roots(second - torch.outer(mean[head], mean[head]) if has_biases else second)
         energy, basis = torch.linalg.eigh(root @ weight.T @ metric @ weight @ root)
         energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
+        writes = weight @ root @ basis
         balance = _floored(energy.sqrt()).sqrt()
         if has_biases:
             proj.bias += (weight @ mean[head]).to(proj.bias.dtype)
         _turn(rows.values, head, balance.unsqueeze(1) * (basis.T @ inverse), mean[head] if has_biases else None)
-        proj.weight[:, columns] = (weight @ root @ basis / balance).to(proj.weight.dtype)
-        errors.append(_tails(energy * sums.weight / (2 * sums.images)))
+        proj.weight[:, columns] = (writes / balance).to(proj.weight.dtype)
+        loss = (writes * (importance @ writes)).sum(dim=0).clamp_min(0)
+        errors.append(_tails(loss * sums.weight / (2 * sums.images)))
     return torch.stack(errors).cpu()
 
 

@@ -25,8 +25,6 @@ from toolchain.segments import Segment
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative to the mean diagonal of the inputs' covariance; the one with the least held-out error is taken."""
 
-REPAIR = 1.0
-
 EXACT = 1e-9
 """Squared error in units of the target's variance that is only rounding."""
 
@@ -217,16 +215,15 @@ def _regression(
         (x,) = observe(step.run, pair.pruned, [(layer, "input")])
         (y,) = observe(step.dense, pair.dense, [(dense.get_submodule(source), "output")])
         rows, factors = targets.rows[name]
-        return input_rows(layer, x), output_rows(layer, y)[:, rows] * factors
+        return input_rows(layer, x), output_rows(layer, y)[:, rows] * factors.to(y.device)
     if part == "attn.proj":
-        dense_before, dense_after, norm, scale = pair.dense, pair.middle, "norm1", "ls1"
+        dense_after, norm, scale = pair.middle, "norm1", "ls1"
     else:
-        dense_before, dense_after, norm, scale = pair.middle, pair.after, "norm2", "ls2"
+        dense_after, norm, scale = pair.after, "norm2", "ls2"
     before_module = model.get_submodule(f"{step.name}.{norm}")
     before, x = observe(step.run, pair.pruned, [(before_module, "input"), (layer, "input")])
-    to_stream = targets.streams[name].T
-    wanted = (dense_after.flatten(0, -2) - (1 - REPAIR) * dense_before.flatten(0, -2)).double() @ to_stream
-    y = wanted - REPAIR * before.flatten(0, -2)
+    wanted = dense_after.flatten(0, -2).double() @ targets.streams[name].to(before.device).T
+    y = wanted - before.flatten(0, -2)
     block: Any = model.get_submodule(step.name)
     gamma = getattr(getattr(block, scale, None), "gamma", None)
     if gamma is not None:

@@ -44,7 +44,7 @@ def score(
     *,
     method: Method = "fisher",
     cuts: Widths | None = None,
-    batch_size: int = 16,
+    batch_size: int = 8,
     seed: int = 0,
     units: Units | None = None,
     depth: bool = False,
@@ -77,13 +77,14 @@ def score(
         ('nats', ['blocks.0.attn', 'blocks.0.attn.heads', 'blocks.0.mlp', 'embed'])
     """
     groups = groups_of(model)
-    if images is None or len(images) == 0:
-        if depth or method not in ("magnitude", "random"):
-            raise UserError(
-                f"Scores by {method if not depth else 'depth'} need images.",
-                fix="Give a proxy set: a few images per class will do.",
-            )
+    needs_images = depth or method not in ("magnitude", "random")
+    if not needs_images:
         return Scores(method, "none", _without_images(model, groups, method, seed), 0, seed, weights_digest(model))
+    if images is None or len(images) == 0:
+        raise UserError(
+            f"Scores {'of depth' if depth else f'by {method}'} need images.",
+            fix="Give a proxy set: a few images per class will do.",
+        )
     was_training = model.training
     model.eval()
     try:
@@ -116,7 +117,7 @@ def _on_images(
     elif method == "kl":
         chosen = units if units is not None else {group.name: range(group.size) for group in groups}
         halves = exact_kl(model, groups, torch.split(images, rows), scale, chosen, rows, quiet)
-        _check_finite({name: halves[name][:, list(chosen[name])] for name in chosen})
+        check_finite({name: halves[name][:, list(chosen[name])] for name in chosen})
     if method == "refined":
         values, halves = refined(
             model, groups, images, scale, seed=seed, cuts=cuts, batch_size=batch_size, rows=rows, quiet=quiet
@@ -126,7 +127,7 @@ def _on_images(
     else:
         values = _without_images(model, groups, method, seed)
     if method != "kl":
-        _check_finite(values)
+        check_finite(values)
     paths = depth_paths(model, torch.split(images[:DEPTH_IMAGES], rows), scale, quiet) if depth else {}
     return Scores(
         method=method,
@@ -141,7 +142,8 @@ def _on_images(
     )
 
 
-def _check_finite(values: Mapping[str, Tensor]) -> None:
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Refuse scores that are NaN or infinite, before anything is made of them."""
     bad = [name for name, scores in values.items() if not torch.isfinite(scores).all()]
     if bad:
         raise UserError(

@@ -69,7 +69,7 @@ def chain_of(model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor) -
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
     stream = images
-    for index in range(len(segments) - 1):  # noqa: B007  read by the hooks
+    for index in range(len(segments) - 1):
         stream = segments[index].run(stream)
     index = len(segments) - 1
     read = _tokens_read(segments[-1], stream)
@@ -105,7 +105,7 @@ def _narrow_block(model: nn.Module, segment: Segment, read: int) -> Callable[[Te
         weight, bias = attn.qkv.weight, attn.qkv.bias
         q = F.linear(tokens[:, :read], weight[:dim], None if bias is None else bias[:dim])
         k, v = F.linear(tokens, weight[dim:], None if bias is None else bias[dim:]).chunk(2, dim=2)
-        q, k, v = (part.unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.reshape(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
         stream = stream[:, :read] + block.ls1(attn.proj(mixed))
         return cast(Tensor, stream + block.ls2(block.mlp(block.norm2(stream))))

@@ -118,6 +118,7 @@ def test_runs_share_scores_and_are_not_made_twice(tmp_path: Path) -> None:
     base = {
         "model": "pvtv2_b0",
         "score": {"method": "magnitude"},
+        "compensate": {"enabled": False},
         "distill": {"epochs": 0},
         "export": {"parity_images": 2, "accuracy_images": 16},
         "engine": {"runtime": "onnxruntime", "precision": "fp32", "batch": "1:1:1"},

@@ -15,6 +15,7 @@ from calib_data.errors import UserError
 from toolchain.compensation import compress
 from toolchain.families import groups_of
 from toolchain.groups import widths_of
+from toolchain.planning import Curve
 from toolchain.scores import divergence
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -96,6 +97,20 @@ def test_a_cut_of_redundant_units_is_undone(name: str) -> None:
     batch = images(200, 32 if "deit" in name else 64)
     deleted = kl(model, toolchain.prune(model, plan).eval(), batch)
     assert kl(model, compress(model, plan, batch).model, batch) < 1e-4 * deleted
+
+
+def test_curves_choose_the_ffn_units() -> None:
+    """Units 0 to 31 are worth nothing, and so says the curve; the plan keeps them nevertheless."""
+    model = network("deit_tiny_patch16_224")
+    with torch.no_grad():
+        for index in (0, 1):
+            model.get_submodule(f"blocks.{index}.mlp.fc2").get_parameter("weight")[:, :32] = 0
+    plan = replace(halved(model, ("ffn",)), keep={f"blocks.{i}.mlp": tuple(range(160)) for i in (0, 1)})
+    curve = Curve(torch.arange(192), torch.zeros(193))
+    curves = {f"blocks.{i}.mlp": curve for i in (0, 1)}
+    result = compress(model, plan, images(80), curves=curves)
+    assert result.report.kl_deleted > 1e-6
+    assert result.report.kl < 1e-6 * result.report.kl_deleted
 
 
 def test_the_same_images_give_the_same_network() -> None:

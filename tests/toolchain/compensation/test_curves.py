@@ -89,7 +89,7 @@ def test_every_group_gets_a_curve_that_starts_at_zero_and_never_falls(name: str)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     side = 32 if "deit" in name else 64
     curves = compensated_curves(model, torch.randn(20, 3, side, side), batch_size=10)
-    sizes = {group.name: group.size for group in groups_of(model) if group.kind in ("ffn", "attention")}
+    sizes = {group.name: group.size for group in groups_of(model) if group.kind in ("ffn", "attention", "qk", "v")}
     if "deit" in name:
         sizes["embed"] = 24
     assert {key: len(curve.order) for key, curve in curves.items()} == sizes

@@ -69,7 +69,9 @@ def test_only_what_has_a_reason_is_refused(variant: Variant) -> None:
 
 
 def small(**args: Any) -> nn.Module:
-    model = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, **{"num_classes": 5, **args})
+    model: nn.Module = timm.create_model(
+        "deit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, **{"num_classes": 5, **args}
+    )
     for parameter in model.parameters():
         parameter.data.add_(0.1)
     return model.eval()

@@ -29,20 +29,26 @@ def some_units(model: nn.Module, count: int) -> dict[str, list[int]]:
     return {group.name: list(range(0, group.size, -(-group.size // count))) for group in groups_of(model)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
-def test_same_scores_as_published(variant: Variant, dtype: torch.dtype, tolerance: float) -> None:
-    model, images = make(variant).to(dtype), pictures(variant, 5).to(dtype)
-    units, groups = some_units(model, 3), groups_of(model)
-    batches = torch.split(images, 3)  # the last one is smaller, and a pass holds several units of it
+def check_same_as_published(variant: Variant, dtype: torch.dtype, count: int, tolerance: float) -> None:
+    model, images = make(variant).to(dtype), pictures(variant, 3).to(dtype)
+    units, groups = some_units(model, count), groups_of(model)
+    batches = torch.split(images, 2)  # the last one is smaller, and a pass holds several units of it
     scale = output_scale(model, batches)
-    found = exact_kl(model, groups, batches, scale, units, rows=7, quiet=True)
-    wanted = published_kl(model, images, units, batch_size=5, scale=scale)
+    found = exact_kl(model, groups, batches, scale, units, rows=5, quiet=True)
+    wanted = published_kl(model, images, units, batch_size=3, scale=scale)
     for name, chosen in units.items():
         mean = found[name].sum(dim=0)[chosen] / len(images)
-        torch.testing.assert_close(
-            mean, wanted[name], rtol=tolerance, atol=NOISE, msg=lambda text, at=name: f"{at}: {text}"
-        )
+        torch.testing.assert_close(mean, wanted[name], rtol=tolerance, atol=NOISE, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_same_scores_as_published(variant: Variant) -> None:
+    check_same_as_published(variant, torch.float32, 3, 1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:4], ids=str)
+def test_what_differs_is_rounding(variant: Variant) -> None:
+    check_same_as_published(variant, torch.float64, 3, 1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

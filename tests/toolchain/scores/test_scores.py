@@ -14,8 +14,9 @@ from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
 from toolchain.families import groups_of
 from toolchain.masks import masked
-from toolchain.scores import Scores, divergence
+from toolchain.scores import Scores, divergence, images_digest
 from toolchain.scores.fisher import probes_of
+from toolchain.scores.measure import check_finite
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 HEADLESS = next(variant for variant in VARIANTS if variant.args["num_classes"] == 0)
@@ -128,6 +129,10 @@ def test_saved_scores_are_read_back(tmp_path: Path) -> None:
     scores = toolchain.score(model, images, seed=3)
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
+    assert loaded.data_digest == scores.data_digest == images_digest(images)
+    assert loaded.data_digest != images_digest(images[:2])
+    assert loaded.stability == scores.stability
+    assert set(loaded.stability) == set(loaded.values)
     assert (loaded.unit, loaded.num_images, loaded.seed, loaded.model_digest) == ("nats", 3, 3, scores.model_digest)
     assert all(torch.equal(loaded.values[name], values) for name, values in scores.values.items())
 
@@ -151,3 +156,29 @@ def test_nan_activations_are_refused() -> None:
     images[1] = math.nan
     with pytest.raises(UserError, match="1 of 3 images"):
         toolchain.score(model, images)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
+    check_finite({"embed": torch.ones(2)})
+    with pytest.raises(UserError, match="scores of embed are not finite"):
+        check_finite({"blocks.0.mlp": torch.ones(2), "embed": torch.tensor([1.0, bad])})
+
+
+def test_depth_comes_with_the_scores(tmp_path: Path) -> None:
+    model, images = make(DEIT), pictures(DEIT)
+    scores = toolchain.score(model, images, method="random", depth=True)
+    assert [len(step) for step in scores.depth["blocks"].steps] == [1]
+    assert (scores.unit, scores.num_images) == ("none", 0)
+    scores.save(tmp_path)
+    assert Scores.load(tmp_path).depth == scores.depth
+
+
+@pytest.mark.parametrize("variant", [DEIT, PVT], ids=str)
+def test_refined_measures_all_groups(variant: object) -> None:
+    model, images = calm(make(variant)), pictures(variant, 16)  # type: ignore[arg-type]
+    refined = toolchain.score(model, images, method="refined", batch_size=8)
+    heads = next(group for group in groups_of(model) if group.kind == "heads")
+    exact = toolchain.score(model, images, method="kl", units={heads.name: range(heads.size)})
+    torch.testing.assert_close(refined.values[heads.name], exact.values[heads.name], rtol=1e-3, atol=1e-10)
+    assert all(torch.isfinite(values).all() for values in refined.values.values())
