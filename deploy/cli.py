@@ -272,6 +272,51 @@ def report(
 
 
 @app.command()
+def sweep(
+    model: opt.Model = None,
+    ratios: Annotated[str | None, typer.Option(help="Shares of every dimension to remove, e.g. 0.3,0.5,0.7.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Shares of the MACs to keep, e.g. 0.65,0.5,0.35.")] = None,
+    speedups: Annotated[str | None, typer.Option(help="Factors, e.g. 1.5x,2x,3x (planner latency).")] = None,
+    weights: opt.Weights = None,
+    data: opt.Data = None,
+    image_size: opt.ImageSize = None,
+    planner: opt.Planner = None,
+    method: opt.Method = None,
+    compensate: opt.Compensate = None,
+    epochs: opt.Epochs = None,
+    device: opt.Device = None,
+    runtime: opt.Runtime = None,
+    precision: opt.Precision = None,
+    bench_batches: opt.BenchBatches = None,
+    bench_seconds: opt.BenchSeconds = None,
+    recipe: opt.RecipeFile = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the runs. \\[default: runs/MODEL-sweep]")
+    ] = None,
+    seed: opt.Seed = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Run the main job for several cuts and plot accuracy over latency; other settings come from --recipe."""
+    from deploy.speed.sweep import sweep as run_sweep
+    from deploy.speed.sweep import sweep_terminal
+
+    options = {
+        "model": model, "weights": weights, "data": data, "image_size": image_size, "planner": planner,
+        "method": method, "enabled": compensate, "epochs": epochs, "device": device, "runtime": runtime,
+        "precision": precision, "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"),
+        "seconds": bench_seconds, "recipe": recipe, "seed": seed,
+    }  # fmt: skip
+    cuts: list[dict[str, Any]] = [
+        *({"ratio": part} for part in _split(ratios) or ()),
+        *({"target_macs": part} for part in _split(macs) or ()),
+        *({"speedup": part} for part in _split(speedups) or ()),
+    ]
+    values = recipe_values(options)
+    found = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
+    Console(quiet=quiet).print(sweep_terminal(found))
+
+
+@app.command()
 def package(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[

@@ -52,7 +52,10 @@ RefitImages = Annotated[int | None, typer.Option(help="Images to refit on. \\[de
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
 Components = Annotated[
     str | None,
-    typer.Option(help="Some of embed, attention or qk_v or heads, ffn, depth. \\[default: embed,attention,ffn]", rich_help_panel=PLAN),
+    typer.Option(
+        help="Some of embed, ffn, depth, and attention or qk_v or heads. \\[default: embed,attention,ffn]",
+        rich_help_panel=PLAN,
+    ),
 ]
 Method = Annotated[
     str | None,

@@ -88,18 +88,28 @@ def findings(
     if best is None:
         return []
     pair, batch = Pair(best.runtime, best.precision), f"b{best.batch}"
-    sides = ((plan.before, plan.dense_widths, figures.dense), (plan.after, plan.widths, figures.pruned))
+    widths = (
+        {change.group: change.before for change in plan.changes},
+        {change.group: change.after for change in plan.changes if change.after},
+    )
+    head_dims = (plan.dense_widths.head_dims, plan.widths.head_dims)
+    sides = (
+        (plan.before, widths[0], head_dims[0], figures.dense),
+        (plan.after, widths[1], head_dims[1], figures.pruned),
+    )
     dense, pruned = (
         Measured(
             macs=cost.macs,
             latency=latencies[pair.runtime][pair.precision][batch],
             layers=own_layers,
             built=engine.built,
-            widths=widths.channels,
-            head_dims={name: widths.channels[name] // heads for name, heads in widths.num_heads.items()},
+            widths=channels,
+            head_dims=dims,
             threads=latencies[pair.runtime][pair.precision][batch].threads,
         )
-        for (cost, widths, latencies), own_layers, engine in zip(sides, layers[pair], engines[pair], strict=True)
+        for (cost, channels, dims, latencies), own_layers, engine in zip(
+            sides, layers[pair], engines[pair], strict=True
+        )
     )
     speedup = figures.speedup[pair.runtime][pair.precision][batch]
     return diagnose(dense, pruned, runtime=pair.runtime, precision=pair.precision, batch=best.batch, speedup=speedup)
