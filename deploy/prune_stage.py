@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ def prune(job: Job, scored: Artifact) -> Artifact:
             compressed = compress(job.dense, plan, images, curves=curves, quiet=job.quiet)
             write_json(folder / "compensation.json", compressed.report.as_document())
             pruned = compressed.model
+            _say(job, compressed.report.warnings)
         toolchain.save(pruned, folder / "model")
         dense = accuracy_of(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
@@ -52,6 +54,14 @@ def prune(job: Job, scored: Artifact) -> Artifact:
 
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
     return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
+
+
+def _say(job: Job, warnings: Sequence[str]) -> None:
+    """Name what compensation could not do, on stderr; all of it is in compensation.json."""
+    if warnings:
+        more = f" (and {len(warnings) - 3} more)" if len(warnings) > 3 else ""
+        text = f"Compensation: {'; '.join(warnings[:3])}{more}"
+        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
 
 
 def choose_plan(

@@ -195,7 +195,7 @@ def _compensation(pruned: Artifact) -> Compensation | None:
     return Compensation(
         **{name: record[name] for name in named},
         layers=len(record["layers"]),
-        refitted=sum(layer["accepted"] for layer in record["layers"]),
+        refitted=sum(layer["action"] in ("refit", "bias") for layer in record["layers"]),
     )
 
 

@@ -33,7 +33,11 @@ def result(report: Report) -> Section:
     rows = [
         _fewer("parameters", dense.params, pruned.params),
         _fewer("MACs per image", dense.macs, pruned.macs),
-        _accuracy_row("top-1 after plain deletion, %", dense.top1, pruned.top1_after_deletion),
+        *(
+            [_accuracy_row("top-1 after plain deletion, %", dense.top1, pruned.top1_after_deletion)]
+            if pruned.top1_after_deletion is not None
+            else []
+        ),
         _accuracy_row("top-1 after pruning, %", dense.top1, pruned.top1_after_prune),
         _accuracy_row("top-1 after fine-tuning, %", dense.top1, pruned.top1),
     ]

@@ -59,7 +59,7 @@ def test_a_slower_model_and_a_larger_engine_are_called_so() -> None:
 
 def test_columns_and_rows_without_content_are_left_out() -> None:
     accuracy = [{**one, "top1": None} for one in sample_document()["accuracy"]]
-    unlabelled = changed("pruned", top1=None, top1_after_prune=None)
+    unlabelled = changed("pruned", top1=None, top1_after_prune=None, top1_after_deletion=None)
     made = sample_report(accuracy=accuracy, **changed("dense", top1=None), **unlabelled)
     by_key = {section.key: section for section in sections(made)}
     assert "top-1, %" not in by_key["accuracy"].header
@@ -72,8 +72,8 @@ def test_columns_and_rows_without_content_are_left_out() -> None:
 def test_the_sections_come_in_the_order_of_their_weight() -> None:
     keys = [section.key for section in sections(sample_report())]
     assert keys == [
-        "result", "best", "latency", "accuracy", "built", "findings", "widths", "layers-0", "layers-1", "parity",
-        "engines", "throughput", "environment", "measurement", "reproduce", "stages", "notes"]  # fmt: skip
+        "result", "best", "target", "latency", "accuracy", "built", "findings", "widths", "compensation", "layers-0",
+        "layers-1", "parity", "engines", "throughput", "environment", "measurement", "reproduce", "stages", "notes"]  # fmt: skip
 
 
 def test_a_report_with_nothing_measured_has_no_empty_sections_and_no_none() -> None:
@@ -174,6 +174,30 @@ def test_a_failed_gate_an_unfused_block_and_a_slower_model_are_said_first() -> N
 def test_a_speed_up_whose_range_holds_one_is_not_certain() -> None:
     made = sample_report(best=best(speedup=1.05, low=0.97, high=1.1))
     assert any(text.startswith("Not certainly faster") for text in shortcomings(made))
+
+
+def test_a_missed_target_and_a_small_proxy_are_said() -> None:
+    target = sample_document()["target"]
+    missed = shortcomings(sample_report(target={**target, "measured_ms": 6.31, "met": False}))
+    assert missed[0].startswith("Target missed: 2x asked for, 6.310 ms measured on openvino fp32 at batch 8")
+    short = shortcomings(sample_report())
+    assert not any("Target" in text for text in short)
+    assert any("in 1 groups" in text and "stages.0: 69 % the same" in text for text in short)
+
+
+def test_compensation_target_and_depth_are_shown() -> None:
+    text = markdown(sample_report())
+    assert re.search(r"plain deletion \| +1.825 ", text)
+    assert re.search(r"refitted \| +0.1203 ", text)
+    assert "47 of 52 layers were refitted" in text
+    assert re.search(r"finished engine \| +5.970 ", text)
+    assert "stages.2.blocks: blocks 0+1, 2 are left" in text
+    off = markdown(sample_report(compensation=None, target=None, **changed("pruned", top1_after_deletion=None)))
+    assert "Compensation" not in off
+    assert "Target" not in off
+    assert "after plain deletion" not in off
+    refused = {**sample_document()["compensation"], "accepted": False}
+    assert "Plain deletion was no worse and was kept." in markdown(sample_report(compensation=refused))
 
 
 def test_the_tiles_are_the_figures_of_the_report() -> None:
