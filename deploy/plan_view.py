@@ -19,7 +19,8 @@ def plan_table(plan: PruningPlan) -> Group:
     for one in plan.changes:
         share = f"{100 * one.after / one.before:.0f} %"
         table.add_row(one.group, _width(one.before, one.heads[0]), _width(one.after, one.heads[1]), share)
-    asked = ", ".join(f"{key} {value}" for key, value in plan.asked.items())
+    asked = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in plan.asked.items())  # fmt: skip
     shorter = [f"{name} keeps {len(pairs)} blocks" for name, pairs in plan.blocks.items()]
     macs, params = (getattr(plan.after, key) / getattr(plan.before, key) for key in ("macs", "params"))
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -70,7 +71,12 @@ def choose_plan(
     """The plan that a job asks for; where it asks for a latency, also how that was met."""
     if job.recipe.plan.planner == "latency":
         found = _latency_plan(job, scores, curves)
-        return found.plan, found.record
+        asked: dict[str, float | int | str] = {
+            "latency": found.record.asked,
+            "runtime": found.record.runtime,
+            "batch": found.record.batch,
+        }
+        return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
     return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, curves), None

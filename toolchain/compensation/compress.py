@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calib_data.errors import UserError
 from toolchain.compensation.heads import rotate_heads
+from toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
 from toolchain.compensation.refit import LayerReport, Targets, refit
 from toolchain.compensation.statistics import require_images, split
 from toolchain.compensation.stream import rotate_stream, stream_can_rotate
@@ -158,13 +159,15 @@ def _cut(
         base = shorten(dense, plan.blocks) if plan.blocks else dense
         keep |= {name: _first_dims(groups[name], len(keep[name])) for name in narrower}
     streams = {group.name: _selection(group, keep) for group in groups.values() if group.kind == "embed"}
-    if rotate and "embed" in keep and len(keep["embed"]) < groups["embed"].size and stream_can_rotate(base) is None:
-        turned = rotate_stream(base, images, len(keep.pop("embed")), batch_size=batch_size, quiet=quiet)
-        base, streams["embed"] = turned.model.eval(), turned.stream_map
-        rotated.append("embed")
+    narrower_streams = {name: keep[name] for name, whole in streams.items() if len(whole) < whole.shape[1]}
+    maps: dict[str, Tensor] = {}
+    if rotate and narrower_streams:
+        base, turned, maps = _turn_streams(base, narrower_streams, images, batch_size, quiet)
+        streams |= turned
+        rotated += list(turned)
+        keep = {name: units for name, units in keep.items() if name not in turned}
     cut_plan = replace(plan, keep=keep, blocks={})
     student = prune(base, cut_plan).eval()
-    # The embedding layer of a rotated or selected stream is exact as it is: it reads the images themselves.
     writers = {
         piece.parameter.removesuffix(".weight"): streams[group.name]
         for group in groups.values()
@@ -172,10 +175,24 @@ def _cut(
         for piece in group.slices
         if piece.axis == 0 and piece.parameter.endswith(("attn.proj.weight", "mlp.fc2.weight"))
     }
-    rows = {name: pair for name, pair in _row_map(base, cut_plan).items() if name not in writers}
-    if "embed" in rotated:
-        rows.pop("patch_embed.proj")
-    return student, dense, Targets(rows, writers, plan.blocks), tuple(rotated)
+    # The embedding layer of a rotated or selected stream is exact as it is: it reads the images themselves.
+    maps.pop("patch_embed.proj", None)
+    aimed_elsewhere = {"patch_embed.proj", *writers, *maps}
+    rows = {name: pair for name, pair in _row_map(base, cut_plan).items() if name not in aimed_elsewhere}
+    return student, dense, Targets(rows, writers, plan.blocks, maps), tuple(rotated)
+
+
+def _turn_streams(
+    base: nn.Module, narrower: Mapping[str, tuple[int, ...]], images: Tensor, batch_size: int, quiet: bool
+) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """Rotate and cut streams where the network allows it: the network, and maps of its streams and of other layers."""
+    if "embed" in narrower and stream_can_rotate(base) is None:
+        turned = rotate_stream(base, images, len(narrower["embed"]), batch_size=batch_size, quiet=quiet)
+        return turned.model.eval(), {"embed": turned.stream_map}, {}
+    if stages_can_rotate(base) is None:
+        staged = rotate_stages(base, images, narrower, batch_size=batch_size, quiet=quiet)
+        return staged.model.eval(), staged.stream_maps, staged.layer_maps
+    return base, {}, {}
 
 
 def _heads_get_narrower(group: ChannelGroup, plan: PruningPlan) -> bool:

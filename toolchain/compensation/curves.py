@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib_data.progress import watched
+from toolchain.compensation.gradients import DRAWS
 from toolchain.compensation.heads import rotate_heads
 from toolchain.compensation.statistics import require_images, split
 from toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
@@ -34,6 +35,10 @@ from toolchain.scores.fisher import probes_of
 
 RIDGE = 1e-4
 """Relative to the mean diagonal of H, so that its inverse exists where units are dead or equal."""
+
+EVENNESS = 0.25
+"""Added to the importance of every token, relative to the mean one of its image. In a ViT's last block the output
+depends on the class token only: as many tokens as images would make most units look redundant."""
 
 SHARE_PER_STEP = 1 / 64
 """Units that leave between two updates of the whole inverse."""
@@ -49,7 +54,7 @@ class LayerStatistics:
 
     Attributes:
         second: sum over an image's tokens of importance * x x^T, [d + 1, d + 1] float64; the last input is the bias.
-            Importance is the squared gradient at the layer's output, summed over the probes.
+            Importance is the squared gradient at the layer's output, summed over the probes, and evened out a little.
         fisher: sum over an image's tokens and the probes of g g^T, [out, out] float64.
     """
 
@@ -159,26 +164,37 @@ def _statistics(
         masks = {m: torch.ones(len(batch), g.size, device=device, requires_grad=True) for m, g in queries.items()}
         with torch.enable_grad(), _taps(model, names, queries, masks) as seen:
             logits = functional_call(model, weights, batch.to(device)).float()
-        probes = probes_of(logits.detach().cpu(), scale, generator).to(device)
+        probes = _few(probes_of(logits.detach().cpu(), scale, generator), generator).to(device)
         importance = {name: seen[name][0].new_zeros(seen[name][0].shape[:-1]) for name in names}
         for index, probe in enumerate(probes):
             wanted = [seen[name][1] for name in names] + list(masks.values())
             slopes = torch.autograd.grad((probe * logits).sum(), wanted, retain_graph=index + 1 < len(probes))
             for name, slope in zip(names, slopes, strict=False):
                 importance[name] += slope.square().sum(dim=-1)
-                rows = slope.flatten(0, -2).double()
+                rows = slope.flatten(0, -2)
                 layers[name].fisher += rows.T @ rows
             for group, slope in zip(masks, slopes[len(names) :], strict=True):
                 scores[group] += slope.double().square().sum(dim=0).cpu() / 2
         for name in names:
-            x = seen[name][0].flatten(0, -2).double()
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            layers[name].second += (x * importance[name].flatten().double().unsqueeze(1)).T @ x
+            # products of one batch in fp32: their rounding is far below RIDGE; sums in float64
+            x = seen[name][0].flatten(0, -2)
+            even = importance[name].mean(dim=1, keepdim=True)
+            counted = (importance[name] + EVENNESS * even) / (1 + EVENNESS)
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) * counted.flatten().sqrt().unsqueeze(1)
+            layers[name].second += x.T @ x
     count = sum(len(batch) for batch in batches)
     for layer in layers.values():
         layer.second /= count
         layer.fisher /= count
     return layers, {name: score / count for name, score in scores.items()}
+
+
+def _few(probes: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions [DRAWS, B, C] that stand for many [K, B, C]: moments are summed over many tokens anyway."""
+    if len(probes) <= DRAWS:
+        return probes
+    signs = torch.randint(0, 2, (DRAWS, *probes.shape[:2]), generator=generator) * 2.0 - 1
+    return torch.einsum("dkb,kbc->dbc", signs, probes) / DRAWS**0.5
 
 
 @contextmanager

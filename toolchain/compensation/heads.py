@@ -48,10 +48,10 @@ class HeadRotation:
 
     Attributes:
         model: same class, same shapes.
-        logit_error: attention group -> [heads, qk_dim + 1] float64: expected squared error of an attention logit, as
+        logit_error: attention module -> [heads, qk_dim + 1] float64: expected squared error of an attention logit, as
             softmax sees it, when the last r dims of q and k are cut (r = 0 ... qk_dim); mean over keys, and over
             queries by their weight.
-        output_error: attention group -> [heads, v_dim + 1] float64: expected loss in nats (KL to this network) when the
+        output_error: attention module -> [heads, v_dim + 1] float64: expected loss in nats (KL to this network) when the
             last r value dims of the head are cut, in the second order of `fisher`; for networks without classes half
             the squared change of the output.
     """
@@ -102,7 +102,7 @@ def rotate_heads(
     Args:
         model: ViT or PVTv2, not changed.
         images: calibration images [N, 3, H, W], normalised; labels are not needed.
-        groups: names of the attention groups to rotate (`blocks.0.attn`); None: all.
+        groups: names of the attention modules to rotate (`blocks.0.attn`); None: all.
         batch_size: images per pass; memory grows with it, and not with the images.
         seed: for the random gradients.
         quiet: no progress bar.
@@ -114,7 +114,7 @@ def rotate_heads(
         >>> rotation.logit_error["blocks.0.attn"].shape
         torch.Size([3, 65])
     """
-    names = [g.name for g in groups_of(model) if g.kind == "attention" and (groups is None or g.name in groups)]
+    names = [g.module for g in groups_of(model) if g.kind == "qk" and (groups is None or g.module in groups)]
     moments = _measure(model, names, torch.split(images, batch_size), seed, quiet)
     rotated = copy.deepcopy(model)
     logit_error, output_error = {}, {}
@@ -217,7 +217,7 @@ def _rotate_products(attention: Any, sums: _Moments) -> Tensor:
     errors = []
     for head in range(rows.heads):
         query_root, _ = _roots(sums.queries[head] / sums.weight)
-        key_root, key_inverse = _roots(sums.keys[head] / sums.key_count)
+        key_root, key_inverse = _roots(sums.keys[head] / sums.key_count, key_mean[head])
         _, strength, right = torch.linalg.svd(query_root @ key_root)
         balance = _floored(strength).sqrt().unsqueeze(1)  # q and k of a dim get equal variance
         _turn(rows.queries, head, right @ key_root / balance, None)
@@ -238,14 +238,15 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
         columns = slice(head * rows.v_dim, (head + 1) * rows.v_dim)
         weight = proj.weight[:, columns].double()
         second = sums.output[head] / sums.weight
-        root, inverse = _roots(second - torch.outer(mean[head], mean[head]) if has_biases else second)
+        centre = mean[head] if has_biases else torch.zeros_like(mean[head])
+        root, inverse = _roots(second - torch.outer(centre, centre), centre)
         energy, basis = torch.linalg.eigh(root @ weight.T @ metric @ weight @ root)
         energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
         writes = weight @ root @ basis
         balance = _floored(energy.sqrt()).sqrt()
         if has_biases:
-            proj.bias += (weight @ mean[head]).to(proj.bias.dtype)
-        _turn(rows.values, head, balance.unsqueeze(1) * (basis.T @ inverse), mean[head] if has_biases else None)
+            proj.bias += (weight @ centre).to(proj.bias.dtype)
+        _turn(rows.values, head, balance.unsqueeze(1) * (basis.T @ inverse), centre if has_biases else None)
         proj.weight[:, columns] = (writes / balance).to(proj.weight.dtype)
         loss = (writes * (importance @ writes)).sum(dim=0).clamp_min(0)
         errors.append(_tails(loss * sums.weight / (2 * sums.images)))
@@ -262,11 +263,17 @@ def _turn(part: tuple[nn.Linear, int], head: int, turn: Tensor, mean: Tensor | N
         layer.bias[own] = (turn @ (bias if mean is None else bias - mean)).to(layer.bias.dtype)
 
 
-def _roots(second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root and its inverse."""
-    values, vectors = torch.linalg.eigh(second_moment)
-    floor = RIDGE * values.clamp_min(0).mean()
-    roots = (values.clamp_min(0) + floor).clamp_min(TINY).sqrt()
+def _roots(covariance: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The symmetric square root and its inverse.
+
+    Args:
+        covariance: [dim, dim].
+        mean: [dim], what was taken out of it; where nothing else is left (a single key per image), the inverse must not
+            explode.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    size = values.clamp_min(0).mean() + (0 if mean is None else mean.square().mean())
+    roots = (values.clamp_min(0) + RIDGE * size).clamp_min(TINY).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 

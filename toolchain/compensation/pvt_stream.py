@@ -1,7 +1,7 @@
 """Rotation of the stage streams of a PVTv2 before their widths are cut, in stock form.
 
 What `toolchain.compensation.stream` does to a ViT: every token of a stage's stream x becomes M x = sqrt(k / d) E V^T x,
-where E V^T is [k, d] and has the ones neither among its rows nor its columns. Four things are different.
+with all of E V^T [k, d] orthogonal to the ones on both sides. Four things are different.
 
 - A stage's stream starts with a LayerNorm, x = w * Cz / s(z) + b with weights w per channel (C takes out the mean). The
   convolution before it takes the weights in and writes M diag(w) C z; the norm then divides by the size of that instead
@@ -159,7 +159,8 @@ def measure_stages(
     for index, stage in enumerate(pvt.stages):
         streams[f"stages.{index}"] = [reading.norm for reading in _readings(pvt, index)]
         norms = [f"{_embedding(index)}.norm"]
-        norms += [f"stages.{index}.blocks.{i}.attn.norm" for i, block in enumerate(stage.blocks) if block.attn.sr]
+        reduced = [i for i, block in enumerate(stage.blocks) if block.attn.sr is not None and block.attn.act is None]
+        norms += [f"stages.{index}.blocks.{i}.attn.norm" for i in reduced]
         streams |= {norm: [norm] for norm in norms}
     for norms in streams.values():
         for norm in norms:
@@ -279,7 +280,9 @@ def _write_embedding(state: State, embedding: str, writes: Tensor, moments: Stre
     weight, bias = f"{embedding}.norm.weight", f"{embedding}.norm.bias"
     wanted = writes * state[weight]
     wanted = wanted - wanted.mean(dim=1, keepdim=True)
-    size = (wanted * (wanted @ moments.weighted_second[0])).sum().div(len(wanted)).clamp_min(TINY).sqrt()
+    second = moments.weighted_second[0]
+    energy = (wanted * (wanted @ second)).sum() / len(wanted)
+    size = (energy / second.diagonal().mean().clamp_min(TINY)).clamp_min(TINY).sqrt()
     _write(state, f"{embedding}.proj", wanted / size)
     state[weight] = size.expand(len(writes))
     state[bias] = writes @ state[bias]

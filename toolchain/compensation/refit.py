@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -68,11 +68,13 @@ class Targets:
             (queries of narrower heads are scaled).
         streams: layer that writes into the stream -> M [k, d]: the pruned stream should be M times the dense one.
         blocks: lists that are shorter in the pruned network -> which dense branches are left.
+        maps: layer that writes in a rotated basis -> M [k, d]: its outputs should be M times those of the dense layer.
     """
 
     rows: Mapping[str, tuple[Tensor, Tensor]]
     streams: Mapping[str, Tensor]
     blocks: Blocks
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def refit(
         for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):
             pairs = [_ahead(model, dense, step, pair) for pair in pairs]
             for name in linear_layers(model, step.run, pairs[0].pruned[:1]):
-                if name in targets.rows or name in targets.streams:
+                if name in targets.rows or name in targets.streams or name in targets.maps:
                     reports.append(_refit_layer(model, dense, name, step, pairs, targets))
             pairs = [replace(pair, pruned=step.run(pair.pruned), dense=pair.after) for pair in pairs]
     return reports
@@ -214,6 +216,8 @@ def _regression(
         source = f"{step.sources[part.startswith('mlp')]}.{part}" if name.startswith(f"{step.name}.") else name
         (x,) = observe(step.run, pair.pruned, [(layer, "input")])
         (y,) = observe(step.dense, pair.dense, [(dense.get_submodule(source), "output")])
+        if name in targets.maps:
+            return input_rows(layer, x), output_rows(layer, y).double() @ targets.maps[name].to(y.device).T
         rows, factors = targets.rows[name]
         return input_rows(layer, x), output_rows(layer, y)[:, rows] * factors.to(y.device)
     if part == "attn.proj":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,26 @@ def fisher(
     Returns:
         Group name -> float64 [2, size].
     """
+    totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
+    for number, found in enumerate(fisher_per_image(model, groups, batches, scale, seed, quiet)):
+        for name, values in found.items():
+            totals[name] += half_sums(values, number).cpu()
+    return totals
+
+
+def fisher_per_image(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[Tensor],
+    scale: float | None,
+    seed: int,
+    quiet: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """The same image by image: for every batch, group name -> float64 [B, size]."""
     generator = torch.Generator().manual_seed(seed)
     # detached weights: nothing is kept for weight gradients, which halves time and memory
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
-    for number, batch in enumerate(watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches))):
+    for batch in watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches)):
         masks = {
             group.name: torch.ones(len(batch), group.size, device=device_of(model), requires_grad=True)
             for group in groups
@@ -46,13 +61,14 @@ def fisher(
         with torch.enable_grad(), masked(model, groups, masks):
             outputs = functional_call(model, weights, batch.to(device_of(model))).float()
         probes = probes_of(outputs.detach().cpu(), scale, generator).to(outputs.device)
+        found = {name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()}
         for index, probe in enumerate(probes):
             gradients = torch.autograd.grad(
                 (probe * outputs).sum(), list(masks.values()), retain_graph=index + 1 < len(probes)
             )
             for name, gradient in zip(masks, gradients, strict=True):
-                totals[name] += half_sums(gradient.double().square(), number).cpu() / 2
-    return totals
+                found[name] += gradient.double().square() / 2
+        yield found
 
 
 def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator) -> Tensor:

@@ -77,6 +77,36 @@ def test_the_result_has_the_plans_widths_and_loses_less(name: str, rotate: bool)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "pvt_v2_b0"])
+def test_qk_and_v_dims_are_cut_each_from_its_own_tail(name: str) -> None:
+    model = network(name)
+    keep = {}
+    for group in groups_of(model):
+        if group.kind in ("qk", "v"):
+            dims = torch.arange(group.size).view(group.num_heads, group.head_dim)
+            left = group.head_dim // 4 if group.kind == "qk" else 3 * group.head_dim // 4
+            keep[group.name] = tuple(dims[:, :left].flatten().tolist())
+    plan = replace(halved(model, ("qk_v",)), keep=keep)
+    batch = images(150, 32 if "deit" in name else 64)
+    result = compress(model, plan, batch)
+    assert {group.name: group.size for group in groups_of(result.model) if group.kind in ("qk", "v")} == {
+        group: len(units) for group, units in keep.items()
+    }
+    assert set(result.report.rotated) == {name.rpartition(".")[0] for name in keep}
+    assert result.report.kl_cut < 0.5 * result.report.kl_deleted
+    assert result.report.kl < 0.3 * result.report.kl_deleted
+    again = compress(result.model, replace(plan, keep=_halves(result.model)), batch)  # unequal dims to begin with
+    assert again.report.accepted
+    assert set(again.report.rotated) == set(result.report.rotated)
+    assert again.report.kl_cut < again.report.kl_deleted
+
+
+def _halves(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The first half of every head's value dims."""
+    dims = {g.name: torch.arange(g.size).view(g.num_heads, -1) for g in groups_of(model) if g.kind == "v"}
+    return {name: tuple(own[:, : own.shape[1] // 2].flatten().tolist()) for name, own in dims.items()}
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "pvt_v2_b0"])
 def test_a_cut_of_redundant_units_is_undone(name: str) -> None:
     """Every FFN unit has a twin: without one of them the network can still compute the same."""
     model = network(name)

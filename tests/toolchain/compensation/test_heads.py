@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,37 @@ def test_only_the_named_groups_are_turned() -> None:
 
 
 @torch.inference_mode()
+def test_a_single_key_per_image_does_not_blow_weights_up() -> None:
+    """A PVTv2 at 32 px: softmax over one key is 1, and keys have no covariance within an image."""
+    torch.manual_seed(0)
+    model = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    turned = rotate_heads(model.eval(), images[:8]).model
+    largest = max(float(tensor.detach().abs().max()) for name, tensor in turned.named_parameters() if ".attn." in name)
+    assert largest < 1e3
+    with torch.inference_mode():
+        assert relative_gap(model(images[8:]), turned(images[8:])) < 1e-5
+
+
+@pytest.mark.parametrize("variant", [DEIT, PVT], ids=str)
+def test_heads_with_unequal_dims_are_turned_again(variant: Variant) -> None:
+    """A network that was pruned once and is pruned a second time."""
+    model, images = make(variant), pictures(variant, 16)
+    scores = toolchain.score(model, method="magnitude")
+    plan = toolchain.plan(model, scores, target_macs=0.9, planner="uniform", align=1, components=("qk_v",))
+    keep = {name: units if name.endswith(".qk") else units[: len(units) // 2] for name, units in plan.keep.items()}
+    once = toolchain.prune(model, replace(plan, keep={n: tuple(u) for n, u in keep.items()})).eval()
+    turned = rotate_heads(once, images[:8])
+    assert set(turned.logit_error) == {group.module for group in groups_of(once) if group.kind == "v"}
+    weights = dict(once.named_parameters())
+    assert all(
+        not torch.equal(weights[f"{name}.proj.weight"], turned.model.get_parameter(f"{name}.proj.weight"))
+        for name in turned.logit_error
+    )
+    with torch.inference_mode():
+        assert relative_gap(once(images[8:]), turned.model(images[8:])) < 1e-5
+
+
 def test_heads_without_biases() -> None:
     model = timm.create_model(
         "deit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=2, num_classes=5, qkv_bias=False
