@@ -3,15 +3,19 @@
 python -m benchmarks.scoring_speed --quick                  # under 10 minutes on two cores
 python -m benchmarks.scoring_speed --model-dir DIR --data SPEC   # ranks on this network too
 
+python -m benchmarks.scoring_speed --deit-b-memory              # only: fisher at DeiT-B size, 64, 128 and 256 images
+
 Costs are measured on networks of DeiT's sizes with random weights, on a sample of the units, and extrapolated to all
 units of the network: totals are that, not measurements. Ranks are measured on trained networks, on all units of the
-groups that are named.
+groups that are named: the demo PVTv2-B0, and the network of --model-dir.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,10 +53,10 @@ SIZES = {
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
+    """CPU time of one call, of all threads together: other work on the machine does not count."""
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def spread(groups: Sequence[ChannelGroup], count: int) -> dict[str, list[int]]:
@@ -152,6 +156,33 @@ def summary(measured: list[dict[str, Any]], ranked: list[dict[str, Any]]) -> dic
     }
 
 
+def deit_b_memory(counts: Sequence[int], batch_size: int) -> list[dict[str, float]]:
+    """Peak memory and time of `fisher` on a DeiT-B with random weights, each number of images in a process of its own;
+    the largest number with every second group left out too: time must not go with the number of units."""
+    rows = []
+    for count, half in [*((count, False) for count in counts), (counts[-1], True)]:
+        command = [sys.executable, "-m", "benchmarks.scoring_speed", "--fisher-once", str(count), str(batch_size)]
+        done = subprocess.run([*command, str(int(half))], check=True, capture_output=True, text=True)
+        rows.append(json.loads(done.stdout))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def fisher_once(count: int, batch_size: int, half: int) -> dict[str, float]:
+    """One measurement of `deit_b_memory`, in this process."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_base_patch16_224").eval()
+    groups = groups_of(model)[:: 2 if half else 1]
+    images = torch.randn(count, 3, 224, 224)
+    wall = time.perf_counter()
+    taken = seconds(lambda: fisher(model, groups, torch.split(images, batch_size), None, 0, True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    return {
+        "images": count, "units": sum(group.size for group in groups), "batch_size": batch_size,
+        "peak_rss_gb": peak / 1e9, "cpu_seconds": taken, "wall_seconds": time.perf_counter() - wall,
+    }  # fmt: skip
+
+
 def tables(document: dict[str, Any]) -> list[Table]:
     """For the terminal."""
     cost = Table("network", "published", "kl", "fisher", "kl faster", "fisher faster", title="ms per image and unit")
@@ -191,7 +222,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under 10 minutes on two cores")
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring_speed.json"))
+    parser.add_argument("--deit-b-memory", action="store_true", help="measure memory and time of fisher, nothing else")
+    parser.add_argument("--fisher-once", type=int, nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.fisher_once is not None:
+        print(json.dumps(fisher_once(*asked.fisher_once)))
+        return
+    if asked.deit_b_memory:
+        rows = deit_b_memory((64, 128, 256), 8)
+        out = asked.out.with_name("fisher_memory.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        about = {"date": date.today().isoformat(), "environment": environment().as_json()}
+        out.write_text(
+            json.dumps({**about, "network": "DeiT-B, 224 px, random weights", "rows": rows}, indent=1) + "\n"
+        )
+        return
     asked.images = asked.images or (32 if asked.quick else 256)
     num_units, rounds = asked.units or (12 if asked.quick else 48), 1 if asked.quick else 3
     measured = [costs(shown, num_units, rounds) for shown in SIZES]

@@ -64,7 +64,7 @@ Method = Annotated[
 ProxyImages = Annotated[
     int | None, typer.Option(help="Images to score on. \\[default: 1024; 256 on the demo]", rich_help_panel=PLAN)
 ]
-Epochs = Annotated[int | None, typer.Option(help="0 skips. \\[default: 3 on the demo, else 30]", rich_help_panel=TRAIN)]
+Epochs = Annotated[int | None, typer.Option(help="0 skips. \\[default: 2 on the demo, else 30]", rich_help_panel=TRAIN)]
 BatchSize = Annotated[int | None, typer.Option(help="\\[default: 256; 32 below 20,000 images]", rich_help_panel=TRAIN)]
 Lr = Annotated[
     float | None,

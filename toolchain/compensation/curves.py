@@ -13,7 +13,7 @@ and H^-1 and W are updated after every removal, so that losses of the units that
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from torch.func import functional_call
 from calib_data.progress import watched
 from toolchain.compensation.gradients import DRAWS
 from toolchain.compensation.heads import rotate_heads
+from toolchain.compensation.pvt_stream import cut_stages, measure_stages, stages_can_rotate
 from toolchain.compensation.statistics import require_images, split
 from toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
 from toolchain.families import groups_of
@@ -65,11 +66,11 @@ class LayerStatistics:
 def compensated_curves(
     model: nn.Module, images: Tensor, *, rotate: bool = True, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> dict[str, Curve]:
-    """Curves for every FFN and attention group, and for the embedding width where the stream can be rotated.
+    """Curves for every FFN and attention group, and for the width of every stream that can be rotated.
 
     FFN units and value dims: as above, from one pass with gradients. q and k dims: Fisher scores of the rotated heads'
-    dims, the last first. Embedding width: KL measured at a few widths of the rotated stream, nothing refitted. Whole
-    heads have no curve here, and neither has the width of a stream that cannot be rotated.
+    dims, the last first. Widths: KL measured at a few widths of each rotated stream, nothing refitted. Whole heads have
+    no curve here, and neither has the width of a stream that cannot be rotated.
 
     Args:
         model: a timm network of a supported family, in eval mode; it is not changed.
@@ -111,9 +112,7 @@ def compensated_curves(
         if group.module in of_kind["attention"]:
             values = surgeon(weight, layers[name], group.num_heads, order)
             curves[group.module] = Curve(order, values.loss + losses)
-    if rotate and stream_can_rotate(model) is None:
-        curves["embed"] = _width_curve(model, images, scale, batch_size, seed, quiet)
-    return curves
+    return curves | (_width_curves(model, images, scale, batch_size, seed, quiet) if rotate else {})
 
 
 def _last_dims_first(group: ChannelGroup) -> Tensor:
@@ -122,23 +121,42 @@ def _last_dims_first(group: ChannelGroup) -> Tensor:
     return dims.flip(1).T.flatten()
 
 
-def _width_curve(
+def _narrower(
+    model: nn.Module, images: Tensor, batch_size: int, seed: int, quiet: bool
+) -> dict[str, tuple[int, Callable[[int], nn.Module]]]:
+    """Streams that can be rotated: their widths, and the network with another width of one of them."""
+    if stream_can_rotate(model) is None:
+        moments = measure_stream(model, images, batch_size=batch_size, seed=seed, quiet=quiet)
+        return {"embed": (len(moments.second), lambda width: cut_stream(model, moments, width).model)}
+    if stages_can_rotate(model) is not None:
+        return {}
+    measured = measure_stages(model, images, batch_size=batch_size, seed=seed, quiet=quiet)
+    sizes = {group.name: group.size for group in groups_of(model) if group.kind == "embed"}
+    return {
+        stage: (size, lambda width, stage=stage: cut_stages(model, measured, {stage: range(width)}).model)  # type: ignore[misc]
+        for stage, size in sizes.items()
+    }
+
+
+def _width_curves(
     model: nn.Module, images: Tensor, scale: float | None, batch_size: int, seed: int, quiet: bool
-) -> Curve:
-    moments = measure_stream(model, images, batch_size=batch_size, seed=seed, quiet=quiet)
-    size = len(moments.second)
-    points = {0: 0.0}
+) -> dict[str, Curve]:
+    streams = _narrower(model, images, batch_size, seed, quiet)
+    parts = [part.to(device_of(model)) for part in torch.split(split(images)[1], batch_size)]
+    curves = {}
     with torch.inference_mode():
-        parts = [part.to(device_of(model)) for part in torch.split(split(images)[1], batch_size)]
         dense = [model(part) for part in parts]
-        for share in watched(sorted(WIDTHS, reverse=True), "Width of the stream", quiet=quiet, total=len(WIDTHS)):
-            narrow = cut_stream(model, moments, max(2, int(share * size))).model.eval()
-            losses = [divergence(whole, narrow(part), scale) for whole, part in zip(dense, parts, strict=True)]
-            points[size - max(2, int(share * size))] = float(torch.cat(losses).mean())
-    gone, loss = list(points), torch.tensor(list(points.values()), dtype=torch.float64).cummax(0).values
-    # beyond the narrowest width that was measured nobody should go
-    table = np.interp(np.arange(size + 1), gone, loss.numpy(), right=float("inf"))
-    return Curve(torch.arange(size - 1, -1, -1), torch.from_numpy(table))
+        for name, (size, narrower) in watched(streams.items(), "Widths of the streams", quiet=quiet):
+            points = {0: 0.0}
+            for width in sorted({max(2, int(share * size)) for share in WIDTHS}, reverse=True):
+                network = narrower(width).eval()
+                losses = [divergence(whole, network(part), scale) for whole, part in zip(dense, parts, strict=True)]
+                points[size - width] = float(torch.cat(losses).mean())
+            gone, loss = list(points), torch.tensor(list(points.values()), dtype=torch.float64).cummax(0).values
+            # beyond the narrowest width that was measured nobody should go
+            table = np.interp(np.arange(size + 1), gone, loss.numpy(), right=float("inf"))
+            curves[name] = Curve(torch.arange(size - 1, -1, -1), torch.from_numpy(table))
+    return curves
 
 
 def _statistics(
@@ -194,7 +212,8 @@ def _few(probes: Tensor, generator: torch.Generator) -> Tensor:
     if len(probes) <= DRAWS:
         return probes
     signs = torch.randint(0, 2, (DRAWS, *probes.shape[:2]), generator=generator) * 2.0 - 1
-    return torch.einsum("dkb,kbc->dbc", signs, probes) / DRAWS**0.5
+    mixed: Tensor = torch.einsum("dkb,kbc->dbc", signs, probes) / DRAWS**0.5
+    return mixed
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class HeadRotation:
         logit_error: attention module -> [heads, qk_dim + 1] float64: expected squared error of an attention logit, as
             softmax sees it, when the last r dims of q and k are cut (r = 0 ... qk_dim); mean over keys, and over
             queries by their weight.
-        output_error: attention module -> [heads, v_dim + 1] float64: expected loss in nats (KL to this network) when the
-            last r value dims of the head are cut, in the second order of `fisher`; for networks without classes half
-            the squared change of the output.
+        output_error: attention module -> [heads, v_dim + 1] float64: expected loss in nats (KL to this network) when
+            the last r value dims of the head are cut, in the second order of `fisher`; for networks without classes
+            half the squared change of the output.
     """
 
     model: nn.Module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,12 @@ def fisher_per_image(
     scale: float | None,
     seed: int,
     quiet: bool,
+    most: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The same image by image: for every batch, group name -> float64 [B, size]."""
+    """The same image by image: for every batch, group name -> float64 [B, size].
+
+    With `most`, so many directions at most where the expectation would be exact: time goes with them.
+    """
     generator = torch.Generator().manual_seed(seed)
     # detached weights: nothing is kept for weight gradients, which halves time and memory
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -60,7 +65,7 @@ def fisher_per_image(
         }
         with torch.enable_grad(), masked(model, groups, masks):
             outputs = functional_call(model, weights, batch.to(device_of(model))).float()
-        probes = probes_of(outputs.detach().cpu(), scale, generator).to(outputs.device)
+        probes = probes_of(outputs.detach().cpu(), scale, generator, most).to(outputs.device)
         found = {name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()}
         for index, probe in enumerate(probes):
             gradients = torch.autograd.grad(
@@ -71,12 +76,12 @@ def fisher_per_image(
         yield found
 
 
-def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator) -> Tensor:
+def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator, most: int | None = None) -> Tensor:
     """Directions g [K, B, C] with sum_k g_k g_k^T = the Fisher matrix of the output (exactly, or in expectation).
 
     For a softmax that matrix is diag(p) - p p^T. Exactly: one direction sqrt(p_y) (e_y - p) per class y. With many
     classes: diag(sqrt p) e - p (sqrt p . e) with random signs e, which uses all classes in every draw and so varies
-    less than drawing one label.
+    less than drawing one label. With `most` and few classes: the strongest eigenvectors of the matrix only.
     """
     batch, size = outputs.shape
     if scale is not None:
@@ -84,9 +89,12 @@ def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator) 
         return signs.float().div(scale * DRAWS**0.5)
     p = outputs.double().softmax(dim=1)
     root = p.sqrt()
-    if size <= EXACT_CLASSES:
+    if size <= EXACT_CLASSES and most is not None and most < size:
+        strength, directions = torch.linalg.eigh(torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
+        probes = (directions * strength.clamp_min(0).sqrt().unsqueeze(1))[..., -most:].permute(2, 0, 1)
+    elif size <= EXACT_CLASSES:
         probes = root.T.unsqueeze(2) * (torch.eye(size, dtype=p.dtype).unsqueeze(1) - p)
     else:
         signs = (torch.randint(0, 2, (DRAWS, batch, size), generator=generator) * 2 - 1).double()
         probes = (root * signs - p * (root * signs).sum(dim=2, keepdim=True)) / DRAWS**0.5
-    return probes.float()
+    return cast(Tensor, probes.float())

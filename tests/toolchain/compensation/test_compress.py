@@ -63,7 +63,7 @@ def test_the_result_has_the_plans_widths_and_loses_less(name: str, rotate: bool)
         k: v.shape for k, v in pruned.state_dict().items()
     }
     assert result.report.accepted
-    share = 0.5 if "deit" in name else 0.9  # channels of a PVTv2 stage are selected, and here only 4 of 8 are left
+    share = 0.5 if "deit" in name else 0.65 if rotate else 0.9  # only 4 of 8 channels are left in the first stage
     assert result.report.kl < share * result.report.kl_deleted
     unseen = images(64, side, seed=2)
     assert kl(model, result.model, unseen) < share * kl(model, pruned, unseen)

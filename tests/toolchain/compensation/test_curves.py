@@ -90,8 +90,7 @@ def test_every_group_gets_a_curve_that_starts_at_zero_and_never_falls(name: str)
     side = 32 if "deit" in name else 64
     curves = compensated_curves(model, torch.randn(20, 3, side, side), batch_size=10)
     sizes = {group.name: group.size for group in groups_of(model) if group.kind in ("ffn", "attention", "qk", "v")}
-    if "deit" in name:
-        sizes["embed"] = 24
+    sizes |= {group.name: group.size for group in groups_of(model) if group.kind == "embed"}
     assert {key: len(curve.order) for key, curve in curves.items()} == sizes
     for curve in curves.values():
         assert len(curve.loss) == len(curve.order) + 1
@@ -99,6 +98,19 @@ def test_every_group_gets_a_curve_that_starts_at_zero_and_never_falls(name: str)
         assert curve.loss[-1] > 0
         assert all(a <= b for a, b in itertools.pairwise(curve.loss.tolist()))
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_units_of_the_last_block_are_not_free_because_images_are_few() -> None:
+    """The output depends on one token per image there: fewer than units, which would explain each other by chance."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    images = torch.randn(200, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    few, many = (compensated_curves(model.eval(), images[:n], rotate=False)["blocks.0.mlp"] for n in (24, 200))
+    assert float(few.loss[48]) > 0.25 * float(many.loss[48])
 
 
 def test_too_few_images_are_refused() -> None:
