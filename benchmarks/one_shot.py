@@ -100,12 +100,18 @@ def ours(task: Task, share: float, *, scores: str, planner: str, compensate: boo
     """A criterion, a planner, and deletion or closed-form compensation."""
     found, before = scores_of(task, scores)
     asked = dict(PLANNERS[planner])
-    if compensate and asked:
-        asked["curves"], more = curves_of(task)
+    curves = None
+    if compensate:
+        curves, more = curves_of(task)
         before += more
+    if asked:
+        asked["curves"] = curves
     started = time.perf_counter()
     plan: PruningPlan = toolchain.plan(task.model, found, target_macs=share, align=1, **asked)
-    network = compress(task.model, plan, task.images).model if compensate else toolchain.prune(task.model, plan)
+    if compensate:
+        network = compress(task.model, plan, task.images, curves=curves).model
+    else:
+        network = toolchain.prune(task.model, plan)
     return network, before + time.perf_counter() - started
 
 

@@ -22,10 +22,13 @@ from deploy.runtimes import BatchProfile, Runtime
 from deploy.speed.deployment import Deployment, check_deployment
 from deploy.speed.search import Found, LatencyRecord, search
 from deploy.speed.target import parse_speedup, parse_target
-from toolchain.compensation import compensated_curves, compress
+from toolchain.compensation import TooFewImagesError, compensated_curves, compress
 from toolchain.planning import Curve, PruningPlan, plan_within
 from toolchain.rounds import plan_in_rounds
 from toolchain.scores import Scores
+
+CURVE_IMAGES = 256
+"""So many of the calibration images tell the expected losses, which take gradients."""
 
 
 def prune(job: Job, scored: Artifact) -> Artifact:
@@ -39,22 +42,34 @@ def prune(job: Job, scored: Artifact) -> Artifact:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.prune(job.dense, plan)
-        pruned = deleted
-        if images is not None:
-            compressed = compress(job.dense, plan, images, curves=curves, quiet=job.quiet)
-            write_json(folder / "compensation.json", compressed.report.as_document())
-            pruned = compressed.model
-            _say(job, compressed.report.warnings)
-        toolchain.save(pruned, folder / "model")
+        compensated = None if images is None else _compensated(job, plan, images, curves, folder)
+        toolchain.save(compensated or deleted, folder / "model")
         dense = accuracy_of(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
-        accuracies = {"dense": dense, "after_prune": accuracy_of(job, pruned, dense.predictions)}
-        if images is not None:
+        accuracies = {"dense": dense, "after_prune": accuracy_of(job, compensated or deleted, dense.predictions)}
+        if compensated is not None:
             accuracies["after_deletion"] = accuracy_of(job, deleted, dense.predictions)
         write_accuracy(folder, accuracies)
 
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
     return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
+
+
+def _compensated(
+    job: Job, plan: PruningPlan, images: Tensor, curves: Mapping[str, Curve] | None, folder: Path
+) -> nn.Module | None:
+    """The network rotated, cut and refitted, with a record of it; None where nobody insists and images are too few."""
+    try:
+        compressed = compress(job.dense, plan, images, curves=curves, quiet=job.quiet)
+    except TooFewImagesError as error:
+        if job.recipe.compensate.enabled:
+            raise
+        write_json(folder / "compensation.json", {"left_out": f"{error.what} {error.fix}"})
+        _say(job, [f"left out. {error.what} {error.fix}"])
+        return None
+    write_json(folder / "compensation.json", compressed.report.as_document())
+    _say(job, compressed.report.warnings)
+    return compressed.model
 
 
 def _say(job: Job, warnings: Sequence[str]) -> None:
@@ -79,13 +94,14 @@ def choose_plan(
         return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
-    return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, curves), None
+    weighed = curves if job.recipe.plan.planner == "global" else None
+    return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, weighed), None
 
 
 def compensation_images(job: Job) -> Tensor | None:
     """Training images that compensation is fitted on; None when it is switched off."""
     wanted = job.recipe.compensate
-    if not wanted.enabled:
+    if wanted.enabled is False:
         return None
     return proxy_images(job.source, job.preprocess, wanted.refit_images or 1, job.recipe.seed)
 
@@ -117,10 +133,19 @@ def make_plan(
 
 
 def expected_losses(job: Job, images: Tensor | None) -> Mapping[str, Curve] | None:
-    """Expected losses with compensation, for the planners that weigh groups against each other."""
-    if images is None or job.recipe.plan.planner == "uniform" or job.recipe.plan.rounds > 1:
+    """Expected losses with compensation: which FFN units go, and what the planners weigh groups by.
+
+    Uniform plans need the orders of FFN units alone, which rotations do not change.
+    """
+    if images is None:
         return None
-    return compensated_curves(job.dense, images, seed=job.recipe.seed, quiet=job.quiet)
+    rotate = job.recipe.plan.planner != "uniform"
+    try:
+        return compensated_curves(
+            job.dense, images[:CURVE_IMAGES], rotate=rotate, seed=job.recipe.seed, quiet=job.quiet
+        )
+    except TooFewImagesError:  # `compress` says so, or refuses
+        return None
 
 
 def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:

@@ -62,9 +62,12 @@ class PlanRecipe(_Part):
 
 
 class CompensateRecipe(_Part):
-    """Closed-form compensation of the cut on unlabelled training images: rotation and refit."""
+    """Closed-form compensation of the cut on unlabelled training images: rotation and refit.
 
-    enabled: bool = True
+    `enabled` None means: unless there are too few images for it.
+    """
+
+    enabled: bool | None = None
     refit_images: int | None = Field(None, ge=1)
 
 
@@ -200,7 +203,7 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.
     small = images < 20_000
     # measured on the demo at ratio 0.5: compensated, 2 epochs at 3e-3 give 98.75 % (12e-3: 98.6 %); after plain
     # deletion, 3 epochs at 12e-3 give 98.1 %
-    compensated = recipe.compensate.enabled
+    compensated = recipe.compensate.enabled is not False
     features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
     filled = {
         "epochs": (2 if compensated else 3) if demo else 30,

@@ -112,6 +112,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
         reproduce=_reproduce(job),
         notes=[
             *_skipped_images(job),
+            *_no_compensation(done.pruned),
             *left_out(job, done.graphs),
             *done.engines.left_out,
             *_left_out(job, done.engines.artifacts),
@@ -191,12 +192,20 @@ def _compensation(pruned: Artifact) -> Compensation | None:
     if not path.exists():
         return None
     record = read_json(path)
+    if "left_out" in record:
+        return None
     named = ("images", "held_out", "kl_deleted", "kl_cut", "kl", "accepted", "seconds", "warnings")
     return Compensation(
         **{name: record[name] for name in named},
         layers=len(record["layers"]),
         refitted=sum(layer["action"] in ("refit", "bias") for layer in record["layers"]),
     )
+
+
+def _no_compensation(pruned: Artifact) -> list[str]:
+    path = pruned.folder / "compensation.json"
+    reason = read_json(path).get("left_out") if path.exists() else None
+    return [] if reason is None else [f"Compensation was left out: {reason}"]
 
 
 def _target(pruned: Artifact, bench: Bench) -> Target | None:

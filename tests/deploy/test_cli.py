@@ -15,7 +15,7 @@ from deploy import cli
 
 COMMANDS = (
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "models", "doctor",
+    "sweep", "models", "doctor",
 )  # fmt: skip
 
 
@@ -191,7 +191,38 @@ def test_like_takes_a_published_shape(capsys: pytest.CaptureFixture[str], monkey
     code, out, _ = run(capsys, monkeypatch, *arguments, "pvtv2_b0")
     assert (code, "asked: like pvt_v2_b0" in out) == (0, True)
     code, _, err = run(capsys, monkeypatch, *arguments, "pvtv2_b2")
-    assert (code, "another depth" in err) == (2, True)
+    assert (code, "more blocks" in err) == (2, True)
+
+
+def test_like_takes_a_published_depth(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(
+        capsys, monkeypatch, "plan", "-m", "pvtv2_b2", "--weights", "random", "--image-size", "64", "--proxy-images",
+        "4", "--like", "pvtv2_b1",
+    )  # fmt: skip
+    assert code == 0
+    assert "stages.2.blocks keeps 2 blocks" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--speedup", "0.5x"), "factor above 1"),
+        (("--target-latency", "fast"), "2.0ms"),
+        (("--planner", "latency", "--ratio", "0.5"), "cannot aim at ratio"),
+        (("--planner", "global", "--like", "pvtv2_b0"), "chooses widths and depth itself"),
+        (("--planner", "globl", "--ratio", "0.5"), "plan.planner"),
+        (("--speedup", "2x", "--rounds", "3"), "made in steps"),
+        (("--depth-ratio", "1.5"), "out of range"),
+        (("--speedup", "2x", "--runtime", "tensorrt-rtx"), "does not run on this machine"),
+        (("--ratio", "0.5", "--components", "embed,depth"), "global planner"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run(capsys, monkeypatch, *PLAN, *arguments)
+    assert code == 2
+    assert message in err
 
 
 def test_other_parts_than_the_published_shape_are_refused(

@@ -3,5 +3,6 @@
 from toolchain.compensation.compress import Compressed, CompressionReport, compress
 from toolchain.compensation.curves import compensated_curves
 from toolchain.compensation.refit import LayerReport
+from toolchain.compensation.statistics import TooFewImagesError
 
-__all__ = ["Compressed", "CompressionReport", "LayerReport", "compensated_curves", "compress"]
+__all__ = ["Compressed", "CompressionReport", "LayerReport", "TooFewImagesError", "compensated_curves", "compress"]

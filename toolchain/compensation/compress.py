@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
 from toolchain.compensation.heads import rotate_heads
 from toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
 from toolchain.compensation.refit import LayerReport, Targets, refit
-from toolchain.compensation.statistics import require_images, split
+from toolchain.compensation.statistics import TooFewImagesError, require_images, split
 from toolchain.compensation.stream import rotate_stream, stream_can_rotate
 from toolchain.depth import shorten
 from toolchain.families import groups_of
@@ -137,7 +136,7 @@ def _require_enough(layers: list[LayerReport], images: int) -> None:
     short = [layer for layer in needed if 0 < layer.rows <= layer.inputs]
     if 2 * len(short) > len(needed):
         wanted = max(-(-images * (layer.inputs + 1) // layer.rows) for layer in short)
-        raise UserError(
+        raise TooFewImagesError(
             f"{images} calibration images are too few for {len(short)} of {len(needed)} layers.",
             why="A regression needs more observations than unknowns.",
             fix=f"Give {wanted} images or more.",

@@ -19,14 +19,18 @@ MIN_IMAGES = 10
 """Fewer cannot be divided into a part to fit and a part to check."""
 
 
+class TooFewImagesError(UserError):
+    """The calibration set does not suffice for the regressions; says how many images would."""
+
+
 def require_images(images: Tensor) -> None:
     """Refuses calibration sets with which nothing can be fitted at all.
 
     Raises:
-        UserError: says how many images are needed.
+        TooFewImagesError: says how many images are needed.
     """
     if len(images) < MIN_IMAGES:
-        raise UserError(
+        raise TooFewImagesError(
             f"{len(images)} calibration images are too few to refit a network on.",
             why="Every fifth image is held out to check what the others taught.",
             fix=f"Give at least {MIN_IMAGES}; 500 are a good number.",

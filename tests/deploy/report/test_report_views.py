@@ -73,7 +73,8 @@ def test_the_sections_come_in_the_order_of_their_weight() -> None:
     keys = [section.key for section in sections(sample_report())]
     assert keys == [
         "result", "best", "target", "latency", "accuracy", "built", "findings", "widths", "compensation", "layers-0",
-        "layers-1", "parity", "engines", "throughput", "environment", "measurement", "reproduce", "stages", "notes"]  # fmt: skip
+        "layers-1", "parity", "engines", "throughput", "environment", "measurement", "reproduce", "stages",
+        "notes"]  # fmt: skip
 
 
 def test_a_report_with_nothing_measured_has_no_empty_sections_and_no_none() -> None:
