@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
 from deploy.summary import Artifacts, summarise
 from toolchain.checkpoints import weights_digest
+from toolchain.depth import last_blocks_first
 from toolchain.processes import pick_device
 
 STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench", "report")
@@ -183,8 +185,10 @@ def first_plan(
     recipe: Recipe, dense: nn.Module, like: nn.Module | None, preprocess: Preprocess
 ) -> toolchain.PruningPlan | None:
     """The plan by random scores: with the uniform planner its widths are those of any scores, so it tells now whether a
-    request can be met. None where scores decide widths or depth.
+    request can be met. None where scores decide widths or which blocks leave.
     """
-    if recipe.plan.planner != "uniform" or stages.may_shorten(recipe, dense, like):
+    if recipe.plan.planner != "uniform":
         return None
-    return prune_stage.make_plan(recipe, dense, like, toolchain.score(dense, method="random"), preprocess)
+    scores = replace(toolchain.score(dense, method="random"), depth=last_blocks_first(dense))
+    plan = prune_stage.make_plan(recipe, dense, like, scores, preprocess)
+    return None if stages.may_shorten(recipe, dense, like) else plan

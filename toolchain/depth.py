@@ -42,6 +42,15 @@ def all_blocks(model: nn.Module) -> dict[str, tuple[tuple[int, int], ...]]:
     return {name: tuple((i, i) for i in range(count)) for name, count in family_of(model).block_lists(model).items()}
 
 
+def last_blocks_first(model: nn.Module) -> dict[str, DepthPath]:
+    """Paths on which the last block leaves each time: enough to see whether a request can be met before scoring."""
+    result = {}
+    for name, pairs in all_blocks(model).items():
+        steps = tuple(pairs[:count] for count in range(len(pairs) - 1, 0, -1))
+        result[name] = DepthPath(steps, tuple(float(index) for index in range(1, len(steps) + 1)))
+    return result
+
+
 def shorter(pairs: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], ...]]:
     """Every way to take one attention branch and a neighbouring FFN branch out of a list of blocks.
 
