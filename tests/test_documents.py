@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 VERBS = {
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "models", "doctor",
+    "sweep", "models", "doctor",
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def options(verb: str) -> set[str]:
-    return {name for parameter in commands()[verb].params for name in parameter.opts}
+    return {name for parameter in commands()[verb].params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def test_the_command_line_has_the_agreed_verbs() -> None:

@@ -24,7 +24,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
 def relative_gap(expected: Tensor, actual: Tensor) -> float:
-    return float((expected - actual).abs().max() / expected.abs().max())
+    return float(((expected - actual).abs().max() / expected.abs().max()).detach())
 
 
 def attentions(model: nn.Module) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def test_dims_that_do_nothing_end_up_last(variant: Variant) -> None:
     for name, attention in attentions(rotation.model).items():
         half = attention.head_dim // 2
         drop(attention, attention.head_dim - half)
-        assert rotation.logit_error[name][:, half].max() < 1e-6 * rotation.logit_error[name][:, -1].max()
-        assert rotation.output_error[name][:, half].max() < 1e-6 * rotation.output_error[name][:, -1].max()
+        assert rotation.logit_error[name][:, half].max() < 1e-5 * rotation.logit_error[name][:, -1].max()
+        assert rotation.output_error[name][:, half].max() < 1e-5 * rotation.output_error[name][:, -1].max()
     assert relative_gap(model(images), rotation.model(images)) < 1e-4
 
 
