@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors.torch import save_file
@@ -115,21 +116,28 @@ def make_plan(
     curves: Mapping[str, Curve] | None = None,
 ) -> PruningPlan:
     """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
-    wanted = recipe.plan
     return toolchain.plan(
         dense,
         scores,
-        ratio=wanted.ratio,
-        target_macs=wanted.target_macs,
-        target_params=wanted.target_params,
         like=like,
-        depth_ratio=wanted.depth_ratio,
-        planner="global" if wanted.planner == "global" else "uniform",
-        align=wanted.align,
-        components=wanted.components or (),
         curves=curves,
-        input_size=preprocess.input_size,
+        **_request(recipe, preprocess),
     )
+
+
+def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
+    """What `plan` and `plan_in_rounds` are asked for alike."""
+    wanted = recipe.plan
+    return {
+        "ratio": wanted.ratio,
+        "target_macs": wanted.target_macs,
+        "target_params": wanted.target_params,
+        "depth_ratio": wanted.depth_ratio,
+        "planner": "global" if wanted.planner == "global" else "uniform",
+        "align": wanted.align,
+        "components": wanted.components or (),
+        "input_size": preprocess.input_size,
+    }
 
 
 def expected_losses(job: Job, images: Tensor | None) -> Mapping[str, Curve] | None:
@@ -149,7 +157,7 @@ def expected_losses(job: Job, images: Tensor | None) -> Mapping[str, Curve] | No
 
 
 def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
-    wanted, score = job.recipe.plan, job.recipe.score
+    score = job.recipe.score
     images = proxy_images(job.source, job.preprocess, score.num_images or 1, job.recipe.seed)
 
     def score_again(network: nn.Module, widths: toolchain.Widths | None) -> Scores:
@@ -168,15 +176,8 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
     return plan_in_rounds(
         job.dense,
         score_again,
-        wanted.rounds,
-        ratio=wanted.ratio,
-        target_macs=wanted.target_macs,
-        target_params=wanted.target_params,
-        depth_ratio=wanted.depth_ratio,
-        planner="global" if wanted.planner == "global" else "uniform",
-        align=wanted.align,
-        components=wanted.components or (),
-        input_size=job.preprocess.input_size,
+        job.recipe.plan.rounds,
+        **_request(job.recipe, job.preprocess),
     )
 
 

@@ -129,6 +129,29 @@ def best_directions(moments: StreamMoments, count: int) -> Tensor:
     return directions
 
 
+@dataclass(frozen=True, slots=True)
+class CutBasis:
+    """How a stream of d channels lies in k.
+
+    Attributes:
+        directions: V [d, k - 1], what is kept.
+        writes: M = sqrt(k / d) E V^T [k, d]: the new stream is M x.
+        reads: [k - 1, k], gives V^T x back.
+    """
+
+    directions: Tensor
+    writes: Tensor
+    reads: Tensor
+
+
+def cut_basis(moments: StreamMoments, width: int) -> CutBasis:
+    """The basis in which a stream with these moments is cut to `width` channels."""
+    directions = best_directions(moments, width - 1)
+    embedding = zero_mean_basis(width, directions.device)
+    scale = math.sqrt(width / len(directions))
+    return CutBasis(directions, scale * embedding @ directions.T, embedding.T / scale)
+
+
 def kept_energy(moments: StreamMoments, directions: Tensor) -> float:
     """Share of the normalised stream's second moment that the directions [d, n] hold."""
     return float((directions * (moments.second @ directions)).sum() / moments.second.trace())

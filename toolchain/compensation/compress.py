@@ -16,7 +16,7 @@ from toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
 from toolchain.compensation.refit import LayerReport, Targets, refit
 from toolchain.compensation.statistics import TooFewImagesError, require_images, split
 from toolchain.compensation.stream import rotate_stream, stream_can_rotate
-from toolchain.depth import shorten
+from toolchain.depth import name_before, shorten
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
 from toolchain.planning import Curve, PruningPlan
@@ -153,7 +153,7 @@ def _cut(
     narrower = [name for name in keep if rotate and _heads_get_narrower(groups[name], plan)]
     rotated = sorted({groups[name].module for name in narrower})
     if rotated:
-        sources = [_dense_name(name, plan.blocks) for name in rotated]
+        sources = [name_before(name, plan.blocks) for name in rotated]
         dense = rotate_heads(model, images, sources, batch_size=batch_size, quiet=quiet).model.eval()
         base = shorten(dense, plan.blocks) if plan.blocks else dense
         keep |= {name: _first_dims(groups[name], len(keep[name])) for name in narrower}
@@ -211,18 +211,9 @@ def _units_of(curves: Mapping[str, Curve], plan: PruningPlan) -> dict[str, tuple
     kept = {}
     for name, units in plan.keep.items():
         if name.endswith(".mlp"):
-            order = curves[_dense_name(name, plan.blocks, branch=1)].order
+            order = curves[name_before(name, plan.blocks)].order
             kept[name] = tuple(sorted(order[len(order) - len(units) :].tolist()))
     return kept
-
-
-def _dense_name(group: str, blocks: Mapping[str, Any], branch: int = 0) -> str:
-    """Name that an attention (branch 0) or FFN (branch 1) of the shortened network has in the dense one."""
-    for parent, pairs in blocks.items():
-        if group.startswith(f"{parent}."):
-            index, _, rest = group[len(parent) + 1 :].partition(".")
-            return f"{parent}.{pairs[int(index)][branch]}.{rest}"
-    return group
 
 
 def _selection(group: ChannelGroup, keep: Mapping[str, tuple[int, ...]]) -> Tensor:

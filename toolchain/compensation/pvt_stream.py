@@ -18,7 +18,6 @@ with all of E V^T [k, d] orthogonal to the ones on both sides. Four things are d
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +29,13 @@ from torch import Tensor, nn
 from calib_data.errors import UserError
 from toolchain.compensation.basis import (
     TINY,
+    CutBasis,
     StreamMoments,
-    best_directions,
     best_reads,
+    cut_basis,
     kept_energy,
     measure,
     read_through,
-    zero_mean_basis,
 )
 from toolchain.compensation.fold import Reading
 from toolchain.families import narrow
@@ -61,15 +60,6 @@ class RotatedStages:
     stream_maps: dict[str, Tensor]
     layer_maps: dict[str, Tensor]
     kept_energy: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Basis:
-    """How a stream of d channels lies in k: it is written through `writes` [k, d], read by A @ `reads` [k - 1, k]."""
-
-    directions: Tensor
-    writes: Tensor
-    reads: Tensor
 
 
 def stages_can_rotate(model: nn.Module) -> str | None:
@@ -222,7 +212,7 @@ def cut_stages(
     energy: dict[str, float] = {}
     for stage, channels in keep.items():
         if len(channels) < len(state[f"{stage}.norm.weight"]):
-            basis = _basis(moments[stage], len(channels))
+            basis = cut_basis(moments[stage], len(channels))
             index = int(stage.rpartition(".")[2])
             stream_maps[stage] = basis.writes
             energy[stage] = kept_energy(moments[stage], basis.directions)
@@ -233,19 +223,12 @@ def cut_stages(
     return RotatedStages(result, stream_maps, layer_maps, energy)
 
 
-def _basis(moments: StreamMoments, width: int) -> _Basis:
-    directions = best_directions(moments, width - 1)
-    embedding = zero_mean_basis(width, directions.device)
-    scale = math.sqrt(width / len(directions))
-    return _Basis(directions, scale * embedding @ directions.T, embedding.T / scale)
-
-
 def _cut_stage(
     model: nn.Module,
     state: State,
     moments: Mapping[str, StreamMoments],
     stage: int,
-    basis: _Basis,
+    basis: CutBasis,
     channels: Sequence[int],
 ) -> dict[str, Tensor]:
     """Change the parameters of one stage in `state`; maps of the layers before its embedding and reduction norms."""
@@ -308,7 +291,7 @@ def _read_norm(state: State, reading: Reading, reads: Tensor, shift: Tensor, *, 
 
 def _turn_reduced(state: State, attention: str, moments: StreamMoments, width: int) -> Tensor:
     """Rotate and cut what keys and values read after spatial reduction; the map of what the reduction writes."""
-    basis = _basis(moments, width)
+    basis = cut_basis(moments, width)
     reads, shift = best_reads(moments, basis.directions, 0)
     _write(state, f"{attention}.sr", basis.writes)
     _read_norm(state, Reading(f"{attention}.norm", (f"{attention}.kv",)), reads @ basis.reads, shift, padded=False)

@@ -12,7 +12,6 @@ Which directions, and what the readers make of them: `toolchain.compensation.bas
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 from calib_data.errors import UserError
 from toolchain.compensation.basis import (
     StreamMoments,
-    best_directions,
     best_reads,
+    cut_basis,
     kept_energy,
     measure,
     read_through,
-    zero_mean_basis,
 )
 from toolchain.compensation.fold import fold, readings, require_rotatable, stream_axes, stream_can_rotate
 from toolchain.families import narrow
@@ -115,23 +113,20 @@ def cut_stream(model: nn.Module, moments: StreamMoments, width: int) -> Rotated:
     """
     _check_width(model, width)
     folded = fold(model)
-    directions = best_directions(moments, width - 1)
-    embedding = zero_mean_basis(width, directions.device)
-    scale = math.sqrt(width / len(directions))
-    stream_map = scale * embedding @ directions.T
+    basis = cut_basis(moments, width)
     state = folded.state_dict()
     names = {id(parameter): name for name, parameter in folded.named_parameters()}
     with torch.no_grad():
         for parameter, axis in stream_axes(folded):
-            state[names[id(parameter)]] = (parameter.movedim(axis, -1) @ stream_map.T).movedim(-1, axis)
+            state[names[id(parameter)]] = (parameter.movedim(axis, -1) @ basis.writes.T).movedim(-1, axis)
         for place, reading in enumerate(readings(folded)):
-            reads, shift = best_reads(moments, directions, place)
+            reads, shift = best_reads(moments, basis.directions, place)
             for reader in reading.readers:
-                read_through(state, reader, reads @ embedding.T / scale, shift)
+                read_through(state, reader, reads @ basis.reads, shift)
     shrunk = narrow(model, Widths(channels={"embed": width}))
     for name, parameter in shrunk.named_parameters():
         if parameter.shape != state[name].shape:  # norms and LayerScale, which are 1 and 0 by now
             state[name] = state[name][:width]
     dtype = next(model.parameters()).dtype
     result = adopt_parameters(shrunk, {name: tensor.to(dtype) for name, tensor in state.items()})
-    return Rotated(result, stream_map, kept_energy(moments, directions))
+    return Rotated(result, basis.writes, kept_energy(moments, basis.directions))
