@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from calib_data.errors import GateError
 from deploy.artifacts import Artifact, atomic_write
-from deploy.environment import environment
+from deploy.environment import builder_facts, environment
 from deploy.graphs.files import load_model
 from deploy.job import (
     MODELS,
@@ -100,7 +100,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
         workspace_mib=recipe.workspace_mib,
         require_fused_attention=recipe.require_fused_attention,
     )
-    builder = _builder(runtime)
+    builder = builder_facts(runtime)
 
     def work(folder: Path) -> None:
         images = parity_images(job)
@@ -114,17 +114,6 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
 
     settings = {"runtime": runtime.name, **asdict(options)}
     return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
-
-
-def _builder(runtime: Runtime) -> dict[str, str]:
-    """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
-    here = environment()
-    versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
-    if runtime.rest == "fp32":  # runtimes of the CPU are tuned to the cores that they may use
-        device = f"{here.cpu}, {here.cores_usable} cores"
-    else:
-        device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])
-    return {"library": json.dumps(versions, sort_keys=True), "device": device}
 
 
 def _timing_cache(builder: Mapping[str, str]) -> Path:

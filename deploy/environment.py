@@ -1,17 +1,23 @@
 """The machine and the libraries that a number was measured with."""
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from deploy.measure.gpu_monitor import Gpu, nvidia_driver
+
+if TYPE_CHECKING:  # runtimes ask this module for cores
+    from deploy.runtimes.interface import Runtime
 
 _LIBRARIES = (
     "torch",
@@ -116,3 +122,14 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def builder_facts(runtime: Runtime) -> dict[str, str]:
+    """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
+    here = environment()
+    versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
+    if runtime.rest == "fp32":  # runtimes of the CPU are tuned to the cores that they may use
+        device = f"{here.cpu}, {here.cores_usable} cores"
+    else:
+        device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])
+    return {"library": json.dumps(versions, sort_keys=True), "device": device}

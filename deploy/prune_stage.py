@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import toolchain
 from calib_data import Preprocess, proxy_images
 from deploy.artifacts import Artifact, atomic_write
-from deploy.environment import environment
+from deploy.environment import builder_facts
 from deploy.job import Job, accuracy_of, stage, write_accuracy, write_json
 from deploy.precision_stage import precisions_for
 from deploy.recipe import Recipe
@@ -239,10 +238,5 @@ def _where(job: Job) -> dict[str, str]:
     if job.recipe.plan.planner != "latency":
         return {}
     deployment = deployment_of(job.recipe, job.runtimes.runtimes)
-    here = environment()
-    versions = {name: here.libraries[name] for name in deployment.runtime.libraries if name in here.libraries}
-    return {
-        "runtime": f"{deployment.runtime.name} {deployment.precision} batch {deployment.batch}",
-        "libraries": json.dumps(versions, sort_keys=True),
-        "device": f"{here.cpu}, {here.cores_usable} cores, {', '.join(gpu.name for gpu in here.gpus)}",
-    }
+    where = f"{deployment.runtime.name} {deployment.precision} batch {deployment.batch}"
+    return {"runtime": where, **builder_facts(deployment.runtime)}

@@ -23,8 +23,8 @@ from torch import nn
 from calib_data import Preprocess
 from calib_data.progress import watched
 from deploy.artifacts import atomic_write, canonical_digest, disk_errors
-from deploy.environment import environment
-from deploy.runtimes import Runtime, Session
+from deploy.environment import builder_facts
+from deploy.runtimes import Session
 from deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
 from deploy.speed.deployment import Deployment, opened, shares, stream_preprocess, with_random_weights
 from toolchain.families import groups_of
@@ -262,7 +262,7 @@ def _load(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> t
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     heads = {group.name: group.num_heads for group in groups_of(model)}
     facts = {
-        **_device_facts(deployment.runtime),
+        **builder_facts(deployment.runtime),
         "runtime": deployment.runtime.name,
         "precision": deployment.precision,
         "batch": f"{deployment.batch} of {deployment.profile}",
@@ -281,14 +281,6 @@ def _load(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> t
     except (OSError, ValidationError):  # none yet, or a broken one: measured again
         table = TableFile(facts=facts)
     return folder / name, table if table.facts == facts else TableFile(facts=facts)
-
-
-def _device_facts(runtime: Runtime) -> dict[str, str]:
-    here = environment()
-    versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
-    gpus = ", ".join(gpu.name for gpu in here.gpus)
-    device = f"{here.cpu}, {here.cores_usable} cores" if runtime.rest == "fp32" else f"{gpus}, driver {here.driver}"
-    return {"device": device, "library": ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))}
 
 
 def _between(known: Sequence[float], values: Sequence[float], wanted: float) -> float:
