@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,7 +37,6 @@ from toolchain import DistillSettings, PruningPlan, Scores
 from toolchain.compensation import compress
 from toolchain.compensation.curves import compensated_curves
 from toolchain.planning import Curve
-from toolchain.scores import METHODS as SCORES
 from toolchain.scores import divergence
 
 SHARES = (0.8, 0.65, 0.5, 0.35)
@@ -76,8 +75,13 @@ PLANNERS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "global": {"planner": "global"},
     "global, q·k and v apart": {"planner": "global", "components": ("embed", "qk_v", "ffn")},
+    "global, depth too": {"planner": "global", "components": ("embed", "attention", "ffn", "depth")},
 }
 """By the name in the table, what `toolchain.plan` is asked for."""
+
+
+INFORMED = ("fisher", "refined", "kl")
+"""Scores in nats, which all planners and compensation can use."""
 
 
 @functools.cache
@@ -85,7 +89,7 @@ def scores_of(task: Task, method: str) -> tuple[Scores, float]:
     """Measured once for all levels; the seconds are added to every network that uses them."""
     started = time.perf_counter()
     images = task.images[: task.score_images]
-    scores = toolchain.score(task.model, images, method=method, seed=task.seed)  # type: ignore[arg-type]
+    scores = toolchain.score(task.model, images, method=method, depth=method in INFORMED, seed=task.seed)  # type: ignore[arg-type]
     return scores, time.perf_counter() - started
 
 
@@ -131,10 +135,9 @@ def peer(task: Task, share: float, *, name: str, python: Path) -> Made:
 def methods(quick: bool, python: Path | None) -> dict[str, Method]:
     """By the name in the table; what has no chance in it is named in `WITHOUT_CHANCE`."""
     found: dict[str, Method] = {}
-    informed = [name for name in ("fisher", "refined", "kl") if name in SCORES]
-    for scores in ["random", "magnitude", *(informed[:1] if quick else informed)]:
-        for planner in PLANNERS if scores in informed else ("uniform",):
-            for compensate in (False, True) if scores in informed else (False,):
+    for scores in ["random", "magnitude", *(INFORMED[:1] if quick else INFORMED)]:
+        for planner in PLANNERS if scores in INFORMED else ("uniform",):
+            for compensate in (False, True) if scores in INFORMED else (False,):
                 name = f"{scores}, {planner}{', compensated' if compensate else ''}"
                 found[name] = functools.partial(ours, scores=scores, planner=planner, compensate=compensate)
     if python is None:
@@ -223,7 +226,7 @@ def measure(task: Task, name: str, method: Method, share: float, asked: argparse
 
 def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All rows, in the order in which they are measured; the dense networks come first, as method `dense`."""
-    known = methods(asked.quick, asked.peers)
+    known, before = methods(asked.quick, asked.peers), rows_before(asked.rows)
     if asked.only:
         known = {name: known[name] for name in known if any(text in name for text in asked.only)}
     if not known:
@@ -243,9 +246,16 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if not seed or method not in WITHOUT_CHANCE
             ]
             for share, method in todo:
-                row = measure(task, method, known[method], share, asked)
+                row = before.get((name, method, share, seed)) or measure(task, method, known[method], share, asked)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 yield row
+
+
+def rows_before(path: Path | None) -> dict[tuple[str, str, float, int], dict[str, Any]]:
+    """Rows that another run of the same settings printed before it was stopped."""
+    lines = path.read_text().splitlines() if path is not None else []
+    rows = [json.loads(line) for line in lines if line.startswith('{"checkpoint"')]
+    return {(row["checkpoint"], row["method"], row["level"], row["seed"]): row for row in rows}
 
 
 def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
@@ -304,6 +314,7 @@ def main() -> None:
     parser.add_argument("--eval-images", type=int)
     parser.add_argument("--finetune-images", type=int)
     parser.add_argument("--finetune-epochs", type=int, help="0: no fine-tune")
+    parser.add_argument("--rows", type=Path, help="stderr of a run that was stopped: its rows are not measured again")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "one_shot.json")
     parser.add_argument("--json", action="store_true", help="end stdout with the document")
     asked = parser.parse_args()

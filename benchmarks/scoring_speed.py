@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,9 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import toolchain
+from benchmarks import record
 from benchmarks.published import published_kl
 from calib_data import open_source, proxy_images
-from deploy.environment import environment
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
 from toolchain.scores.cuts import cut_of
@@ -186,7 +185,7 @@ def fisher_once(count: int, batch_size: int, half: int) -> dict[str, float]:
 def tables(document: dict[str, Any]) -> list[Table]:
     """For the terminal."""
     cost = Table("network", "published", "kl", "fisher", "kl faster", "fisher faster", title="ms per image and unit")
-    for result in document["costs"]:
+    for result in document["rows"]:
         figures = [f"{1000 * value:.4g}" for value in result["seconds_per_image_and_unit"].values()]
         cost.add_row(result["network"], *figures, f"{result['kl_speedup']:.1f}x", f"{result['fisher_speedup']:.0f}x")
     rank = Table("network", "group", "units", "method", "Spearman with kl", "kept overlap", title="Ranks")
@@ -221,7 +220,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="under 10 minutes on two cores")
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring_speed.json"))
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "scoring_speed.json")
     parser.add_argument("--deit-b-memory", action="store_true", help="measure memory and time of fisher, nothing else")
     parser.add_argument("--fisher-once", type=int, nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -230,11 +229,8 @@ def main() -> None:
         return
     if asked.deit_b_memory:
         rows = deit_b_memory((64, 128, 256), 8)
-        out = asked.out.with_name("fisher_memory.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"date": date.today().isoformat(), "environment": environment().as_json()}
-        out.write_text(
-            json.dumps({**about, "network": "DeiT-B, 224 px, random weights", "rows": rows}, indent=1) + "\n"
+        record.write(
+            asked.out.with_name("fisher_memory.json"), record.document({"network": "DeiT-B, 224 px, random"}, rows)
         )
         return
     asked.images = asked.images or (32 if asked.quick else 256)
@@ -244,16 +240,9 @@ def main() -> None:
         ranks_on(shown, model, images, groups, asked.batch_size, asked.json)
         for shown, model, images, groups in networks(asked)
     ]
-    document = {
-        "date": date.today().isoformat(),
-        "environment": environment().as_json(),
-        "quick": asked.quick,
-        **summary(measured, ranked),
-        "costs": measured,
-        "ranks": ranked,
-    }
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(document, indent=1) + "\n")
+    settings = {"images": asked.images, "units": num_units, "rounds": rounds, "quick": asked.quick}
+    document = {**record.document(settings, measured, **summary(measured, ranked)), "ranks": ranked}
+    record.write(asked.out, document)
     console = Console(width=120, file=sys.stderr if asked.json else sys.stdout)
     for table in tables(document):
         console.print(table)

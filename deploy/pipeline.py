@@ -54,6 +54,7 @@ def build(
         ...     "model": "pvtv2_b0",
         ...     "plan": {"ratio": 0.5},
         ...     "score": {"method": "magnitude"},
+        ...     "compensate": {"enabled": False},
         ...     "distill": {"epochs": 0},
         ...     "engine": {"runtime": "onnxruntime"},
         ...     "bench": {"seconds": 0.2},

@@ -73,6 +73,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
     before = read_json(done.pruned.folder / "accuracy.json")
     after = read_json(done.tuned.folder / "accuracy.json")["after_distill"]
     latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
+    compensated = _compensation_record(done.pruned)
     return Report(
         model=job.recipe.model,
         ratio=job.recipe.plan.ratio,
@@ -105,14 +106,14 @@ def summarise(job: Job, done: Artifacts) -> Report:
         ],
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan, scores),
-        compensation=_compensation(done.pruned),
+        compensation=_compensation(compensated),
         target=_target(done.pruned, latency),
         measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
         notes=[
             *_skipped_images(job),
-            *_no_compensation(done.pruned),
+            *_no_compensation(compensated),
             *left_out(job, done.graphs),
             *done.engines.left_out,
             *_left_out(job, done.engines.artifacts),
@@ -187,12 +188,14 @@ def _reproduce(job: Job) -> list[str]:
     ]
 
 
-def _compensation(pruned: Artifact) -> Compensation | None:
+def _compensation_record(pruned: Artifact) -> dict[str, Any]:
+    """What compensation did, `left_out` where it could do nothing, or nothing where nobody wanted it."""
     path = pruned.folder / "compensation.json"
-    if not path.exists():
-        return None
-    record = read_json(path)
-    if "left_out" in record:
+    return read_json(path) if path.exists() else {}
+
+
+def _compensation(record: Mapping[str, Any]) -> Compensation | None:
+    if not record or "left_out" in record:
         return None
     named = ("images", "held_out", "kl_deleted", "kl_cut", "kl", "accepted", "seconds", "warnings")
     return Compensation(
@@ -202,10 +205,8 @@ def _compensation(pruned: Artifact) -> Compensation | None:
     )
 
 
-def _no_compensation(pruned: Artifact) -> list[str]:
-    path = pruned.folder / "compensation.json"
-    reason = read_json(path).get("left_out") if path.exists() else None
-    return [] if reason is None else [f"Compensation was left out: {reason}"]
+def _no_compensation(record: Mapping[str, Any]) -> list[str]:
+    return [f"Compensation was left out: {record['left_out']}"] if "left_out" in record else []
 
 
 def _target(pruned: Artifact, bench: Bench) -> Target | None:

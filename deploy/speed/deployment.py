@@ -50,6 +50,33 @@ class Deployment:
     cuda_graph: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Baseline:
+    """The dense network where it will run: what everything else is timed in turns with.
+
+    Attributes:
+        model: on the CPU.
+        preprocess: its input.
+        deployment: where it runs; `check_deployment` has passed.
+        session: it, built and open.
+        ms: a call of it, in milliseconds.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess
+    deployment: Deployment
+    session: Session
+    ms: float
+
+
+@contextmanager
+def opened_baseline(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> Iterator[Baseline]:
+    """Build, open and time the dense network."""
+    with opened(deployment, {"dense": (model, preprocess)}) as sessions:
+        report = measure(sessions, {"dense": preprocess.input_size}, deployment)
+        yield Baseline(model, preprocess, deployment, sessions["dense"], report.stats["dense"][deployment.batch].median)
+
+
 def check_deployment(deployment: Deployment) -> None:
     """Refuse what cannot be timed here, before anything is computed.
 

@@ -12,8 +12,7 @@ from torch import nn
 from calib_data import Preprocess
 from calib_data.errors import TargetError, UserError
 from deploy.measure.bench import Speedup
-from deploy.runtimes import Session
-from deploy.speed.deployment import Deployment, check_deployment, measure, opened
+from deploy.speed.deployment import Baseline, Deployment, check_deployment, measure, opened, opened_baseline
 from deploy.speed.table import LatencyCosts, measure_table, predicted, spread
 from deploy.speed.target import Target
 from toolchain.planning import NotReachableError, PruningPlan
@@ -105,23 +104,20 @@ def search(
         TargetError: no plan meets the target within 5 %; names the nearest and the floor that stops it.
     """
     check_deployment(deployment)
-    with opened(deployment, {"dense": (model, preprocess)}) as base:
-        dense = base["dense"]
-        now = measure({"dense": dense}, {"dense": preprocess.input_size}, deployment)
-        dense_ms = now.stats["dense"][deployment.batch].median
-        if target.ms is not None and target.ms >= dense_ms:
+    with opened_baseline(model, preprocess, deployment) as dense:
+        if target.ms is not None and target.ms >= dense.ms:
             raise UserError(
-                f"The dense network takes {dense_ms:.3g} ms on {_where(deployment)} and meets {target.text} as it is.",
+                f"The dense network takes {dense.ms:.3g} ms on {_where(deployment)} and meets {target.text} as it is.",
                 fix="Give a lower --target-latency, or --ratio.",
             )
-        costs = measure_table(model, preprocess, deployment, dense, dense_ms, align=align, quiet=quiet)
-        tried, floor = _attempts(model, preprocess, planner, deployment, target, dense, costs)
+        costs = measure_table(dense, align=align, quiet=quiet)
+        tried, floor = _attempts(dense, planner, target, costs)
     record = LatencyRecord(
         asked=target.text,
         runtime=deployment.runtime.name,
         precision=deployment.precision,
         batch=deployment.batch,
-        target_ms=target.ms_of(dense_ms),
+        target_ms=target.ms_of(dense.ms),
         chosen=min((own for own, _ in tried), key=lambda own: abs(own.over_target - 1)),
         attempts=[own for own, _ in tried],
         points=len(costs.points),
@@ -130,19 +126,16 @@ def search(
     met = [(own, plan) for own, plan in tried if own.over_target <= ALLOWED]
     if not met:
         raise _not_reached(record, floor)
-    # the slowest that meets the target keeps the most of the network
-    chosen, plan = max(met, key=lambda pair: pair[0].over_target)
+    # the slowest that meets the target keeps the most of the network; one at the edge of what is allowed is a last
+    # resort, since it will be timed again
+    safe = [pair for pair in met if pair[0].over_target <= _CLOSE[1]]
+    by_latency = sorted(safe or met, key=lambda pair: pair[0].over_target)
+    chosen, plan = by_latency[-1 if safe else 0]
     return Found(plan, record.model_copy(update={"chosen": chosen}))
 
 
 def _attempts(
-    model: nn.Module,
-    preprocess: Preprocess,
-    planner: Planner,
-    deployment: Deployment,
-    target: Target,
-    dense: Session,
-    costs: LatencyCosts,
+    dense: Baseline, planner: Planner, target: Target, costs: LatencyCosts
 ) -> tuple[list[tuple[Attempt, PruningPlan]], NotReachableError | None]:
     """Plans and what they took, until one is close to the target; the floor, where the planner met it."""
     tried: list[tuple[Attempt, PruningPlan]] = []
@@ -156,9 +149,9 @@ def _attempts(
             plan = planner(costs, error.lowest * (1 + 1e-6))
         if any(plan.keep == other.keep and plan.blocks == other.blocks for _, other in tried):
             break
-        network = prune(model, plan)
+        network = prune(dense.model, plan)
         expected = predicted(costs, network)
-        dense_ms, ms, speedup = _time(network, preprocess, deployment, dense)
+        dense_ms, ms, speedup = _time(network, dense)
         over = ms / target.ms if target.ms is not None else (target.speedup or 1) / speedup.median
         attempt = Attempt(
             budget_ms=budget,
@@ -179,14 +172,12 @@ def _attempts(
     return tried, floor
 
 
-def _time(
-    network: nn.Module, preprocess: Preprocess, deployment: Deployment, dense: Session
-) -> tuple[float, float, Speedup]:
+def _time(network: nn.Module, dense: Baseline) -> tuple[float, float, Speedup]:
     """Milliseconds of the dense and of the pruned network, in turns, and how many times faster that is."""
-    with opened(deployment, {"pruned": (network, preprocess)}) as sessions:
-        both = {"dense": dense, **sessions}
-        report = measure(both, dict.fromkeys(both, preprocess.input_size), deployment)
-    batch = deployment.batch
+    with opened(dense.deployment, {"pruned": (network, dense.preprocess)}) as sessions:
+        both = {"dense": dense.session, **sessions}
+        report = measure(both, dict.fromkeys(both, dense.preprocess.input_size), dense.deployment)
+    batch = dense.deployment.batch
     ms = {name: report.stats[name][batch].median for name in both}
     return ms["dense"], ms["pruned"], report.ratio("dense", "pruned", batch)
 

@@ -24,9 +24,8 @@ from calib_data import Preprocess
 from calib_data.progress import watched
 from deploy.artifacts import atomic_write, canonical_digest, disk_errors
 from deploy.environment import builder_facts
-from deploy.runtimes import Session
 from deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
-from deploy.speed.deployment import Deployment, opened, shares, stream_preprocess, with_random_weights
+from deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
 from toolchain.families import groups_of
 from toolchain.planning.costs import Costs
 from toolchain.planning.counted import CountedCosts, count_costs
@@ -147,24 +146,11 @@ def predicted(costs: Costs, network: nn.Module) -> float:
     return total
 
 
-def measure_table(
-    model: nn.Module,
-    preprocess: Preprocess,
-    deployment: Deployment,
-    dense: Session,
-    dense_ms: float,
-    *,
-    align: int = 8,
-    quiet: bool = True,
-) -> LatencyCosts:
+def measure_table(dense: Baseline, *, align: int = 8, quiet: bool = True) -> LatencyCosts:
     """The latency table of a network, from the cache as far as it is there; what is missing is measured and kept.
 
     Args:
-        model: the dense network.
-        preprocess: its input.
-        deployment: where it runs; `check_deployment` has passed.
-        dense: the dense network, open; every point is timed in turns with it.
-        dense_ms: its time now.
+        dense: the network; every point is timed in turns with it.
         align: widths that may be asked for are multiples of this.
         quiet: no progress bar.
 
@@ -172,23 +158,23 @@ def measure_table(
         UserError: the cache folder cannot be written.
         BuildError: the runtime refused a part of the network.
     """
-    path, table = _load(model, preprocess, deployment)
-    stages = stages_of(model, preprocess.input_size)
-    groups = _groups(model, stages, preprocess, align)
-    threads = int(dense.settings.get("intra_op_threads", 0)) or None
+    model, size, deployment = dense.model, dense.preprocess.input_size, dense.deployment
+    path, table = _load(model, dense.preprocess, deployment)
+    groups = _groups(model, stages_of(model, size), dense.preprocess, align)
+    threads = int(dense.session.settings.get("intra_op_threads", 0)) or None
     points = dict(table.points)
     missing = [todo for own in groups if (todo := {name: make for name, make in own.items() if name not in points})]
     for todo in watched(missing, f"latency of layers ({deployment.runtime.name})", quiet=quiet, total=len(missing)):
         networks = {name: make() for name, make in todo.items()}
-        sizes = {"dense": preprocess.input_size, **{name: own.input_size for name, (_, own) in networks.items()}}
+        sizes = {"dense": size, **{name: own.input_size for name, (_, own) in networks.items()}}
         with opened(deployment, networks, threads) as sessions:
-            found = shares({"dense": dense, **sessions}, sizes, deployment)
+            found = shares({"dense": dense.session, **sessions}, sizes, deployment)
         for name in networks:
             low, middle, high = np.percentile(found[name], (10, 50, 90)).tolist()
             points[name] = Point(share=middle, low=low, high=high)
         with disk_errors(path.parent, "the latency table"):
             atomic_write(path, TableFile(facts=table.facts, points=points).model_dump_json(indent=1).encode())
-    return costs_from(points, model, preprocess.input_size, dense_ms, align)
+    return costs_from(points, model, size, dense.ms, align)
 
 
 def cache_folder() -> Path:

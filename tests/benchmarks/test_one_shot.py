@@ -47,9 +47,11 @@ def test_one_shot_ends_stdout_with_rows_at_the_asked_macs(
     monkeypatch.setattr(one_shot, "methods", lambda quick, python: {**known, "broken": broken})
     monkeypatch.setattr(one_shot.peers, "DEFAULT_PYTHON", tmp_path / "none")
     out = tmp_path / "out.json"
-    run(one_shot, monkeypatch, "--quick", "--json", "--model", "tiny", tiny, "demo", "--shares", 0.7, "--out", out,
-        "--score-images", 24, "--calib-images", 48, "--eval-images", 64, "--finetune-images", 32)  # fmt: skip
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arguments = ("--quick", "--json", "--model", "tiny", tiny, "demo", "--shares", 0.7, "--out", out,
+                 "--score-images", 24, "--calib-images", 48, "--eval-images", 64, "--finetune-images", 32)  # fmt: skip
+    run(one_shot, monkeypatch, *arguments)
+    printed = capsys.readouterr()
+    document = json.loads(printed.out.splitlines()[-1])
     assert document == json.loads(out.read_text())
     rows = {row["method"]: row for row in document["rows"]}
     assert set(rows) == {"dense", *known, "broken"}
@@ -62,6 +64,11 @@ def test_one_shot_ends_stdout_with_rows_at_the_asked_macs(
         assert rows[name]["kl"] > 0
         assert rows[name]["top1_after_finetune"] is not None
     assert len(document["verdicts"]) == 1
+    # a run that was stopped: what it printed is not measured again
+    (tmp_path / "rows").write_text(printed.err)
+    monkeypatch.setattr(one_shot, "measure", lambda *_: pytest.fail("this row was there"))
+    run(one_shot, monkeypatch, *arguments, "--rows", tmp_path / "rows")
+    assert json.loads(out.read_text())["rows"] == document["rows"]
 
 
 def row(method: str, top1: float, seed: int = 0) -> dict[str, Any]:

@@ -51,10 +51,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {
         "model": "deit_tiny", "weights": str(folder / "w.safetensors"), "data": f"imagefolder:{folder / 'photos'}",
         "image_size": 32, "plan": {"ratio": 0.5}, "score": {"method": "magnitude"}, "distill": {"epochs": 0},
-        "bench": {"seconds": 0.1, "batches": [1, 2]},
+        "compensate": {"enabled": False}, "bench": {"seconds": 0.1, "batches": [1, 2]},
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_says_what_each_precision_costs_and_which_to_deploy(recipe: dict[str, object], tmp_path: Path) -> None:
     wanted = {**recipe, "engine": {"runtime": "onnxruntime"}, "precision": {"calib_images": 16, "max_drop": 100}}
     report = build(wanted, tmp_path / "run")
@@ -81,6 +82,7 @@ def test_a_run_says_what_each_precision_costs_and_which_to_deploy(recipe: dict[s
     assert (tmp_path / "run/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_precision_asked_for_by_name_must_keep_its_accuracy(
     recipe: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from toolchain.families import segments_of
 from toolchain.segments import Segment
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Relative to the mean diagonal of the inputs' covariance; the one with the least held-out error is taken."""
+"""Relative to the mean diagonal of the inputs' covariance; every output takes that with its least held-out error."""
 
 EXACT = 1e-9
 """Squared error in units of the target's variance that is only rounding."""
@@ -41,8 +41,8 @@ class LayerReport:
         action: `refit`, `bias` (only the bias was recalibrated), `kept` (nothing was better on held-out images),
             `exact` (no error to repair) or `skipped` (see the warning).
         error_before, error_after: held-out squared error in units of the target's variance.
-        ridge: relative to the mean diagonal; 0 where nothing was solved.
-        condition: of the regularised normal equations.
+        ridge: relative to the mean diagonal, the median over outputs; 0 where nothing was solved.
+        condition: of the regularised normal equations, the worst of those that were used.
         rows: tokens (or patches, or images) that were fitted.
         inputs: unknowns per output, the bias not counted.
         warning: why the layer fell back, or nothing.
@@ -236,7 +236,7 @@ def _regression(
 
 
 def solve(name: str, now: Tensor, fit: Moments, held: Moments, *, has_bias: bool) -> tuple[LayerReport, Tensor | None]:
-    """Ridge regression towards the present weights; what is best on held-out data is accepted.
+    """Ridge regression towards the present weights; for every output, what is best on held-out data is accepted.
 
     The ridge pulls towards the weights that the cut left, not towards zero: with little data the result is the plain
     pruned layer.
@@ -271,26 +271,28 @@ def solve(name: str, now: Tensor, fit: Moments, held: Moments, *, has_bias: bool
     def with_bias(weight: Tensor) -> Tensor:
         return torch.cat([weight, target_mean - mean @ weight])
 
-    best, coefficients = report, None
-    candidates = [(0.0, 1.0, with_bias(now[:-1]))]
-    for ridge in RIDGES:
-        shift = ridge * values.mean()
-        condition = float((values[-1] + shift) / (values[0] + shift))
-        if condition <= MAX_CONDITION:
-            candidates.append(
-                (ridge, condition, with_bias(now[:-1] + vectors @ (projected / (values + shift)[:, None])))
-            )
-    for ridge, condition, candidate in candidates:
-        error = held.error(candidate) / variance
-        if math.isfinite(error) and error < best.error_after:
-            action = "refit" if ridge else "bias"
-            best = replace(report, action=action, error_after=error, ridge=ridge, condition=condition)
-            coefficients = candidate
-    if not coefficients_finite(coefficients):
+    # every output takes what is best for it: those that were right already must not pay for those that were not
+    coefficients, best = now.clone(), held.errors(now)
+    ridges = torch.full_like(best, torch.inf)  # as if the ridge held everything in its place
+    worst = 1.0
+    for ridge in (math.inf, *RIDGES):
+        finite = math.isfinite(ridge)  # an infinite one moves the bias alone
+        shift = ridge * values.mean() if finite else values.new_tensor(math.inf)
+        condition = float((values[-1] + shift) / (values[0] + shift)) if finite else 1.0
+        if not condition <= MAX_CONDITION:
+            continue
+        candidate = with_bias(now[:-1] + vectors @ (projected / (values + shift)[:, None]))
+        errors = held.errors(candidate)
+        better = errors < best
+        coefficients[:, better], best = candidate[:, better], torch.where(better, errors, best)
+        ridges[better] = ridge
+        worst = max(worst, condition) if better.any() else worst
+    changed = (coefficients != now).any(dim=0)
+    if not changed.any():
+        return report, None
+    if not coefficients.float().isfinite().all():
         return replace(report, action="skipped", warning="the solution is not finite"), None
-    return best, coefficients
-
-
-def coefficients_finite(coefficients: Tensor | None) -> bool:
-    """Whether the solution also fits into the layer's own fp32."""
-    return coefficients is None or bool(coefficients.float().isfinite().all())
+    refitted = ridges.isfinite()
+    ridge = float(ridges[refitted].median()) if refitted.any() else 0.0
+    action, error = "refit" if refitted.any() else "bias", float(best.sum()) / variance
+    return replace(report, action=action, error_after=error, ridge=ridge, condition=worst), coefficients

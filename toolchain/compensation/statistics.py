@@ -152,10 +152,14 @@ class Moments:
         """Rows that were summed, by weight."""
         return float(self.xx[-1, -1])
 
+    def errors(self, coefficients: Tensor) -> Tensor:
+        """Mean squared error per row of every output of x @ coefficients [d + 1, out], as [out]."""
+        gap = self.yy - 2 * (coefficients * self.xy).sum(dim=0) + (coefficients * (self.xx @ coefficients)).sum(dim=0)
+        return gap.clamp_min(0) / self.count
+
     def error(self, coefficients: Tensor) -> float:
-        """Mean squared error per row, summed over the outputs, of x @ coefficients [d + 1, out]."""
-        gap = self.yy.sum() - 2 * (coefficients * self.xy).sum() + (coefficients * (self.xx @ coefficients)).sum()
-        return float(gap.clamp_min(0)) / self.count
+        """Mean squared error per row, summed over the outputs."""
+        return float(self.errors(coefficients).sum())
 
     def variance(self) -> float:
         """Mean squared distance of the targets from their mean, summed over the outputs."""

@@ -5,7 +5,6 @@ from toolchain.planning.counted import count_costs
 from toolchain.planning.curves import Curve, curve_of
 from toolchain.planning.document import DEFAULT_COMPONENTS, Change, Component, Planner, PruningPlan, Size
 from toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
-from toolchain.planning.measured import measured_curves
 from toolchain.planning.plan import plan
 from toolchain.planning.request import check_request
 from toolchain.planning.uniform import aligned
@@ -25,7 +24,6 @@ __all__ = [
     "check_request",
     "count_costs",
     "curve_of",
-    "measured_curves",
     "plan",
     "plan_within",
 ]

@@ -39,6 +39,7 @@ def small() -> nn.Module:
     ).eval()
 
 
+@pytest.mark.slow
 def test_an_easy_speedup_is_met_by_what_was_built(small: nn.Module) -> None:
     found = search(small, preprocess_for(64), uniform_planner(small), DEPLOYMENT, parse_speedup("1.3x"))
     chosen = found.record.chosen

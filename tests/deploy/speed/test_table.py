@@ -14,7 +14,7 @@ from calib_data.errors import UserError
 from deploy.runtimes import RUNTIMES, Session
 from deploy.speed import table as tables
 from deploy.speed.chains import Chain, chain, grid, stages_of, without_blocks
-from deploy.speed.deployment import Deployment, opened, with_random_weights
+from deploy.speed.deployment import Baseline, Deployment, opened, with_random_weights
 from deploy.speed.table import LatencyCosts, Point, cache_folder, costs_from, measure_table, predicted
 from tests.deploy.conftest import preprocess_for
 from toolchain.planning import count_costs
@@ -90,6 +90,7 @@ def test_noise_does_not_make_narrow_branches_dearer(small: nn.Module) -> None:
     assert noisy.branch("blocks.0.mlp", 48, (48, 0)) <= noisy.branch("blocks.0.mlp", 48, (192, 0))
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_once_and_continued(
     small: nn.Module, dense: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +104,7 @@ def test_a_table_is_measured_once_and_continued(
     monkeypatch.setattr(tables, "opened", counting)
     for name, few in (("_DIM_SHARES", (1.0,)), ("_WIDTH_SHARES", (1.0, 0.5)), ("_FIXED_SHARES", (1.0,))):
         monkeypatch.setattr(tables, name, few)
-    costs = measure_table(small, PREPROCESS, DEPLOYMENT, dense, 2.0)
+    costs = measure_table(Baseline(small, PREPROCESS, DEPLOYMENT, dense, 2.0))
     files = list(cache_folder().rglob("*.json"))
     assert len(files) == 1
     assert set().union(*built) == set(costs.points)
@@ -112,14 +113,14 @@ def test_a_table_is_measured_once_and_continued(
     assert 0 < costs.branch("blocks.0.mlp", 48, (96, 0)) <= costs.branch("blocks.0.mlp", 48, (192, 0)) < 2.0
 
     built.clear()
-    assert measure_table(small, PREPROCESS, DEPLOYMENT, dense, 2.0).points == costs.points
+    assert measure_table(Baseline(small, PREPROCESS, DEPLOYMENT, dense, 2.0)).points == costs.points
     assert built == []
     # another process was killed before the last point
     document = json.loads(files[0].read_text())
     lost = next(name for name in document["points"] if " mlp " in name)
     del document["points"][lost]
     files[0].write_text(json.dumps(document))
-    assert set(measure_table(small, PREPROCESS, DEPLOYMENT, dense, 2.0).points) == set(costs.points)
+    assert set(measure_table(Baseline(small, PREPROCESS, DEPLOYMENT, dense, 2.0)).points) == set(costs.points)
     assert built == [{lost}]
     files[0].write_text("{ broken")
     assert tables._load(small, PREPROCESS, DEPLOYMENT)[1].points == {}
@@ -130,8 +131,8 @@ def test_a_cache_that_cannot_be_written_is_told(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("UPVITS_DEPLOY_CACHE", str(tmp_path / "file"))
-    with pytest.raises((UserError, OSError), match="file"):
-        measure_table(small, PREPROCESS, DEPLOYMENT, dense, 2.0)
+    with pytest.raises(UserError, match="file"):
+        measure_table(Baseline(small, PREPROCESS, DEPLOYMENT, dense, 2.0))
 
 
 def test_stages_know_their_streams(small: nn.Module, pyramid: nn.Module) -> None:
