@@ -17,7 +17,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -34,8 +34,7 @@ from calib_data import DataSource, batches, open_source, proxy_images
 from calib_data.errors import UserError
 from calib_data.loading import proxy_set
 from toolchain import DistillSettings, PruningPlan, Scores
-from toolchain.compensation import compress
-from toolchain.compensation.curves import compensated_curves
+from toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
 from toolchain.planning import Curve
 from toolchain.scores import divergence
 
@@ -108,14 +107,20 @@ def ours(task: Task, share: float, *, scores: str, planner: str, compensate: boo
     if compensate:
         curves, more = curves_of(task)
         before += more
-    if asked:
-        asked["curves"] = curves
     started = time.perf_counter()
-    plan: PruningPlan = toolchain.plan(task.model, found, target_macs=share, align=1, **asked)
-    if compensate:
-        network = compress(task.model, plan, task.images, curves=curves).model
-    else:
+
+    def plan_by(own: Mapping[str, Curve] | None) -> PruningPlan:
+        more = {"curves": own, **asked} if asked else {}
+        return toolchain.plan(task.model, found, target_macs=share, align=1, **more)
+
+    if curves is not None and asked:
+        curves = weigh_streams(task.model, task.images, curves, plan_by)
+    plan = plan_by(curves)
+    if curves is None:
         network = toolchain.prune(task.model, plan)
+    else:
+        plan = with_joint_units(plan, curves) if scores == "fisher" else plan  # as the tool does
+        network = compress(task.model, plan, task.images).model
     return network, before + time.perf_counter() - started
 
 

@@ -108,9 +108,9 @@ def preview(recipe: Recipe, *, quiet: bool = True) -> toolchain.PruningPlan:
     job = prepare(recipe, None, quiet=quiet)
     if job.first_plan is not None:
         return job.first_plan
-    weighs = job.recipe.plan.planner != "uniform"
-    losses = prune_stage.expected_losses(job, prune_stage.compensation_images(job)) if weighs else None
-    return prune_stage.choose_plan(job, stages.scores_of(job), losses)[0]
+    images = prune_stage.compensation_images(job) if job.recipe.plan.planner != "uniform" else None
+    losses = prune_stage.expected_losses(job, images)
+    return prune_stage.choose_plan(job, stages.scores_of(job), images, losses)[0]
 
 
 def run_stages(job: Job, until: str) -> Artifacts:

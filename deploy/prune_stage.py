@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from deploy.runtimes import BatchProfile, Runtime
 from deploy.speed.deployment import Deployment, check_deployment
 from deploy.speed.search import Found, LatencyRecord, search
 from deploy.speed.target import parse_speedup, parse_target
-from toolchain.compensation import TooFewImagesError, compensated_curves, compress
+from toolchain.compensation import TooFewImagesError, compensated_curves, compress, weigh_streams, with_joint_units
 from toolchain.planning import Curve, PruningPlan, plan_within
+from toolchain.planning.costs import Costs
 from toolchain.rounds import plan_in_rounds
 from toolchain.scores import Scores
+
+Losses = Mapping[str, Curve]
+"""Expected losses by group."""
 
 CURVE_IMAGES = 256
 """So many of the calibration images tell the expected losses, which take gradients."""
@@ -37,12 +42,14 @@ def prune(job: Job, scored: Artifact) -> Artifact:
     def work(folder: Path) -> None:
         images = compensation_images(job)
         curves = expected_losses(job, images)
-        plan, target = choose_plan(job, Scores.load(scored.folder), curves)
+        plan, target = choose_plan(job, Scores.load(scored.folder), images, curves)
+        if curves is not None and units_by_joint_loss(job.recipe):
+            plan = with_joint_units(plan, curves)
         if target is not None:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.prune(job.dense, plan)
-        compensated = None if images is None else _compensated(job, plan, images, curves, folder)
+        compensated = None if images is None else _compensated(job, plan, images, folder)
         toolchain.save(compensated or deleted, folder / "model")
         dense = accuracy_of(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
@@ -55,12 +62,10 @@ def prune(job: Job, scored: Artifact) -> Artifact:
     return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
 
 
-def _compensated(
-    job: Job, plan: PruningPlan, images: Tensor, curves: Mapping[str, Curve] | None, folder: Path
-) -> nn.Module | None:
+def _compensated(job: Job, plan: PruningPlan, images: Tensor, folder: Path) -> nn.Module | None:
     """The network rotated, cut and refitted, with a record of it; None where nobody insists and images are too few."""
     try:
-        compressed = compress(job.dense, plan, images, curves=curves, quiet=job.quiet)
+        compressed = compress(job.dense, plan, images, quiet=job.quiet)
     except TooFewImagesError as error:
         if job.recipe.compensate.enabled:
             raise
@@ -80,12 +85,18 @@ def _say(job: Job, warnings: Sequence[str]) -> None:
         Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
 
 
+def units_by_joint_loss(recipe: Recipe) -> bool:
+    """Whether the loss after a refit chooses FFN units: unless another method or rounds are asked for, which would have
+    no say otherwise."""
+    return recipe.score.method == "fisher" and recipe.plan.rounds == 1
+
+
 def choose_plan(
-    job: Job, scores: Scores, curves: Mapping[str, Curve] | None
+    job: Job, scores: Scores, images: Tensor | None, curves: Losses | None
 ) -> tuple[PruningPlan, LatencyRecord | None]:
     """The plan that a job asks for; where it asks for a latency, also how that was met."""
     if job.recipe.plan.planner == "latency":
-        found = _latency_plan(job, scores, curves)
+        found = _latency_plan(job, scores, images, curves)
         asked: dict[str, float | int | str] = {
             "latency": found.record.asked,
             "runtime": found.record.runtime,
@@ -94,8 +105,28 @@ def choose_plan(
         return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
-    weighed = curves if job.recipe.plan.planner == "global" else None
-    return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, weighed), None
+    if job.recipe.plan.planner != "global":
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess), None
+
+    def plan_by(own: Losses | None) -> PruningPlan:
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, own)
+
+    return plan_by(_weighed(job, images, curves, plan_by)), None
+
+
+def _weighed(
+    job: Job,
+    images: Tensor | None,
+    curves: Losses | None,
+    plan_by: Callable[[Losses], PruningPlan],
+) -> Losses | None:
+    """Expected losses with the weight of the streams that a trial has shown to be best."""
+    if images is None or curves is None:
+        return curves
+    try:
+        return weigh_streams(job.dense, images, curves, plan_by, quiet=job.quiet)
+    except TooFewImagesError:  # half of the images, that is
+        return curves
 
 
 def compensation_images(job: Job) -> Tensor | None:
@@ -112,7 +143,7 @@ def make_plan(
     like: nn.Module | None,
     scores: Scores,
     preprocess: Preprocess,
-    curves: Mapping[str, Curve] | None = None,
+    curves: Losses | None = None,
 ) -> PruningPlan:
     """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
     return toolchain.plan(
@@ -139,7 +170,7 @@ def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
-def expected_losses(job: Job, images: Tensor | None) -> Mapping[str, Curve] | None:
+def expected_losses(job: Job, images: Tensor | None) -> Losses | None:
     """Expected losses with compensation: which FFN units go, and what the planners weigh groups by.
 
     Uniform plans need the orders of FFN units alone, which rotations do not change.
@@ -167,6 +198,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
             images,
             method=score.method,
             cuts=widths,
+            depth="depth" in (job.recipe.plan.components or ()),
             batch_size=score.batch_size,
             seed=job.recipe.seed,
             quiet=job.quiet,
@@ -180,7 +212,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
     )
 
 
-def _latency_plan(job: Job, scores: Scores, curves: Mapping[str, Curve] | None) -> Found:
+def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losses | None) -> Found:
     """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
 
     Raises:
@@ -191,19 +223,30 @@ def _latency_plan(job: Job, scores: Scores, curves: Mapping[str, Curve] | None) 
     target = (
         parse_target(wanted.target_latency) if wanted.target_latency is not None else parse_speedup(str(wanted.speedup))
     )
-    return search(
-        job.dense.cpu(),
-        job.preprocess,
-        lambda costs, budget: plan_within(
+
+    def plan_by(costs: Costs, budget: float, own: Losses | None) -> PruningPlan:
+        return plan_within(
             job.dense,
             scores,
             costs,
             budget,
             components=wanted.components or (),
             align=wanted.align,
-            curves=curves,
+            curves=own,
             input_size=job.preprocess.input_size,
-        ),
+        )
+
+    weighed: list[Losses | None] = []  # by the first budget, which is about the last one
+
+    def planner(costs: Costs, budget: float) -> PruningPlan:
+        if not weighed:
+            weighed.append(_weighed(job, images, curves, lambda own: plan_by(costs, budget, own)))
+        return plan_by(costs, budget, weighed[0])
+
+    return search(
+        copy.deepcopy(job.dense).cpu(),
+        job.preprocess,
+        planner,
         deployment_of(job.recipe, job.runtimes.runtimes),
         target,
         align=wanted.align,

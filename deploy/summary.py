@@ -28,6 +28,7 @@ from deploy.report.document import (
 from deploy.runtimes import Engine, runtime_named
 from deploy.speed.search import ALLOWED, LatencyRecord
 from deploy.speed.target import parse_speedup
+from toolchain.depth import name_before
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
 from toolchain.scores.stability import unstable
@@ -239,6 +240,8 @@ def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, pre
 
 
 def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
+    cut = {name_before(name, plan.blocks) for name in plan.keep}
+    cut |= {f"{name}.heads" for name in cut}  # whole heads go by scores of their own
     return PlanFigures(
         asked=dict(plan.asked),
         got={
@@ -251,7 +254,7 @@ def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
         unstable=[
             Stability(group=name, spearman=scores.stability[name].spearman, overlap=scores.stability[name].overlap)
             for name in unstable(scores.stability)
-            if name in plan.keep
+            if name in cut
         ],
     )
 

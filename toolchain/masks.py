@@ -68,4 +68,5 @@ def masked_layer_norm(norm: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum(dim=-1, keepdim=True)
     centred = x - (x * mask).sum(dim=-1, keepdim=True) / count
     variance = (centred.square() * mask).sum(dim=-1, keepdim=True) / count
-    return (centred * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias) * mask
+    scaled = centred * torch.rsqrt(variance + norm.eps) * norm.weight
+    return (scaled if norm.bias is None else scaled + norm.bias) * mask

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from calib_data.errors import UserError
+from toolchain.checkpoints import weights_digest
 from toolchain.depth import shorten
 from toolchain.families import groups_of, narrow
 from toolchain.groups import cut
@@ -29,6 +31,9 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Returns:
         A network of the same timm class with its own weights.
 
+    Raises:
+        UserError: the plan was made for another network.
+
     Example:
         >>> import timm, toolchain
         >>> dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
@@ -37,6 +42,17 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         >>> small.embed_dim, small.blocks[0].attn.head_dim, small.blocks[0].mlp.fc1.out_features
         (96, 32, 384)
     """
+    if plan.model_digest != weights_digest(model):
+        raise UserError(
+            "This plan was made for another network.",
+            why="Which units matter belongs to exactly the weights that they were scored on.",
+            fix="Score and plan this network.",
+        )
+    return cut_out(model, plan)
+
+
+def cut_out(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """As `prune`, from any network of the plan's shape: one in another basis, for example."""
     model = shorten(model, plan.blocks) if plan.blocks else model
     groups = groups_of(model)
     keep = {name: torch.tensor(units) for name, units in plan.keep.items()}

@@ -1,8 +1,18 @@
 """Rotate, cut, refit: what makes the same cut lose less, in closed form and without labels."""
 
 from toolchain.compensation.compress import Compressed, CompressionReport, compress
-from toolchain.compensation.curves import compensated_curves
+from toolchain.compensation.curves import compensated_curves, with_joint_units
 from toolchain.compensation.refit import LayerReport
 from toolchain.compensation.statistics import TooFewImagesError
+from toolchain.compensation.weigh import weigh_streams
 
-__all__ = ["Compressed", "CompressionReport", "LayerReport", "TooFewImagesError", "compensated_curves", "compress"]
+__all__ = [
+    "Compressed",
+    "CompressionReport",
+    "LayerReport",
+    "TooFewImagesError",
+    "compensated_curves",
+    "compress",
+    "weigh_streams",
+    "with_joint_units",
+]

@@ -19,10 +19,10 @@ from toolchain.compensation.stream import rotate_stream, stream_can_rotate
 from toolchain.depth import name_before, shorten
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
-from toolchain.planning import Curve, PruningPlan
+from toolchain.planning import PruningPlan
 from toolchain.scores import divergence
 from toolchain.scores.divergence import device_of, output_scale
-from toolchain.surgery import prune
+from toolchain.surgery import cut_out, prune
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class CompressionReport:
         layers: what the refit did, in order.
         kl_deleted: KL to the dense network in nats on held-out images after plain `prune` of the same plan.
         kl_cut: after shortening, rotating and cutting.
-        kl: of the network that is returned.
+        kl: of the network that is returned; chosen on these images, so a little too low.
         accepted: False when plain `prune` was better and is returned.
         warnings: what did not go as it should.
         seconds: of all this.
@@ -71,22 +71,21 @@ def compress(
     images: Tensor,
     *,
     rotate: bool = True,
-    curves: Mapping[str, Curve] | None = None,
     batch_size: int = 32,
     quiet: bool = True,
 ) -> Compressed:
     """The network that `plan` describes, rotated before the cut and refitted after it. Labels are not needed.
 
     The result has exactly the plan's widths and is a stock timm network wherever `prune` gives one. It is never worse
-    on held-out calibration images than `prune` of the same plan: otherwise that is returned, with a warning. The same
-    images give the same network.
+    on held-out calibration images than `prune` of the same plan, nor than the cut before the refit: otherwise that is
+    returned, with a warning. The same images give the same network. Where a basis is rotated (streams, dims of heads),
+    the plan's choice of units is not used, only their number.
 
     Args:
         model: the dense network; it is not changed.
         plan: made for this network. Where a basis is rotated, only the number of its kept dims matters.
         images: calibration images [N, 3, H, W], normalised; 500 or more. Every fifth is held out for checks.
         rotate: turn the bases of heads and of the residual stream before they are cut (where that is possible).
-        curves: of `compensated_curves`; the FFN units that leave are then the first of their orders, not the plan's.
         batch_size: images per pass.
         quiet: no progress bar.
 
@@ -97,24 +96,28 @@ def compress(
     require_images(images)
     model = copy.deepcopy(model).eval()
     fit, held = split(images)
-    scale = output_scale(model, torch.split(held, batch_size))
-    deleted = prune(model, plan).eval()
-    chosen = plan if curves is None else replace(plan, keep={**plan.keep, **_units_of(curves, plan)})
-    student, dense, targets, rotated = _cut(model, chosen, fit, rotate, batch_size, quiet)
+    scale = output_scale(model, torch.split(images, batch_size))
+    deleted = prune(model, plan).eval()  # refuses the plan of another network
+    student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
+
+    outputs = _kept_features(model, plan)
 
     def kl(network: nn.Module) -> float:
         with torch.inference_mode():
             parts = [c.to(device_of(model)) for c in torch.split(held, batch_size)]
-            return float(torch.cat([divergence(model(c), network(c), scale) for c in parts]).mean())
+            return float(torch.cat([divergence(model(c)[:, outputs], network(c), scale) for c in parts]).mean())
 
-    kl_deleted, kl_cut = kl(deleted), kl(student)
+    cut = copy.deepcopy(student)
     layers = refit(student, dense, images, targets, batch_size=batch_size, quiet=quiet)
     _require_enough(layers, len(images))
-    kl_student = kl(student)
+    kl_deleted, kl_cut, kl_student = kl(deleted), kl(cut), kl(student)
     warnings = [f"{layer.layer}: {layer.warning}" for layer in layers if layer.warning]
-    accepted = kl_student <= kl_deleted
+    accepted = min(kl_student, kl_cut) <= kl_deleted
     if not accepted:
         warnings.append(f"plain pruning was better on held-out images (KL {kl_deleted:.4g} against {kl_student:.4g})")
+    elif kl_cut < kl_student:
+        warnings.append(f"the refit was left out: held-out KL {kl_cut:.4g} without it, {kl_student:.4g} with it")
+        student, kl_student = cut, kl_cut
     report = CompressionReport(
         images=len(images),
         held_out=len(held),
@@ -128,6 +131,14 @@ def compress(
         seconds=time.perf_counter() - started,
     )
     return Compressed(student if accepted else deleted, report)
+
+
+def _kept_features(model: nn.Module, plan: PruningPlan) -> list[int] | slice:
+    """Of the dense network's outputs, those that the pruned one has: features lose the channels of the last stream."""
+    if getattr(model, "num_classes", 0) > 0:
+        return slice(None)
+    last = [group.name for group in groups_of(model) if group.kind == "embed"][-1]
+    return list(plan.keep[last]) if last in plan.keep else slice(None)
 
 
 def _require_enough(layers: list[LayerReport], images: int) -> None:
@@ -158,7 +169,8 @@ def _cut(
         base = shorten(dense, plan.blocks) if plan.blocks else dense
         keep |= {name: _first_dims(groups[name], len(keep[name])) for name in narrower}
     streams = {group.name: _selection(group, keep) for group in groups.values() if group.kind == "embed"}
-    narrower_streams = {name: keep[name] for name, whole in streams.items() if len(whole) < whole.shape[1]}
+    # a single channel has nothing left after its norm, and no basis to turn
+    narrower_streams = {name: keep[name] for name, whole in streams.items() if 1 < len(whole) < whole.shape[1]}
     maps: dict[str, Tensor] = {}
     if rotate and narrower_streams:
         base, turned, maps = _turn_streams(base, narrower_streams, images, batch_size, quiet)
@@ -166,7 +178,7 @@ def _cut(
         rotated += list(turned)
         keep = {name: units for name, units in keep.items() if name not in turned}
     cut_plan = replace(plan, keep=keep, blocks={})
-    student = prune(base, cut_plan).eval()
+    student = cut_out(base, cut_plan).eval()
     writers = {
         piece.parameter.removesuffix(".weight"): streams[group.name]
         for group in groups.values()
@@ -206,16 +218,6 @@ def _first_dims(group: ChannelGroup, count: int) -> tuple[int, ...]:
     return tuple(head * group.head_dim + dim for head in range(group.num_heads) for dim in range(per_head))
 
 
-def _units_of(curves: Mapping[str, Curve], plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """FFN units that stay longest in the curves of the dense network, at the plan's widths."""
-    kept = {}
-    for name, units in plan.keep.items():
-        if name.endswith(".mlp"):
-            order = curves[name_before(name, plan.blocks)].order
-            kept[name] = tuple(sorted(order[len(order) - len(units) :].tolist()))
-    return kept
-
-
 def _selection(group: ChannelGroup, keep: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Kept channels of a stream as a matrix [k, d]."""
     whole = torch.eye(group.size, dtype=torch.float64)
@@ -229,10 +231,10 @@ def _row_map(base: nn.Module, plan: PruningPlan) -> dict[str, tuple[Tensor, Tens
     """
     probes = []
     for fill in (torch.ones_like, lambda w: torch.arange(len(w)).view(-1, *[1] * (w.ndim - 1)).expand_as(w)):
-        probe = copy.deepcopy(base)
+        probe = copy.deepcopy(base).cpu()
         for parameter in probe.parameters():
             parameter.data = fill(parameter.data).double()
-        probes.append(prune(probe, plan))
+        probes.append(cut_out(probe, plan))
     ones, numbers = (dict(probe.named_modules()) for probe in probes)
     result = {}
     for name, module in ones.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ from toolchain.compensation.heads import rotate_heads
 from toolchain.compensation.pvt_stream import cut_stages, measure_stages, stages_can_rotate
 from toolchain.compensation.statistics import require_images, split
 from toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
+from toolchain.depth import name_before
 from toolchain.families import groups_of
 from toolchain.groups import ChannelGroup
+from toolchain.planning import PruningPlan
 from toolchain.planning.curves import Curve, curve_of
 from toolchain.scores.divergence import device_of, divergence, output_scale
 from toolchain.scores.fisher import probes_of
@@ -81,7 +83,7 @@ def compensated_curves(
         quiet: no progress bar.
 
     Returns:
-        Group name -> curve. Where a basis is rotated, `order` speaks of the rotated dims: only its length matters.
+        Group name -> curve. Where a basis is rotated, `order` speaks of the rotated dims: planners take sizes only.
 
     Raises:
         UserError: too few images, or the network gives NaN on them.
@@ -141,8 +143,9 @@ def _narrower(
 def _width_curves(
     model: nn.Module, images: Tensor, scale: float | None, batch_size: int, seed: int, quiet: bool
 ) -> dict[str, Curve]:
-    streams = _narrower(model, images, batch_size, seed, quiet)
-    parts = [part.to(device_of(model)) for part in torch.split(split(images)[1], batch_size)]
+    fit, held = split(images)  # a rotation looks better on the images that it was made for
+    streams = _narrower(model, fit, batch_size, seed, quiet)
+    parts = [part.to(device_of(model)) for part in torch.split(held, batch_size)]
     curves = {}
     with torch.inference_mode():
         dense = [model(part) for part in parts]
@@ -261,7 +264,8 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
     inverse = torch.linalg.inv(second + shifts.diag())
     values, vectors = torch.linalg.eigh(fisher / fisher.trace().clamp_min(1e-300))
     # W G W^T = |W G^(1/2)|^2: in this basis the loss is a plain squared length
-    rows = torch.cat([weight.detach().double().T @ (vectors * values.clamp_min(0).sqrt()), torch.zeros(1, len(weight))])
+    rows = weight.detach().double().T @ (vectors * values.clamp_min(0).sqrt())
+    rows = torch.cat([rows, rows.new_zeros(1, len(weight))])
     alive = torch.ones(size + 1, dtype=torch.bool, device=second.device)
     alive[-1] = False  # the bias stays
     removed: list[int] = []
@@ -282,6 +286,21 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
         rows[batch], inverse[batch], inverse[:, batch] = 0, 0, 0
     loss = torch.tensor(losses, dtype=torch.float64).clamp_min(0).cumsum(0)
     return Curve(torch.tensor(removed), loss)
+
+
+def with_joint_units(plan: PruningPlan, curves: Mapping[str, Curve]) -> PruningPlan:
+    """The plan with the FFN units that the others can least stand in for, instead of those with the highest scores.
+
+    Args:
+        plan: made for the network of the curves.
+        curves: of `compensated_curves`.
+    """
+    kept = {}
+    for name, units in plan.keep.items():
+        if name.endswith(".mlp"):
+            order = curves[name_before(name, plan.blocks)].order
+            kept[name] = tuple(sorted(order[len(order) - len(units) :].tolist()))
+    return replace(plan, keep={**plan.keep, **kept}, asked={**plan.asked, "ffn_units": "joint loss"})
 
 
 def _next(

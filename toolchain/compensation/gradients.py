@@ -45,7 +45,7 @@ def output_gradients(
         for batch in watched(batches, title, quiet=quiet):
             with torch.inference_mode(False), torch.enable_grad():
                 outputs = functional_call(model, weights, _plain(batch).to(device_of(model)))
-                probes = _probes(outputs.detach(), getattr(model, "num_classes", 0) > 0, generator)
+                probes = _probes(outputs.detach(), getattr(model, "num_classes", 0) > 1, generator)
                 leaves = [seen[name][1] for name in names]
                 gradients = [
                     torch.autograd.grad((probe * outputs).sum(), leaves, retain_graph=draw + 1 < DRAWS)

@@ -64,6 +64,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"a {type(vit.patch_embed).__name__} patch embedding (hybrid or custom stem)"
     if vit.attn_pool is not None:
         return "attention pooling"
+    if not vit.global_pool:
+        return "no pooling: its output are tokens"
     norms = (vit.patch_embed.norm, vit.norm_pre, vit.norm, vit.fc_norm)
     if not all(_is_norm_or_none(norm) for norm in norms):
         return "norms that are not LayerNorm"

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from calib_data.errors import UserError
 from toolchain.groups import ChannelGroup
 from toolchain.planning.curves import Curve, curve_of
@@ -113,21 +111,15 @@ def _option(
     return Option((width[0], width[1]), loss, gone, heads)
 
 
-def kept_by_curves(branch: Branch, option: Option, curves: Mapping[str, Curve]) -> dict[str, tuple[int, ...]]:
-    """Kept units of the branch's groups; whole heads are given as all their dims, under the attention's name."""
-    kept = {}
+def sizes_of(branch: Branch, option: Option) -> dict[str, int]:
+    """What is left of the branch's groups; whole heads are given as all their dims, under the attention's name."""
+    sizes = {}
     for group, gone in zip(branch.groups, option.gone, strict=True):
-        units = kept_of(curves[group.name], gone)
         if group.kind == "heads":
-            dim = option.width[0] // option.heads
-            units = (units.view(-1, 1) * dim + torch.arange(dim)).flatten()
-        kept[group.module if group.kind == "heads" else group.name] = tuple(units.tolist())
-    return kept
-
-
-def kept_of(curve: Curve, gone: int) -> torch.Tensor:
-    """Ascending units that are left when the first `gone` of the curve have left."""
-    return curve.order[gone:].sort().values
+            sizes[group.module] = option.width[0]
+        else:
+            sizes[group.name] = group.size - gone
+    return sizes
 
 
 def curves_for(

@@ -24,6 +24,7 @@ from toolchain.groups import ChannelGroup, Widths
 from toolchain.models import preprocess_of
 
 _NETWORKS = 10  # more than the terms of any part, so that the fit can be seen to be one
+_WIDEST = 16  # widths (per head) that are counted go up to this, at least
 _PARTS = {"attn": ("attn", "norm1", "ls1"), "mlp": ("mlp", "norm2", "ls2")}  # timm's names; what a block lacks is zero
 
 
@@ -113,7 +114,8 @@ def _random_widths(groups: Sequence[ChannelGroup], generator: np.random.Generato
     channels, num_heads = {}, {}
     for group in groups:
         if group.kind in ("embed", "ffn", "qk", "v"):
-            dims = int(generator.integers(max(1, group.head_dim // 4), group.head_dim + 1))
+            # at least 16 values: where the block is narrow itself, its terms could not be told apart
+            dims = int(generator.integers(1, max(_WIDEST, group.head_dim) + 1))
             channels[group.name] = dims * group.num_heads
             if group.kind == "qk":
                 num_heads[group.module] = group.num_heads
@@ -138,6 +140,8 @@ def _through(rows: NDArray[np.float64], counts: NDArray[np.float64], name: str) 
     """Coefficients of the polynomial through the counts."""
     scale = np.maximum(rows.max(axis=0), 1)
     result: NDArray[np.float64] = np.linalg.lstsq(rows / scale, counts, rcond=1e-12)[0] / scale
-    if np.abs(rows @ result - counts).max() > 0.5:
+    used = rows.any(axis=0)
+    told_apart = np.linalg.matrix_rank((rows / scale)[:, used]) == used.sum()
+    if not told_apart or np.abs(rows @ result - counts).max() > 0.5:
         raise RuntimeError(f"the costs of {name or 'the network'} are no polynomial of its widths")
     return result

@@ -55,6 +55,11 @@ def blocks_at_ratio(scores: Scores, lists: Mapping[str, int], ratio: float) -> d
             why=f"Every list of blocks keeps one, so at most {total - len(lists)} can leave.",
             fix=f"Give a depth_ratio of at most {(total - len(lists)) / total:.2g}.",
         )
+    if ratio and not count:
+        raise UserError(
+            f"depth_ratio {ratio:g} of {total} blocks is no whole block.",
+            fix=f"Give at least {1 / total:.2g}, or leave it out.",
+        )
     needed = {name: 0 if length == 1 else 1 for name, length in lists.items()} if count else {}
     blocks_left(scores, needed, f"depth_ratio {ratio:g} removes blocks")  # all that could lose one must be known
     order = merged_steps({name: scores.depth[name] for name in lists if name in scores.depth})[:count]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from calib_data.errors import UserError
-from toolchain.depth import name_after, shorten
+from toolchain.depth import after_shortening, name_after, shorten
 from toolchain.families import family_of, groups_of, skeleton
-from toolchain.groups import ChannelGroup, widths_of
+from toolchain.groups import ChannelGroup, Widths, widths_of
 from toolchain.planning.branches import (
     Branch,
     Option,
@@ -25,15 +26,16 @@ from toolchain.planning.branches import (
     branches_of,
     curves_for,
     floors_of,
-    kept_by_curves,
-    kept_of,
+    sizes_of,
 )
+from toolchain.planning.choose import kept_by_scores
 from toolchain.planning.costs import Costs
 from toolchain.planning.counted import count_costs
 from toolchain.planning.curves import Curve
 from toolchain.planning.depth_cut import Pairs, blocks_left, merged_steps
 from toolchain.planning.document import Component, PruningPlan, sizer, widths_kept
 from toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
+from toolchain.planning.request import check_scores, groups_to_cut
 from toolchain.planning.uniform import uniform_widths
 from toolchain.scores import Scores
 
@@ -105,6 +107,7 @@ def plan_within(
     if not 0 <= floor <= 1:
         raise UserError(f"floor {floor} is out of range.", fix="Give a share in [0, 1].")
     groups = groups_of(model)
+    check_scores(model, groups_to_cut(groups, components), scores)
     found = curves_for(groups, components, scores, curves)
     least = floors or floors_of(groups, floor)
     search = _Search(groups, branches_of(groups, found, components, align, least), found, costs, budget)
@@ -113,19 +116,20 @@ def plan_within(
         depths = _depths(model, scores)
     embeds = [group for group in groups if group.kind == "embed"]
     cut = "embed" in components
-    dims = {g.name: allowed_sizes(g, align, least[g.name]) if cut else [g.size] for g in embeds}
+    dims = {g.name: _stream_sizes(g, align, least[g.name], found) if cut else [g.size] for g in embeds}
     depth, stream, options = search.run(depths, dims)
-    keep, num_heads = {}, {}
-    for name, size in stream.items():
-        if cut:
-            keep[name] = tuple(kept_of(found[name], found[name].order.numel() - size).tolist())
+    channels = dict(stream) if cut else {}
+    num_heads = {}
     for branch in (branch for branch in search.branches if branch.name in options):
         option = options[branch.name]
-        for name, units in kept_by_curves(branch, option, found).items():
-            keep[str(name_after(name, depth.blocks))] = units
+        for name, size in sizes_of(branch, option).items():
+            channels[str(name_after(name, depth.blocks))] = size
         if option.heads and branch.groups:
             num_heads[str(name_after(branch.name, depth.blocks))] = option.heads
     short = shorten(skeleton(model), depth.blocks)
+    # curves tell how many units go; which ones is for the scores to say, since rotated dims are none of the network's
+    own = replace(scores, values=after_shortening(scores.values, depth.blocks))
+    keep = kept_by_scores(groups_of(short), own, Widths(channels, num_heads), "heads" in components)
     return PruningPlan(
         keep=keep,
         num_heads=num_heads,
@@ -145,6 +149,12 @@ def plan_within(
         blocks=depth.blocks,
         planner="global",
     )
+
+
+def _stream_sizes(group: ChannelGroup, align: int, least: int, curves: Mapping[str, Curve]) -> list[int]:
+    """Widths that a stream may take: as allowed, and not beyond what was measured."""
+    loss = curves[group.name].loss
+    return [size for size in allowed_sizes(group, align, least) if math.isfinite(float(loss[group.size - size]))]
 
 
 def _depths(model: nn.Module, scores: Scores) -> list[_Depth]:
@@ -174,6 +184,7 @@ class _Search:
         self.sizes = {group.name: group.size for group in groups if group.kind == "embed"}
         self.branches, self.curves, self.costs, self.budget = branches, curves, costs, budget
         self.items: dict[tuple[str, int], Item] = {}
+        self.prices: dict[tuple[str, str, int, tuple[tuple[int, int], ...]], NDArray[np.float64]] = {}
         self.hulls: dict[tuple[str, int], Item] = {}
         self.bounds: dict[tuple[int, tuple[int, ...]], float] = {}
 
@@ -248,9 +259,14 @@ class _Search:
 
     def _item(self, branch: Branch, dim: int) -> Item:
         if (branch.name, dim) not in self.items:
-            costs = [self.costs.branch(branch.name, dim, option.width) for option in branch.options]
+            widths = tuple(option.width for option in branch.options)
+            listed, _, part = branch.name.rsplit(".", 2)
+            alike = listed, part, dim, widths  # all blocks of a list cost the same
+            if alike not in self.prices:
+                prices = [self.costs.branch(branch.name, dim, width) for width in widths]
+                self.prices[alike] = np.array(prices, dtype=np.float64)
             losses = np.array([option.loss for option in branch.options])
-            self.items[branch.name, dim] = Item(np.array(costs, dtype=np.float64), losses)
+            self.items[branch.name, dim] = Item(self.prices[alike], losses)
         return self.items[branch.name, dim]
 
     def _hull(self, branch: Branch, dim: int) -> Item:

@@ -82,6 +82,11 @@ def plan(
         if depth_ratio is not None or planner != "uniform":
             raise UserError("A smaller model fixes depth and widths.", fix="Give like without depth_ratio and planner.")
         return _like(model, scores, like, components, input_size)
+    if planner == "global" and depth_ratio is not None and "depth" in components:
+        raise UserError(
+            "The depth is given by depth_ratio, and depth is a component that the planner would choose.",
+            fix="Leave out one of them.",
+        )
     lists = family_of(model).block_lists(model)
     blocks = {} if depth_ratio is None else blocks_at_ratio(scores, lists, depth_ratio)
     notes: dict[str, float | int | str] = {**given, "align": align, "components": ",".join(components)}
@@ -130,7 +135,7 @@ def _like(
     groups = groups_of(short)
     widths = widths_like(short, groups, like, components)
     own_scores = replace(scores, values=after_shortening(scores.values, blocks))
-    check_scores(model, [group for group in groups_of(model) if group.kind in ("embed", "ffn")], scores)
+    check_scores(model, groups_to_cut(groups_of(model), DEFAULT_COMPONENTS), scores)
     return PruningPlan(
         keep=kept_by_scores(groups, own_scores, widths, "heads" in components),
         num_heads=widths.num_heads,

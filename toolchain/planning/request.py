@@ -92,7 +92,7 @@ def check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Score
                 f"These scores have nothing on {group.name} with {group.size} units.",
                 fix="Score this network again (`upvits-deploy score`).",
             )
-        if torch.isnan(scores.values[group.name]).any():
+        if not torch.isfinite(scores.values[group.name]).all():
             raise UserError(
-                f"The scores of {group.name} hold NaN.", fix="Measure all units; NaN marks unmeasured ones."
+                f"The scores of {group.name} hold NaN or infinity.", fix="Measure all units; NaN marks unmeasured ones."
             )

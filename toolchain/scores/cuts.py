@@ -30,8 +30,13 @@ def cut_of(group: ChannelGroup, widths: Widths | None) -> Cut:
     """
     widths = widths or Widths()
     heads = widths.num_heads.get(_attention_of(group), group.num_heads)
-    pools = heads if group.kind not in ("embed", "ffn", "heads") else 1
-    kept = heads if group.kind == "heads" else widths.channels.get(group.name, group.size) // pools
+    if group.kind == "heads":
+        return Cut(1, heads if 0 < heads < group.size else max(1, group.size // 2))
+    kept = widths.channels.get(group.name, group.size)
+    if group.num_heads % heads:  # whole heads leave: none are merged, and their dims are not asked for
+        heads, kept = group.num_heads, group.size
+    pools = heads if group.kind not in ("embed", "ffn") else 1
+    kept //= pools
     size = group.size // pools
     return Cut(pools, kept if 0 < kept < size else max(1, size // 2))
 

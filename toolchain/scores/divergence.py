@@ -28,7 +28,8 @@ def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tens
 
 
 def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
-    """None for a classifier; for features, their standard deviation over the proxy set. Refuses NaN early."""
+    """None for a classifier; for features (and a single logit, whose softmax tells nothing), their standard deviation
+    over the proxy set. Refuses NaN early."""
     with torch.inference_mode():
         outputs = torch.cat([model(batch.to(device_of(model))).float().cpu() for batch in batches])
     if not torch.isfinite(outputs).all():
@@ -38,7 +39,7 @@ def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
             why="Importance is a change of its output, which must be a number.",
             fix="Check the weights and the normalisation of the images.",
         )
-    if getattr(model, "num_classes", 0) > 0:
+    if getattr(model, "num_classes", 0) > 1:
         return None
     if len(outputs) < 2:
         raise UserError("One image is not enough to score a network without a head.", fix="Give at least two.")

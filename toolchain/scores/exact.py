@@ -31,7 +31,7 @@ def exact_kl(
     rows: int,
     quiet: bool,
 ) -> dict[str, Tensor]:
-    """Sums over images of KL(dense || without the unit), on images with even and with odd position.
+    """Sums over images of KL(dense || without the unit), on two halves of the images.
 
     Args:
         model: the dense network in eval mode.
