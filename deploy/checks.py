@@ -19,6 +19,7 @@ from deploy.precision_stage import precisions_for
 from deploy.recipe import PlanRecipe, Recipe, split_names
 from deploy.runtimes import BatchProfile, Runtime
 from deploy.speed.target import parse_speedup, parse_target
+from toolchain.compensation import MIN_IMAGES
 from toolchain.models import label_names_of
 from toolchain.names import canonical_name
 from toolchain.planning import DEFAULT_COMPONENTS, Component, check_request
@@ -26,6 +27,7 @@ from toolchain.timm_config import num_classes_of
 
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
 LATENCY = ("target_latency", "speedup")
+NUMBERS = ("ratio", "target_macs", "target_params")
 
 
 def with_names(recipe: Recipe) -> Recipe:
@@ -86,15 +88,28 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
             fix="Use --rounds with --ratio, --target-macs or --target-params.",
         )
     depth: tuple[Component, ...] = () if planner == "uniform" else ("depth",)
-    components = plan.components or (*DEFAULT_COMPONENTS, *depth)
+    components = (*DEFAULT_COMPONENTS, *depth) if plan.components is None else plan.components
     if plan.target_latency is not None:
         parse_target(plan.target_latency)
     elif plan.speedup is not None:
         parse_speedup(plan.speedup)
-    elif plan.like is None:
-        numbers = {given[0]: getattr(plan, given[0])}
-        check_request(numbers, plan.align, components, "global" if planner == "global" else "uniform")
+    numbers = {given[0]: getattr(plan, given[0])} if given[0] in NUMBERS else {}
+    check_request(numbers, plan.align, components, "uniform" if planner == "uniform" else "global")
     return plan.model_copy(update={"planner": planner, "components": components})
+
+
+def check_compensation(recipe: Recipe, source: DataSource) -> None:
+    """Refuse compensation that was asked for by name where the data do not suffice for it.
+
+    Raises:
+        UserError: says how many training images it needs.
+    """
+    if recipe.compensate.enabled and len(source.train) < MIN_IMAGES:
+        raise UserError(
+            f"{len(source.train)} training images are too few for --compensate.",
+            why="Layers are refitted on them, and every fifth is held out to check the result.",
+            fix=f"Give at least {MIN_IMAGES} (500 are a good number), or --no-compensate.",
+        )
 
 
 def _default_weights(model: str, data: str) -> str:

@@ -74,6 +74,14 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    parts = _split(text)
+    try:
+        return None if parts is None else [float(part) for part in parts]
+    except ValueError as error:
+        raise UserError(f"{text!r} are no numbers.", fix=f"Give them like {option} 0.3,0.5.") from error
+
+
 def _whole_numbers(text: str | None, what: str, option: str) -> list[int] | None:
     parts = _split(text)
     if parts is None:
@@ -154,7 +162,7 @@ def _stage_command(until: str) -> Callable[..., None]:
 
 
 def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -> None:
-    from deploy.pipeline import prepare, preview, run_job
+    from deploy.pipeline import prepare, preview, require_target, run_job
     from deploy.plan_view import plan_table
     from deploy.recipe import make_recipe
     from deploy.report.views import terminal
@@ -168,6 +176,8 @@ def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -
     if report is not None:
         console.print(terminal(report))
     console.print(f"Everything is in {job.folder}", soft_wrap=True, highlight=False, markup=False)
+    if report is not None:
+        require_target(report)
 
 
 _HELP = {
@@ -277,16 +287,25 @@ def sweep(
     ratios: Annotated[str | None, typer.Option(help="Shares of every dimension to remove, e.g. 0.3,0.5,0.7.")] = None,
     macs: Annotated[str | None, typer.Option(help="Shares of the MACs to keep, e.g. 0.65,0.5,0.35.")] = None,
     speedups: Annotated[str | None, typer.Option(help="Factors, e.g. 1.5x,2x,3x (planner latency).")] = None,
+    latencies: Annotated[str | None, typer.Option(help="Per batch, e.g. 2ms,3ms (planner latency).")] = None,
     weights: opt.Weights = None,
     data: opt.Data = None,
     image_size: opt.ImageSize = None,
     planner: opt.Planner = None,
     method: opt.Method = None,
+    depth_ratio: opt.DepthRatio = None,
+    rounds: opt.Rounds = None,
+    align: opt.Align = None,
+    components: opt.Components = None,
     compensate: opt.Compensate = None,
+    refit_images: opt.RefitImages = None,
+    proxy_images: opt.ProxyImages = None,
     epochs: opt.Epochs = None,
+    batch_size: opt.BatchSize = None,
     device: opt.Device = None,
     runtime: opt.Runtime = None,
     precision: opt.Precision = None,
+    max_drop: opt.MaxDrop = None,
     bench_batches: opt.BenchBatches = None,
     bench_seconds: opt.BenchSeconds = None,
     recipe: opt.RecipeFile = None,
@@ -302,18 +321,25 @@ def sweep(
 
     options = {
         "model": model, "weights": weights, "data": data, "image_size": image_size, "planner": planner,
-        "method": method, "enabled": compensate, "epochs": epochs, "device": device, "runtime": runtime,
-        "precision": precision, "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"),
-        "seconds": bench_seconds, "recipe": recipe, "seed": seed,
+        "method": method, "depth_ratio": depth_ratio, "rounds": rounds, "align": align,
+        "components": _split(components), "enabled": compensate, "refit_images": refit_images,
+        "num_images": proxy_images, "epochs": epochs, "batch_size": batch_size, "device": device, "runtime": runtime,
+        "precision": precision, "max_drop": max_drop,
+        "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
+        "recipe": recipe, "seed": seed,
     }  # fmt: skip
     cuts: list[dict[str, Any]] = [
-        *({"ratio": part} for part in _split(ratios) or ()),
-        *({"target_macs": part} for part in _split(macs) or ()),
+        *({"ratio": number} for number in _numbers(ratios, "--ratios") or ()),
+        *({"target_macs": number} for number in _numbers(macs, "--macs") or ()),
         *({"speedup": part} for part in _split(speedups) or ()),
+        *({"target_latency": part} for part in _split(latencies) or ()),
     ]
     values = recipe_values(options)
     found = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
     Console(quiet=quiet).print(sweep_terminal(found))
+    failed = [run.exit_code for run in found.runs if run.exit_code]
+    if failed:
+        raise typer.Exit(failed[0])
 
 
 @app.command()
@@ -381,7 +407,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code == _INTERRUPTED:
-            continues = sys.argv[1:2] and sys.argv[1] in _HELP and sys.argv[1] != "plan"
+            continues = sys.argv[1:2] and sys.argv[1] in {*_HELP, "sweep"} - {"plan"}
             print("Interrupted. The same command continues." if continues else "Interrupted.", file=sys.stderr)
         raise
 

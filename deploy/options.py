@@ -17,7 +17,7 @@ Weights = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help="imagefolder:DIR, hfds/NAME, wds/PATH, torch/NAME, or demo. \\[default: demo]"),
+    typer.Option(help="imagefolder:DIR, hfds:NAME, wds:DIR, torch:NAME, or demo. \\[default: demo]"),
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Side in pixels. \\[default: the model's]")]
 Ratio = Annotated[
@@ -26,7 +26,7 @@ Ratio = Annotated[
 TargetMacs = Annotated[float | None, typer.Option(help="Share of the MACs to keep.", rich_help_panel=PLAN)]
 TargetParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep.", rich_help_panel=PLAN)]
 Like = Annotated[
-    str | None, typer.Option(help="Widths and heads of this smaller published model.", rich_help_panel=PLAN)
+    str | None, typer.Option(help="Depth, widths and heads of this smaller published model.", rich_help_panel=PLAN)
 ]
 TargetLatency = Annotated[
     str | None, typer.Option(help="Milliseconds per batch, e.g. 2.0ms, measured here.", rich_help_panel=PLAN)
@@ -39,21 +39,28 @@ DepthRatio = Annotated[
 ]
 Planner = Annotated[
     str | None,
-    typer.Option(help="uniform, global or latency. \\[default: uniform]", rich_help_panel=PLAN),
+    typer.Option(
+        help="uniform, global or latency. \\[default: uniform; latency where one is asked for]", rich_help_panel=PLAN
+    ),
 ]
 Rounds = Annotated[
     int | None, typer.Option(help="Prune in steps, scoring again in between. \\[default: 1]", rich_help_panel=PLAN)
 ]
 Compensate = Annotated[
     bool | None,
-    typer.Option("--compensate/--no-compensate", help="Rotate and refit. \\[default: on]", rich_help_panel=PLAN),
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="Rotate and refit. \\[default: on with enough images]",
+        rich_help_panel=PLAN,
+    ),
 ]
 RefitImages = Annotated[int | None, typer.Option(help="Images to refit on. \\[default: 512]", rich_help_panel=PLAN)]
 Align = Annotated[int | None, typer.Option(help="Widths are multiples of this. \\[default: 8]", rich_help_panel=PLAN)]
 Components = Annotated[
     str | None,
     typer.Option(
-        help="Some of embed, ffn, depth, and attention or qk_v or heads. \\[default: embed,attention,ffn]",
+        help="Some of embed, ffn, depth (not uniform), and attention or qk_v or heads. "
+        "\\[default: embed,attention,ffn, and depth unless uniform]",
         rich_help_panel=PLAN,
     ),
 ]

@@ -20,8 +20,8 @@ def plan_table(plan: PruningPlan) -> Group:
         share = f"{100 * one.after / one.before:.0f} %"
         table.add_row(one.group, _width(one.before, one.heads[0]), _width(one.after, one.heads[1]), share)
     asked = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                      for key, value in plan.asked.items())  # fmt: skip
-    shorter = [f"{name} keeps {len(pairs)} blocks" for name, pairs in plan.blocks.items()]
+                      for key, value in plan.requested.items())  # fmt: skip
+    shorter = [f"{name} keeps {_pairs(pairs)}" for name, pairs in plan.blocks.items()]
     macs, params = (getattr(plan.after, key) / getattr(plan.before, key) for key in ("macs", "params"))
     lines = [
         f"asked: {asked} (planner: {plan.planner})",
@@ -30,6 +30,11 @@ def plan_table(plan: PruningPlan) -> Group:
         f"parameters {plan.before.params / 1e6:.2f} M to {plan.after.params / 1e6:.2f} M ({100 * params:.1f} %)",
     ]
     return Group(table, *(Text(line) for line in lines))
+
+
+def _pairs(pairs: tuple[tuple[int, int], ...]) -> str:
+    """Blocks that stay; 10+11 is a shifted one, of the attention of block 10 and the FFN of block 11."""
+    return f"{len(pairs)} blocks: " + " ".join(f"{a}" if a == ffn else f"{a}+{ffn}" for a, ffn in pairs)
 
 
 def _width(size: int, heads: int) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import toolchain
 from calib_data import Preprocess, proxy_images
 from deploy.artifacts import Artifact, atomic_write
-from deploy.environment import builder_facts
 from deploy.job import Job, accuracy_of, stage, write_accuracy, write_json
 from deploy.precision_stage import precisions_for
 from deploy.recipe import Recipe
@@ -49,6 +48,8 @@ def prune(job: Job, scored: Artifact) -> Artifact:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.prune(job.dense, plan)
+        if images is None:
+            write_json(folder / "compensation.json", {"left_out": "it was switched off (--no-compensate)."})
         compensated = None if images is None else _compensated(job, plan, images, folder)
         toolchain.save(compensated or deleted, folder / "model")
         dense = accuracy_of(job, job.dense)
@@ -280,6 +281,4 @@ def _where(job: Job) -> dict[str, str]:
     """What a latency plan depends on beyond the network: the machine and the runtime's version."""
     if job.recipe.plan.planner != "latency":
         return {}
-    deployment = deployment_of(job.recipe, job.runtimes.runtimes)
-    where = f"{deployment.runtime.name} {deployment.precision} batch {deployment.batch}"
-    return {"runtime": where, **builder_facts(deployment.runtime)}
+    return deployment_of(job.recipe, job.runtimes.runtimes).facts()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from deploy.report.document import (
     Report,
     Stability,
     Target,
+    Timing,
     Width,
     engine_figures,
 )
@@ -106,7 +107,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
             engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
         ],
         stages=[artifact.record for artifact in done.all],
-        plan=_plan_figures(plan, scores),
+        plan=_plan_figures(plan, scores, compensated.get("rotated", ())),
         compensation=_compensation(compensated),
         target=_target(done.pruned, latency),
         measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
@@ -217,9 +218,10 @@ def _target(pruned: Artifact, bench: Bench) -> Target | None:
         return None
     found = LatencyRecord.model_validate_json(path.read_bytes())
     place = (found.runtime, found.precision, f"b{found.batch}")
-    dense, own, speedup = (_at(values, *place) for values in (bench.dense, bench.pruned, bench.speedup))
-    over = found.chosen.over_target
-    if own is not None and dense is not None:
+    over, searched, measured = found.chosen.over_target, found.chosen, None
+    if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:
+        speedup, low, high = (_at(v, *place) for v in (bench.speedup, bench.speedup_low, bench.speedup_high))
+        measured = Timing(dense_ms=dense.median, ms=own.median, speedup=speedup, low=low, high=high)
         asked = parse_speedup(found.asked).speedup if found.asked.endswith("x") else None
         over = own.median / found.target_ms if asked is None else asked / speedup
     return Target(
@@ -227,10 +229,14 @@ def _target(pruned: Artifact, bench: Bench) -> Target | None:
         runtime=found.runtime,
         precision=found.precision,
         batch=found.batch,
-        target_ms=found.target_ms,
-        searched_ms=found.chosen.measured_ms,
-        dense_ms=dense and dense.median,
-        measured_ms=own and own.median,
+        searched=Timing(
+            dense_ms=searched.dense_ms,
+            ms=searched.measured_ms,
+            speedup=searched.speedup,
+            low=searched.low,
+            high=searched.high,
+        ),
+        measured=measured,
         met=over <= ALLOWED,
     )
 
@@ -239,11 +245,14 @@ def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, pre
     return values.get(runtime, {}).get(precision, {}).get(batch)
 
 
-def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
+def _plan_figures(plan: PruningPlan, scores: Scores, rotated: Collection[str]) -> PlanFigures:
+    """`rotated`: groups whose basis was turned, so that the scores of their units decided nothing."""
     cut = {name_before(name, plan.blocks) for name in plan.keep}
     cut |= {f"{name}.heads" for name in cut}  # whole heads go by scores of their own
+    turned = {name_before(name, plan.blocks) for name in rotated}
+    turned |= {f"{name}.{part}" for name in turned for part in ("qk", "v")}
     return PlanFigures(
-        asked=dict(plan.asked),
+        asked=plan.requested,
         got={
             "macs_share": round(plan.after.macs / plan.before.macs, 4),
             "params_share": round(plan.after.params / plan.before.params, 4),
@@ -254,7 +263,7 @@ def _plan_figures(plan: PruningPlan, scores: Scores) -> PlanFigures:
         unstable=[
             Stability(group=name, spearman=scores.stability[name].spearman, overlap=scores.stability[name].overlap)
             for name in unstable(scores.stability)
-            if name in cut
+            if name in cut - turned
         ],
     )
 

@@ -184,21 +184,29 @@ class Stability(_Document):
     overlap: float
 
 
-class Target(_Document):
-    """A latency that was asked for, on the runtime where it was searched; in ms per batch.
+class Timing(_Document):
+    """Dense and pruned network, timed in turns: ms per batch, and the ratio with its range over rounds."""
 
-    `searched_ms` is what the plan's network took when it was chosen, `measured_ms` the finished engine's median and
-    `dense_ms` the dense one's, both of the last measurement.
+    dense_ms: float
+    ms: float
+    speedup: float
+    low: float
+    high: float
+
+
+class Target(_Document):
+    """A latency that was asked for, on the runtime where it was searched.
+
+    `searched` is of the network of the plan when it was chosen, `measured` of the finished engine. Two measurements at
+    different times differ by what else the machine did; each holds the dense network too.
     """
 
     asked: str
     runtime: str
     precision: str
     batch: int
-    target_ms: float
-    searched_ms: float
-    dense_ms: float | None = None
-    measured_ms: float | None = None
+    searched: Timing
+    measured: Timing | None = None
     met: bool
 
 

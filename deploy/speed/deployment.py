@@ -17,6 +17,7 @@ from torch import nn
 
 from calib_data import Preprocess
 from calib_data.errors import UserError
+from deploy.environment import builder_facts
 from deploy.graphs.export import export_onnx
 from deploy.graphs.files import load_model, save_model
 from deploy.measure.bench import BenchSettings, LatencyReport, interleave_own
@@ -48,6 +49,16 @@ class Deployment:
     opset: int = 20
     uint8_input: bool = False
     cuda_graph: bool = False
+
+    def facts(self) -> dict[str, str]:
+        """All that latencies depend on beside the network: the machine, the runtime's version, and how it is built."""
+        return {
+            **builder_facts(self.runtime),
+            "runtime": self.runtime.name,
+            "precision": self.precision,
+            "batch": f"{self.batch} of {self.profile}",
+            "export": f"opset {self.opset}, uint8 {self.uint8_input}, graph {self.cuda_graph}",
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -102,6 +102,8 @@ def sweep(
             reports[name] = _run(recipe, out / name, [out / other for other in recipes], quiet=quiet)
         except UserError as error:
             errors[name] = error
+            text = f"{name}: {error.what} {error.fix}".strip()
+            Console(stderr=True).print(text, style="red", highlight=False, markup=False)
     if not reports:
         raise next(iter(errors.values()))
     found = compare_cuts(reports, errors)
@@ -123,7 +125,7 @@ def compare_cuts(reports: Mapping[str, Report], errors: Mapping[str, UserError])
         for name, own in reports.items()
     ]
     runs += [
-        SweepRun(name=name, failed=" ".join(filter(None, (own.what, own.why))), exit_code=own.exit_code)
+        SweepRun(name=name, failed=" ".join(filter(None, (own.what, own.why, own.fix))), exit_code=own.exit_code)
         for name, own in errors.items()
     ]
     return SweepReport(

@@ -9,6 +9,7 @@ network's, and whatever is planned with it is built and timed in the end.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from calib_data import Preprocess
+from calib_data.errors import UserError
 from calib_data.progress import watched
 from deploy.artifacts import atomic_write, canonical_digest, disk_errors
-from deploy.environment import builder_facts
 from deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
 from deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
 from toolchain.families import groups_of
@@ -183,6 +184,26 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upvits-deploy"
 
 
+def tables_folder() -> Path:
+    """The folder of the tables, made if need be.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = cache_folder() / "latency"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The latency table cannot be kept in {folder}: {error.strerror or error}.",
+            why="Measured latencies of layers are kept there for the next run.",
+            fix="Name a folder that you may write to in the environment variable UPVITS_DEPLOY_CACHE.",
+        ) from error
+    return folder
+
+
 def spread(costs: LatencyCosts) -> float:
     """Median over points of their 10th to 90th percentile range, in shares of the point."""
     return median((point.high - point.low) / max(point.share, 1e-9) for point in costs.points.values())
@@ -248,19 +269,13 @@ def _load(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> t
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     heads = {group.name: group.num_heads for group in groups_of(model)}
     facts = {
-        **builder_facts(deployment.runtime),
-        "runtime": deployment.runtime.name,
-        "precision": deployment.precision,
-        "batch": f"{deployment.batch} of {deployment.profile}",
-        "export": f"opset {deployment.opset}, uint8 {deployment.uint8_input}, graph {deployment.cuda_graph}",
+        **deployment.facts(),
         "repeats": str(_REPEATS),
         "architecture": canonical_digest(
             {"class": type(model).__name__, "input": preprocess.input_size, "shapes": shapes, "heads": heads}
         ),
     }
-    folder = cache_folder() / "latency"
-    with disk_errors(folder, "the latency table"):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = tables_folder()
     name = f"{deployment.runtime.name}-{deployment.precision}-b{deployment.batch}-{canonical_digest(facts)[:16]}.json"
     try:
         table = TableFile.model_validate_json((folder / name).read_bytes())

@@ -3,10 +3,11 @@
 from toolchain.compensation.compress import Compressed, CompressionReport, compress
 from toolchain.compensation.curves import compensated_curves, with_joint_units
 from toolchain.compensation.refit import LayerReport
-from toolchain.compensation.statistics import TooFewImagesError
+from toolchain.compensation.statistics import MIN_IMAGES, TooFewImagesError
 from toolchain.compensation.weigh import weigh_streams
 
 __all__ = [
+    "MIN_IMAGES",
     "Compressed",
     "CompressionReport",
     "LayerReport",

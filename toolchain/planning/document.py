@@ -102,6 +102,12 @@ class PruningPlan:
         return Widths(channels=sizes, num_heads=num_heads)
 
     @property
+    def requested(self) -> dict[str, float | int | str]:
+        """`asked` without what planners derived from it."""
+        derived = ("budget", "unit", "floor")
+        return {name: value for name, value in self.asked.items() if name not in derived}
+
+    @property
     def changes(self) -> tuple[Change, ...]:
         """Every group of the dense network with what becomes of it."""
         after = self.widths

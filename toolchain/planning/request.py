@@ -38,12 +38,13 @@ def check_request(
         raise UserError(f"Unknown planner {planner!r}.", fix=f"Choose one of: {', '.join(get_args(Planner))}.")
     if align < 1:
         raise UserError(f"align {align} is out of range.", fix="Give a whole number of at least 1; kernels like 8.")
-    unknown = sorted(set(components) - set(get_args(Component)))
-    if unknown or not components or len(_ATTENTION & set(components)) > 1:
+    unknown = set(components) - set(get_args(Component))
+    twice = len(set(components)) < len(components)
+    if unknown or twice or not components or len(_ATTENTION & set(components)) > 1:
         raise UserError(
             f"Cannot prune the components {', '.join(components) or '(none)'}.",
             fix="Give some of embed, ffn, depth (planner global only) and one of attention (dims in every head), "
-            "qk_v (q·k and v dims of their own) or heads (whole heads).",
+            "qk_v (q·k and v dims of their own) or heads (whole heads), each once.",
         )
     if "depth" in components and planner != "global":
         raise UserError(

@@ -143,22 +143,17 @@ def target(report: Report) -> Section:
     return Section(
         "target",
         "Target",
-        ("", "ms per batch"),
+        ("", "dense ms", "pruned ms", "faster", "from", "to"),
         tuple(
-            (words(name), fine_ms(value))
-            for name, value in (
-                ("target", found.target_ms),
-                ("when the plan was chosen", found.searched_ms),
-                ("dense", found.dense_ms),
-                ("finished engine", found.measured_ms),
-            )
-            if value is not None
+            (words(name), fine_ms(one.dense_ms), fine_ms(one.ms), times(one.speedup), times(one.low), times(one.high))
+            for name, one in (("when the plan was chosen", found.searched), ("finished engine", found.measured))
+            if one is not None
         ),
         (
             f"Asked for: {found.asked}, on {found.runtime} {found.precision} at batch {found.batch}: "
             f"{'met' if found.met else 'not met'}.",
         ),
-        terminal=(0, 1),
+        terminal=(0, 1, 2, 3, 4, 5),
     )
 
 

@@ -24,7 +24,12 @@ class Tile:
 
 def subject(report: Report) -> str:
     """What the report is about, in a line."""
-    asked = f"ratio {report.ratio:g}" if report.ratio is not None else inline(report.plan.asked if report.plan else {})
+    asked = f"ratio {report.ratio:g}" if report.ratio is not None else ""
+    if report.plan is not None:  # how it was done is told further down
+        asked = inline(
+            {name: value for name, value in report.plan.asked.items() if name not in ("align", "components")}
+        )
+        asked += f", planner {report.plan.planner}" if report.plan.planner != "uniform" else ""
     return f"Model {report.model}, weights {report.weights}, data {report.data}, {asked or 'no pruning asked for'}."
 
 
@@ -61,11 +66,12 @@ def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
 
 def _missed_target(report: Report) -> list[str]:
     target = report.target
-    if target is None or target.met or target.measured_ms is None:
+    if target is None or target.met or target.measured is None:
         return []
+    found = target.measured
     return [
-        f"Target missed: {target.asked} asked for, {target.measured_ms:.3f} ms measured on {target.runtime} "
-        f"{target.precision} at batch {target.batch}."
+        f"Target missed: {target.asked} asked for; {found.ms:.3g} ms on {target.runtime} {target.precision} at batch "
+        f"{target.batch}, {found.speedup:.2f}x the dense speed ({found.low:.2f} to {found.high:.2f})."
     ]
 
 

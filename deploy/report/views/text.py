@@ -71,8 +71,10 @@ def markdown_sections(found: Iterable[Section]) -> list[str]:
         lines += [f"## {section.title}", ""]
         if section.rows:
             rules = ["---" if i in section.text_columns else "---:" for i in range(len(section.header))]
-            rows = [[cell.text for cell in row] for row in section.rows]
+            rows = [[cell.text for cell in row] for row in section.rows[: section.shown or None]]
             lines += [_markdown_row(row) for row in (section.header, rules, *rows)] + [""]
+            if len(rows) < len(section.rows):
+                lines += [f"The first {len(rows)} of {len(section.rows)}; all are in report.html and report.json.", ""]
         if section.commands:
             lines += ["```bash", *section.commands, "```", ""]
         lines += [f"- {remark}" for remark in section.remarks] + ([""] if section.remarks else [])
