@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -84,11 +85,11 @@ INFORMED = ("fisher", "refined", "kl")
 
 
 @functools.cache
-def scores_of(task: Task, method: str) -> tuple[Scores, float]:
+def scores_of(task: Task, method: str, depth: bool) -> tuple[Scores, float]:
     """Measured once for all levels; the seconds are added to every network that uses them."""
     started = time.perf_counter()
     images = task.images[: task.score_images]
-    scores = toolchain.score(task.model, images, method=method, depth=method in INFORMED, seed=task.seed)  # type: ignore[arg-type]
+    scores = toolchain.score(task.model, images, method=method, depth=depth, seed=task.seed)  # type: ignore[arg-type]
     return scores, time.perf_counter() - started
 
 
@@ -101,8 +102,8 @@ def curves_of(task: Task) -> tuple[dict[str, Curve], float]:
 
 def ours(task: Task, share: float, *, scores: str, planner: str, compensate: bool) -> Made:
     """A criterion, a planner, and deletion or closed-form compensation."""
-    found, before = scores_of(task, scores)
     asked = dict(PLANNERS[planner])
+    found, before = scores_of(task, scores, "depth" in asked.get("components", ()))
     curves = None
     if compensate:
         curves, more = curves_of(task)
@@ -233,9 +234,9 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All rows, in the order in which they are measured; the dense networks come first, as method `dense`."""
     known, before = methods(asked.quick, asked.peers), rows_before(asked.rows)
     if asked.only:
-        known = {name: known[name] for name in known if any(text in name for text in asked.only)}
+        known = {name: known[name] for name in known if any(fnmatch(name, pattern) for pattern in asked.only)}
     if not known:
-        raise UserError(f"No method's name contains {' or '.join(asked.only)}.")
+        raise UserError(f"No method is called {' or '.join(asked.only)}.")
     for name, folder, data in asked.model or [("pvt_v2_b0", "demo", "demo")]:
         model = toolchain.create_model("pvtv2_b0", weights="demo") if folder == "demo" else toolchain.load(folder)
         source = open_source(data)
@@ -311,7 +312,7 @@ def main() -> None:
     parser.add_argument("--model", nargs=3, action="append", metavar=("NAME", "FOLDER", "DATA"))
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="interpreter of the peers' environment")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="methods whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="methods by name, e.g. 'fisher, *'")
     parser.add_argument("--shares", type=float, nargs="+")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--score-images", type=int)
