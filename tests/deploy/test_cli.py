@@ -60,6 +60,12 @@ PLAN = ("plan", "--model", "pvtv2_b0")
     [
         (("plan", "--model", "pvtv3_b0", "--ratio", "0.5"), "Did you mean"),
         (("plan", "--model", "resnet50", "--ratio", "0.5"), "not supported"),
+        ((*PLAN, "--ratio", "0.5", "--components", ""), "Cannot prune the components (none)"),
+        ((*PLAN, "--ratio", "0.5", "--components", "ffn,ffn"), "Cannot prune the components ffn, ffn"),
+        ((*PLAN, "--ratio", "0.5", "--refit-images", "3"), "refit_images"),
+        ((*PLAN, "--depth-ratio", "0.01"), "no whole block"),
+        (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,0.50"), "given twice"),
+        (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,half"), "no numbers"),
         (("plan", "--ratio", "0.5"), "Which model"),
         (PLAN, "How much is to be cut"),
         ((*PLAN, "--ratio", "0.5", "--target-macs", "0.5"), "How much is to be cut"),
@@ -178,6 +184,18 @@ def test_a_run_on_own_images_and_own_checkpoint(
     assert {**again, "stages": None} == {**report, "stages": None}
     code, _, err = run(capsys, monkeypatch, *arguments[:4], "0.25", *arguments[5:])
     assert (code, "another run" in err) == (2, True)
+
+
+def test_the_global_planner_can_cut_in_rounds(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its components hold the depth, which every round has to score."""
+    code, out, _ = run(
+        capsys, monkeypatch, "plan", "-m", "deit_tiny", "--weights", "random", "--data", f"imagefolder:{photos}",
+        "--image-size", "32", "--target-macs", "0.6", "--planner", "global", "--rounds", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert "rounds 2" in out
 
 
 @pytest.mark.parametrize("target", ["--target-macs", "--target-params"])

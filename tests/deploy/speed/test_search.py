@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 import toolchain
@@ -17,6 +18,8 @@ from deploy.speed.search import ALLOWED, search
 from deploy.speed.target import parse_speedup, parse_target
 from tests.deploy.conftest import preprocess_for
 from tests.deploy.speed.planner import uniform_planner
+from toolchain.compensation import compensated_curves
+from toolchain.planning import Costs, PruningPlan, plan_within
 
 BATCH = 4
 DEPLOYMENT = Deployment(RUNTIMES["onnxruntime"], "fp32", BATCH, BatchProfile(1, BATCH, BATCH))
@@ -62,6 +65,20 @@ def test_an_impossible_speedup_ends_with_the_nearest_and_the_floor(small: nn.Mod
     assert "500x was not reached on onnxruntime fp32 at batch 4" in caught.value.what
     assert "x faster than the dense network's" in caught.value.why
     assert "Alignment is the floor." in caught.value.why
+
+
+def test_the_floor_of_measured_curves_ends_the_search_too(small: nn.Module) -> None:
+    """Streams are measured down to a quarter of their width: below it their curves say infinity."""
+    images = torch.randn(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scores, curves = toolchain.score(small, images[:8]), compensated_curves(small, images)
+    assert torch.isinf(curves["embed"].loss).any()
+
+    def planner(costs: Costs, budget: float) -> PruningPlan:
+        return plan_within(small, scores, costs, budget, components=("embed", "ffn"), curves=curves)
+
+    with pytest.raises(TargetError, match="500x was not reached") as caught:
+        search(small, preprocess_for(64), planner, DEPLOYMENT, parse_speedup("500x"))
+    assert "By the latency table" in caught.value.why
 
 
 def test_a_target_that_the_dense_network_meets_is_no_target(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("UPVITS_DEPLOY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="file"):
+    with pytest.raises(UserError, match="UPVITS_DEPLOY_CACHE"):
         measure_table(Baseline(small, PREPROCESS, DEPLOYMENT, dense, 2.0))
 
 
