@@ -15,6 +15,7 @@ from rich.console import Console
 
 from calib_data.errors import UserError
 from deploy import options as opt
+from deploy.option_values import input_shape_of, numbers, recipe_values, split, whole_numbers
 
 app = typer.Typer(
     name="upvits-deploy",
@@ -27,68 +28,6 @@ app = typer.Typer(
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _TERMINATED = 128 + signal.SIGTERM
-
-
-def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Nested recipe values from the options that were given; a recipe file's values stand below them."""
-    from deploy.recipe import read_recipe_file
-
-    places = {
-        "plan": (
-            "ratio",
-            "target_macs",
-            "target_params",
-            "like",
-            "target_latency",
-            "speedup",
-            "depth_ratio",
-            "planner",
-            "rounds",
-            "align",
-            "components",
-        ),
-        "compensate": ("enabled", "refit_images"),
-        "score": ("method", "num_images"),
-        "distill": ("epochs", "batch_size", "lr", "feature_weight", "workers"),
-        "precision": ("calib", "calib_images", "max_drop"),
-        "engine": ("runtime", "precision", "batch", "targets", "workspace_mib", "require_fused_attention"),
-        "export": ("opset", "uint8_input", "external_data"),
-        "bench": ("batches", "seconds", "streams", "cuda_graph"),
-    }
-    file = options.pop("recipe")
-    values: dict[str, Any] = {} if file is None else read_recipe_file(file)
-    given = {name: value for name, value in options.items() if value is not None}
-    for part, names in places.items():
-        chosen = {name: given.pop(name) for name in names if name in given}
-        if chosen:
-            if not isinstance(values.get(part, {}), dict):
-                raise UserError(f"The recipe has {part} = {values[part]!r}.", fix=f"Make it a table: [{part}].")
-            values[part] = {**values.get(part, {}), **chosen}
-    values |= given
-    if "model" not in values:
-        raise UserError("Which model?", fix="Give --model, e.g. --model pvtv2_b0 --ratio 0.5.")
-    return values
-
-
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    parts = _split(text)
-    try:
-        return None if parts is None else [float(part) for part in parts]
-    except ValueError as error:
-        raise UserError(f"{text!r} are no numbers.", fix=f"Give them like {option} 0.3,0.5.") from error
-
-
-def _whole_numbers(text: str | None, what: str, option: str) -> list[int] | None:
-    parts = _split(text)
-    if parts is None:
-        return None
-    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"{what} {text!r} are not valid.", fix=f"Give them like {option} 1,8.")
-    return [int(part) for part in parts]
 
 
 def _stage_command(until: str) -> Callable[..., None]:
@@ -146,14 +85,14 @@ def _stage_command(until: str) -> Callable[..., None]:
             "target_macs": target_macs, "target_params": target_params, "like": like,
             "target_latency": target_latency, "speedup": speedup, "depth_ratio": depth_ratio, "planner": planner,
             "rounds": rounds, "enabled": compensate, "refit_images": refit_images, "align": align,
-            "components": _split(components), "method": method, "num_images": proxy_images, "epochs": epochs,
+            "components": split(components), "method": method, "num_images": proxy_images, "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "feature_weight": feature_weight, "workers": workers,
             "device": device, "runtime": runtime, "precision": precision, "max_drop": max_drop, "calib": calib,
-            "calib_images": calib_images, "batch": batch_profile, "targets": _split(targets),
+            "calib_images": calib_images, "batch": batch_profile, "targets": split(targets),
             "workspace_mib": workspace, "require_fused_attention": require_fused, "opset": opset,
             "uint8_input": uint8_input, "external_data": external_data,
-            "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
-            "streams": _whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph,
+            "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
+            "streams": whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph,
             "recipe": recipe, "seed": seed,
         }  # fmt: skip
         _run(recipe_values(options), output, until, quiet)
@@ -218,26 +157,18 @@ def bench(
     found = compare(
         models,
         runtimes=runtime or "auto",
-        batches=_whole_numbers(batches, "Batch sizes", "--batches") or [1],
+        batches=whole_numbers(batches, "Batch sizes", "--batches") or [1],
         seconds=seconds,
-        streams=_whole_numbers(streams, "Streams", "--streams") or [1],
+        streams=whole_numbers(streams, "Streams", "--streams") or [1],
         threads=threads,
         cuda_graph=cuda_graph,
-        input_shapes=dict(_shape(text) for text in input_shape or ()),
+        input_shapes=dict(input_shape_of(text) for text in input_shape or ()),
         quiet=quiet,
     )
     if output is not None:
         with disk_errors(output.parent, "bench"):
             atomic_write(output, found.model_dump_json(indent=2).encode())
     Console(quiet=quiet).print(comparison_table(found))
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, equals, sizes = text.partition("=")
-    parts = sizes.split("x")
-    if not equals or not name or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"Input shape {text!r} is not valid.", fix="Give it like images=1x3x224x224.")
-    return name, tuple(int(part) for part in parts)
 
 
 @app.command()
@@ -322,17 +253,17 @@ def sweep(
     options = {
         "model": model, "weights": weights, "data": data, "image_size": image_size, "planner": planner,
         "method": method, "depth_ratio": depth_ratio, "rounds": rounds, "align": align,
-        "components": _split(components), "enabled": compensate, "refit_images": refit_images,
+        "components": split(components), "enabled": compensate, "refit_images": refit_images,
         "num_images": proxy_images, "epochs": epochs, "batch_size": batch_size, "device": device, "runtime": runtime,
         "precision": precision, "max_drop": max_drop,
-        "batches": _whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
+        "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
         "recipe": recipe, "seed": seed,
     }  # fmt: skip
     cuts: list[dict[str, Any]] = [
-        *({"ratio": number} for number in _numbers(ratios, "--ratios") or ()),
-        *({"target_macs": number} for number in _numbers(macs, "--macs") or ()),
-        *({"speedup": part} for part in _split(speedups) or ()),
-        *({"target_latency": part} for part in _split(latencies) or ()),
+        *({"ratio": number} for number in numbers(ratios, "--ratios") or ()),
+        *({"target_macs": number} for number in numbers(macs, "--macs") or ()),
+        *({"speedup": part} for part in split(speedups) or ()),
+        *({"target_latency": part} for part in split(latencies) or ()),
     ]
     values = recipe_values(options)
     found = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
