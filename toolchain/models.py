@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -177,6 +177,21 @@ def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
+def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The structure document from which `hollow` builds the network again: timm's arguments, or widths of every group.
+
+    Args:
+        model: a timm network of a supported family, pruned or not.
+        model_args: timm arguments that it was built with, beyond image size, pooling and widths.
+    """
+    family = family_of(model)
+    uniform = family.uniform_args(model)
+    config = _config(model, {**family.constructor_args(model), **(model_args or {}), **(uniform or {})})
+    if uniform is None:
+        config["upvits"] = {"format": FORMAT, "widths": asdict(widths_of(groups_of(model)))}
+    return config
+
+
 def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = None) -> None:
     """Write a network as a model folder, and prove that it loads: it is read back and must give the same output.
 
@@ -190,11 +205,7 @@ def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = 
     """
     if folder.exists():
         raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
-    family = family_of(model)
-    uniform = family.uniform_args(model)
-    config = _config(model, {**family.constructor_args(model), **(model_args or {}), **(uniform or {})})
-    if uniform is None:
-        config["upvits"] = {"format": FORMAT, "widths": asdict(widths_of(groups_of(model)))}
+    config = structure_of(model, model_args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -249,20 +260,8 @@ def load(folder: Path | str) -> nn.Module:
         UserError: the folder is no model folder, or its weights don't fit its structure.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        architecture, model_args = config["architecture"], dict(config.get("model_args", {}))
-        widths = config.get("upvits", {"widths": None})["widths"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is no model folder ({error}).",
-            fix="Expected are config.json and model.safetensors, as `upvits-deploy prune` or timm write them.",
-        ) from error
-    with torch.device("meta"):
-        model = _build(architecture, config.get("num_classes"), None, **model_args)
-        model = model if widths is None else narrow(model, Widths(**widths))
-    labels = {"label_names": tuple(config["label_names"])} if config.get("label_names") else {}
-    update_config(model, **{**config.get("pretrained_cfg", {}), **labels, "architecture": architecture})
+    config = structure_in(folder)
+    model = hollow(config)
     path = folder / "model.safetensors"
     try:
         state = as_fp32(load_file(path), str(path))
@@ -270,5 +269,35 @@ def load(folder: Path | str) -> nn.Module:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read ({error}).", fix="Is the file complete?") from error
-    check_state(state, model, str(path), architecture)
+    check_state(state, model, str(path), config["architecture"])
     return adopt_parameters(model, state).eval()
+
+
+def structure_in(folder: Path) -> dict[str, Any]:
+    """The structure document (config.json) of a model folder.
+
+    Raises:
+        UserError: the folder is no model folder.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        _ = config["architecture"], dict(config.get("model_args", {})), config.get("upvits", {"widths": None})["widths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no model folder ({error}).",
+            fix="Expected are config.json and model.safetensors, as `upvits-deploy prune` or timm write them.",
+        ) from error
+    return config
+
+
+def hollow(structure: Mapping[str, Any]) -> nn.Module:
+    """The network of a structure document on the meta device, without weights."""
+    widths = structure.get("upvits", {"widths": None})["widths"]
+    with torch.device("meta"):
+        model = _build(
+            structure["architecture"], structure.get("num_classes"), None, **dict(structure.get("model_args", {}))
+        )
+        model = model if widths is None else narrow(model, Widths(**widths))
+    labels = {"label_names": tuple(structure["label_names"])} if structure.get("label_names") else {}
+    update_config(model, **{**structure.get("pretrained_cfg", {}), **labels, "architecture": structure["architecture"]})
+    return model

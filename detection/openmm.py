@@ -1,0 +1,198 @@
+"""The only file that imports mmdet, mmcv and mmengine: detectors, their training loop, and COCO's metric.
+
+They are optional and, as published, want old companions; what is needed to run them with current ones is here: the
+operators of a missing compiled mmcv (`operators.py`), checkpoints that load without unpickling code, and silence about
+what others deprecated. A full build of mmcv is used when there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib_data.errors import MissingDependencyError, UserError
+from detection.backbone import UPPVTv2
+from detection.operators import stand_in
+
+VERSIONS = {"mmdet": "3.3.0", "mmengine": "0.10.7"}
+"""Tested; mmcv may be mmcv-lite 2.1.0 or a full build from 2.0.0 up to (not including) 2.2.0, which mmdet asserts."""
+
+_INSTALL = "pip install 'upvits-deploy[detection]'"
+
+
+def missing() -> MissingDependencyError | None:
+    """Why detectors cannot be used here, or nothing."""
+    absent = [name for name in ("mmengine", "mmcv", "mmdet", "pycocotools") if importlib.util.find_spec(name) is None]
+    if absent:
+        return MissingDependencyError(
+            f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {_INSTALL}"
+        )
+    return None
+
+
+@functools.cache
+def _loaded() -> Any:
+    """mmdet with everything registered, ours too.
+
+    Raises:
+        MissingDependencyError: it is not there, or its parts do not fit each other.
+    """
+    gone = missing()
+    if gone is not None:
+        raise gone
+    with _quietly():
+        if importlib.util.find_spec("mmcv._ext") is None:
+            sys.modules["mmcv._ext"] = stand_in()
+        try:
+            mmdet = importlib.import_module("mmdet")
+            utils = importlib.import_module("mmdet.utils")
+            registry = importlib.import_module("mmdet.registry")
+            utils.register_all_modules(init_default_scope=True)
+        except (AssertionError, ImportError) as error:
+            raise MissingDependencyError(
+                f"mmdet cannot be imported: {error}.",
+                why="Its versions of mmcv and mmengine have to fit, and setuptools has to be older than 81.",
+                fix=f"Run: {_INSTALL}",
+            ) from error
+    registry.MODELS.register_module(name="UPPVTv2", module=UPPVTv2, force=True)
+    return mmdet
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in ("mmdet", "mmengine", "mmcv", "mmcv-lite"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings of other projects about each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def build_detector(config: Mapping[str, Any]) -> nn.Module:
+    """A detector from its configuration, its own layers initialised, in eval mode."""
+    _loaded()
+    models = importlib.import_module("mmdet.registry").MODELS
+    with _quietly():
+        detector: nn.Module = models.build(config_of(config))
+        detector.init_weights()  # type: ignore[operator]
+    return detector.eval()
+
+
+def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+    """mmengine's Config of plain values, with dotted options merged in.
+
+    Raises:
+        UserError: an option names nothing, or has another type than what it replaces.
+    """
+    _loaded()
+    config = importlib.import_module("mmengine.config").Config(dict(values))
+    if options:
+        try:
+            config.merge_from_dict(dict(options))
+        except (KeyError, TypeError, IndexError, AssertionError) as error:
+            raise UserError(
+                f"--cfg-options cannot be taken over: {error}.",
+                fix="Give keys of the configuration, e.g. optim_wrapper.optimizer.lr=2e-4.",
+            ) from error
+    return config
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """A `key=value` as mmdet's own tools read it: numbers, booleans, None, lists `[1,2]` and tuples `(1,2)`.
+
+    Raises:
+        UserError: it is no pair.
+    """
+    _loaded()
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--cfg-options {text!r} is not valid.", fix="Give key=value.")
+    return key, importlib.import_module("mmengine.config").DictAction._parse_iterable(value)
+
+
+def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:
+    """mmengine's Runner, with checkpoints that load without unpickling code."""
+    _loaded()
+    runner_module = importlib.import_module("mmengine.runner")
+    with _quietly():
+        logging.getLogger("mmengine").setLevel(config.get("log_level", "WARNING"))
+        runner = runner_module.Runner.from_cfg(config)
+    runner.register_hook(_plain_checkpoints(), priority="LOWEST")
+    for hook in hooks:
+        runner.register_hook(hook)
+    return runner
+
+
+def _plain_checkpoints() -> Any:
+    """A hook that leaves out of checkpoints what only unpickling could bring back: curves of the log."""
+    hook_class = importlib.import_module("mmengine.hooks").Hook
+
+    class PlainCheckpoints(hook_class):  # type: ignore[misc, valid-type]
+        def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+            hub = checkpoint["message_hub"]
+            simple = (int, float, str, bool, type(None))
+            known = {name: value for name, value in hub["runtime_info"].items() if isinstance(value, simple)}
+            checkpoint["message_hub"] = {
+                "log_scalars": {}, "runtime_info": known,
+                "resumed_keys": {name: True for name in known if hub["resumed_keys"].get(name)},
+            }  # fmt: skip
+
+    return PlainCheckpoints()
+
+
+def progress_hook(advance: Any) -> Any:
+    """A hook that calls `advance(epoch, step, steps, losses)` after every step of training."""
+    _loaded()
+    hook_class = importlib.import_module("mmengine.hooks").Hook
+
+    class Progress(hook_class):  # type: ignore[misc, valid-type]
+        def after_train_iter(
+            self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        ) -> None:
+            losses = {name: float(value) for name, value in (outputs or {}).items() if isinstance(value, Tensor)}
+            advance(runner.epoch, batch_idx, len(runner.train_dataloader), losses)
+
+    return Progress()
+
+
+def train(runner: Any) -> None:
+    """Train, and go on where a checkpoint in the work folder ends if the configuration says so."""
+    with _quietly():
+        runner.train()
+
+
+def test(runner: Any) -> dict[str, float]:
+    """AP and its parts on the validation images, as COCO defines them, in [0, 1]."""
+    with _quietly():
+        found: dict[str, float] = runner.test()
+    return found
+
+
+def last_checkpoint(work_dir: Path) -> Path | None:
+    """The newest checkpoint of a training that was stopped, or None."""
+    _loaded()
+    found = importlib.import_module("mmengine.runner").find_latest_checkpoint(str(work_dir))
+    return None if found is None else Path(found)
+
+
+def device_of(detector: nn.Module) -> torch.device:
+    return next(detector.parameters()).device
