@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,20 +144,25 @@ def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:
 
 
 def _plain_checkpoints() -> Any:
-    """A hook that leaves out of checkpoints what only unpickling could bring back: curves of the log."""
+    """A hook that leaves in checkpoints what `torch.load(weights_only=True)` takes: tensors and plain values."""
     hook_class = importlib.import_module("mmengine.hooks").Hook
 
     class PlainCheckpoints(hook_class):  # type: ignore[misc, valid-type]
         def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-            hub = checkpoint["message_hub"]
-            simple = (int, float, str, bool, type(None))
-            known = {name: value for name, value in hub["runtime_info"].items() if isinstance(value, simple)}
-            checkpoint["message_hub"] = {
-                "log_scalars": {}, "runtime_info": known,
-                "resumed_keys": {name: True for name in known if hub["resumed_keys"].get(name)},
-            }  # fmt: skip
+            hub = checkpoint["message_hub"]  # its curves of losses are objects, and are in the log anyway
+            checkpoint["message_hub"] = {**hub, "log_scalars": {}}
+            checkpoint.update({name: _plain(value) for name, value in checkpoint.items() if name != "state_dict"})
 
     return PlainCheckpoints()
+
+
+def _plain(value: Any) -> Any:
+    """The same without numpy's types."""
+    if isinstance(value, Mapping):
+        return {_plain(name): _plain(own) for name, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(own) for own in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def progress_hook(advance: Any) -> Any:

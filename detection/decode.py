@@ -1,0 +1,107 @@
+"""A RetinaNet as a graph of tensors: from images to the levels of its head, or to a fixed number of decoded boxes.
+
+mmdet decodes image by image with masks of changing length, which neither exports nor batches. Here the same is done
+with top-k and gather alone, for any batch and one image size: candidates are the best (anchor, class) pairs of every
+level by score, as in mmdet's `filter_scores_and_topk`; what falls below the score threshold is left to whoever reads
+the result, since top-k and threshold commute.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from calib_data.errors import UserError
+
+MAX_LOG_RATIO = abs(math.log(16 / 1000))
+"""Predicted widths and heights stay within this factor of their anchor's (mmdet's `wh_ratio_clip`)."""
+
+BOXES = 1000
+"""Boxes per image that the decoded graph gives, the best first."""
+
+
+class Levels(nn.Module):
+    """Images [B, 3, H, W] (normalised) to class logits [B, A * C, h, w] and deltas [B, A * 4, h, w] of every level.
+
+    Args:
+        detector: mmdet's RetinaNet, in eval mode.
+
+    Raises:
+        UserError: it is another detector.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        if type(detector).__name__ != "RetinaNet":
+            raise UserError(
+                f"A {type(detector).__name__} cannot be exported.",
+                why="Its boxes depend on each other in ways that have no fixed graph.",
+                fix="Train a RetinaNet (--detector retinanet).",
+            )
+        self.backbone = detector.get_submodule("backbone")
+        self.neck = detector.get_submodule("neck")
+        self.bbox_head: Any = detector.get_submodule("bbox_head")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits of all levels, finest first, then deltas of all levels."""
+        logits, deltas = self.bbox_head(self.neck(self.backbone(images)))
+        return (*logits, *deltas)
+
+
+class DecodedBoxes(nn.Module):
+    """Images [B, 3, H, W] to boxes [B, K, 4] (x1, y1, x2, y2 in pixels), scores [B, K] and labels [B, K] (int64).
+
+    Args:
+        detector: mmdet's RetinaNet, in eval mode.
+        size: (height, width) of the images, multiples of 32.
+        boxes: K, at most; small images have fewer candidates.
+    """
+
+    def __init__(self, detector: nn.Module, size: tuple[int, int], boxes: int = BOXES) -> None:
+        super().__init__()
+        if size[0] % 32 or size[1] % 32:
+            raise UserError(f"Images of {size[0]} x {size[1]} pixels do not fit.", fix="Give multiples of 32.")
+        self.levels = Levels(detector)
+        self.size, self.boxes = size, boxes
+        head = self.levels.bbox_head
+        self.num_classes, self.candidates = int(head.cls_out_channels), int(head.test_cfg["nms_pre"])
+        with torch.no_grad():
+            example = torch.zeros(1, 3, *size, device=next(detector.parameters()).device)
+            shapes = [level.shape[-2:] for level in self.levels(example)]
+        anchors = head.prior_generator.grid_priors(shapes[: len(shapes) // 2], device=example.device)
+        for index, own in enumerate(anchors):
+            self.register_buffer(f"anchors_{index}", own.float())
+        coder = head.bbox_coder
+        self.register_buffer("means", torch.tensor(coder.means, device=example.device).float())
+        self.register_buffer("stds", torch.tensor(coder.stds, device=example.device).float())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels, the best first; overlapping ones are all still there."""
+        found = self.levels(images)
+        count = len(found) // 2
+        parts = [self._level(i, found[i], found[count + i]) for i in range(count)]
+        boxes, scores, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        best, order = scores.topk(min(self.boxes, scores.shape[1]), dim=1)
+        return boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), best, labels.gather(1, order)
+
+    def _level(self, index: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        anchors = cast(Tensor, getattr(self, f"anchors_{index}"))
+        scores = logits.permute(0, 2, 3, 1).flatten(1).sigmoid()  # [B, anchors * classes]
+        best, pairs = scores.topk(min(self.candidates, len(anchors) * self.num_classes), dim=1)
+        which = pairs // self.num_classes
+        own = deltas.permute(0, 2, 3, 1).reshape(len(deltas), len(anchors), 4)
+        own = own.gather(1, which.unsqueeze(-1).expand(-1, -1, 4))
+        return self._boxes(anchors[which], own), best, pairs % self.num_classes
+
+    def _boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """Anchors [B, K, 4] moved and scaled by deltas [B, K, 4] (R-CNN's parametrisation), clipped to the image."""
+        deltas = deltas * cast(Tensor, self.stds) + cast(Tensor, self.means)
+        extent = anchors[..., 2:] - anchors[..., :2]
+        centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + deltas[..., :2] * extent
+        half = extent * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
+        height, width = self.size
+        corners = torch.cat([centre - half, centre + half], dim=-1)
+        return corners.clamp(min=0).minimum(corners.new_tensor([width, height, width, height]))
