@@ -1,0 +1,108 @@
+"""Average precision as COCO defines it, of detections from anywhere: PyTorch or an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib_data.errors import MissingDependencyError, UserError
+
+Detection = Mapping[str, Any]
+"""One box in COCO's result format: image_id, category_id, bbox [x, y, width, height] in pixels, score."""
+
+
+@dataclass(frozen=True, slots=True)
+class AveragePrecision:
+    """AP in [0, 1] over IoU 0.5 to 0.95, and its parts; None where no box is of that kind.
+
+    Attributes:
+        per_class: category name -> AP.
+        images, detections: that were judged.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    per_class: dict[str, float | None]
+    images: int
+    detections: int
+
+
+def average_precision(annotations: Path, detections: Sequence[Detection]) -> AveragePrecision:
+    """Judge detections on all images of an annotation file; at most the best 100 of an image count.
+
+    Raises:
+        MissingDependencyError: pycocotools is not there.
+        UserError: a detection is on an image that the file does not list.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise MissingDependencyError(
+            "AP needs pycocotools.", why="It is optional.", fix="Run: pip install 'upvits-deploy[detection]'"
+        ) from error
+    document = json.loads(annotations.read_text())
+    known = {image["id"] for image in document["images"]}
+    strangers = {found["image_id"] for found in detections} - known
+    if strangers:
+        raise UserError(
+            f"There are detections on {len(strangers)} images that {annotations} does not list.",
+            fix="Judge detections by the annotations of the images that they were made on.",
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = _with_areas(document)
+        truth.createIndex()
+        evaluation = COCOeval(
+            truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), "bbox"
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [None if value < 0 else float(value) for value in evaluation.stats[:6]]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class] over all areas, 100 boxes
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    per_class = {}
+    for index, category in enumerate(evaluation.params.catIds):
+        own = precision[:, :, index]
+        per_class[names[category]] = float(np.mean(own[own > -1])) if (own > -1).any() else None
+    return AveragePrecision(
+        ap=values[0] or 0.0,
+        ap50=values[1] or 0.0,
+        ap75=values[2] or 0.0,
+        ap_small=values[3],
+        ap_medium=values[4],
+        ap_large=values[5],
+        per_class=per_class,
+        images=len(known),
+        detections=len(detections),
+    )
+
+
+def _with_areas(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations with what pycocotools asks for and many files leave out."""
+    boxes = [
+        {"area": box["bbox"][2] * box["bbox"][3], "iscrowd": 0, **box, "ignore": box.get("ignore", 0)}
+        for box in document["annotations"]
+    ]
+    return {**document, "annotations": boxes}
+
+
+def _empty(truth: Any) -> Any:
+    """Results without any detection, which `loadRes` refuses."""
+    result = copy.copy(truth)
+    result.dataset = {**truth.dataset, "annotations": []}
+    result.createIndex()
+    return result

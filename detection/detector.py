@@ -1,0 +1,108 @@
+"""A trained detector as a folder of its own: structure in JSON, weights in safetensors, nothing pickled.
+
+detector.json        what mmdet builds it from; the backbone's structure is part of it
+model.safetensors    all weights, in mmdet's names
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from calib_data.errors import UserError
+from detection import openmm
+from detection.backbone import UPPVTv2
+from toolchain.models import structure_of
+
+FORMAT = 1
+_STRUCTURE, _WEIGHTS = "detector.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorInfo:
+    """What is known of a detector beside its weights.
+
+    Attributes:
+        config: of the model, as mmdet builds it.
+        classes: in the order of labels.
+        category_ids: of the classes in the data set that it was trained on.
+        scale: images were scaled to fit (long side, short side) in pixels.
+    """
+
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    scale: tuple[int, int]
+
+
+def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None:
+    """Write a detector as a folder that is whole or not there.
+
+    Raises:
+        UserError: the folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        draft.chmod(0o755)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()},
+            draft / _WEIGHTS,
+        )
+        own = asdict(info) | {"config": {**info.config, "backbone": _self_contained(detector, info.config["backbone"])}}
+        (draft / _STRUCTURE).write_text(json.dumps({"format": FORMAT, **own}, indent=2) + "\n")
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's configuration with its structure in place of a folder's name."""
+    module = detector.get_submodule("backbone")
+    return {**backbone, "model": structure_of(module.net)} if isinstance(module, UPPVTv2) else dict(backbone)
+
+
+def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
+    """The detector in a folder, in eval mode on the CPU.
+
+    Raises:
+        UserError: the folder holds no detector, or its weights are of another one.
+        MissingDependencyError: mmdet is not there.
+    """
+    try:
+        document = json.loads((folder / _STRUCTURE).read_text())
+        info = DetectorInfo(
+            document["config"],
+            tuple(document["classes"]),
+            tuple(document["category_ids"]),
+            (int(document["scale"][0]), int(document["scale"][1])),
+        )
+        state = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} holds no detector ({error}).",
+            fix=f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them.",
+        ) from error
+    detector = openmm.build_detector(info.config)
+    own = {name: tensor.shape for name, tensor in detector.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state.items()}
+    if own != given:
+        differing = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
+        raise UserError(
+            f"The weights in {folder} are of another detector: {', '.join(differing[:3])} differ.",
+            fix="Use a folder as it was written.",
+        )
+    detector.load_state_dict(state)
+    return detector.eval(), info
