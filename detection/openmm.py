@@ -12,9 +12,10 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,17 @@ def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:
     runner_module = importlib.import_module("mmengine.runner")
     with _quietly():
         logging.getLogger("mmengine").setLevel(config.get("log_level", "WARNING"))
-        runner = runner_module.Runner.from_cfg(config)
+        launcher = "pytorch" if "LOCAL_RANK" in os.environ else "slurm" if "SLURM_PROCID" in os.environ else "none"
+        runner = runner_module.Runner.from_cfg(_with(config, launcher=launcher))
     runner.register_hook(_plain_checkpoints(), priority="LOWEST")
     for hook in hooks:
         runner.register_hook(hook)
     return runner
+
+
+def _with(config: Any, **values: Any) -> Any:
+    config.merge_from_dict(values)
+    return config
 
 
 def _plain_checkpoints() -> Any:
@@ -178,6 +185,30 @@ def progress_hook(advance: Any) -> Any:
             advance(runner.epoch, batch_idx, len(runner.train_dataloader), losses)
 
     return Progress()
+
+
+def add_loss(runner: Any, extra: Callable[[nn.Module, Tensor], dict[str, Tensor]]) -> None:
+    """Add losses to those of the runner's detector.
+
+    Args:
+        runner: of `make_runner`.
+        extra: from the detector and its images [B, 3, H, W] (normalised) to losses by name.
+    """
+    detector = getattr(runner.model, "module", runner.model)  # inside of DistributedDataParallel
+    own = detector.loss
+
+    def loss(images: Tensor, samples: Any) -> dict[str, Any]:
+        return {**own(images, samples), **extra(detector, images)}
+
+    detector.loss = loss
+
+
+def trained_model(runner: Any) -> nn.Module:
+    """The runner's detector, in eval mode on the CPU."""
+    detector: Any = getattr(runner.model, "module", runner.model)
+    detector.__dict__.pop("loss", None)
+    result: nn.Module = detector.cpu().eval()
+    return result
 
 
 def train(runner: Any) -> None:

@@ -1,0 +1,125 @@
+"""Training a detector with mmengine's Runner, and what came out of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from detection import openmm
+from detection.coco import CocoData
+from detection.configs import Config, Schedule, training
+
+Losses = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A detector and how it was trained.
+
+    Attributes:
+        detector: in eval mode on the CPU.
+        config: of the model, as mmdet builds it; options are merged in.
+        history: means of all losses by epoch, of the epochs that this process ran.
+    """
+
+    detector: nn.Module
+    config: Config
+    history: dict[int, Losses] = field(default_factory=dict)
+
+
+def train_detector(
+    model: Config,
+    data: CocoData,
+    schedule: Schedule,
+    work_dir: Path,
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    teacher: nn.Module | None = None,
+    distill_weight: float = 1.0,
+    quiet: bool = True,
+) -> Trained:
+    """Train a detector, or go on where a training in the same folder was stopped.
+
+    Started by torchrun or slurm, every process trains on its share.
+
+    Args:
+        model: its configuration (`detection.configs`).
+        data: what it is trained on.
+        schedule: how long and how fast.
+        work_dir: checkpoints and logs; what is found there must be of the same training.
+        seed: of new weights, order and flips.
+        options: dotted keys of mmengine's configuration and values that replace what is said here.
+        teacher: a detector whose pyramid's features are imitated too.
+        distill_weight: of that imitation.
+        quiet: no progress bar.
+
+    Raises:
+        MissingDependencyError: mmdet is not there.
+        UserError: an option names nothing.
+    """
+    values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available())
+    config = openmm.config_of(values | {"resume": openmm.last_checkpoint(work_dir) is not None}, options)
+    sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with _bar(quiet) as bar:
+        task = bar.add_task("training", total=None)
+
+        def advance(epoch: int, step: int, steps: int, losses: Losses) -> None:
+            for name, value in losses.items():
+                sums[epoch + 1][name].append(value)
+            done = epoch * steps + step + 1
+            bar.update(
+                task, completed=done, total=config.train_cfg.max_epochs * steps, description=f"epoch {epoch + 1}"
+            )
+
+        runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
+        if teacher is not None:
+            openmm.add_loss(runner, imitation(teacher, distill_weight))
+        openmm.train(runner)
+    history = {epoch: {name: sum(v) / len(v) for name, v in own.items()} for epoch, own in sums.items()}
+    return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
+
+
+def imitation(teacher: nn.Module, weight: float) -> Any:
+    """An extra loss: how far the pyramid's features are from the teacher's (PKD, arXiv 2207.02039).
+
+    Features are standardised per channel over batch and positions, so that only their pattern is imitated.
+    """
+    teacher = teacher.eval().requires_grad_(False)
+
+    def extra(detector: Any, images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            wanted = teacher.to(images.device).extract_feat(images)  # type: ignore[operator]
+        gaps = [
+            (_standard(own) - _standard(other)).square().mean() / 2
+            for own, other in zip(detector.extract_feat(images), wanted, strict=True)
+        ]
+        return {"loss_imitation": weight * torch.stack(gaps).mean()}
+
+    return extra
+
+
+def _standard(features: Tensor) -> Tensor:
+    """Features [B, C, H, W] with mean 0 and deviation 1 in every channel."""
+    deviation, mean = torch.std_mean(features, dim=(0, 2, 3), keepdim=True, correction=0)
+    return (features - mean) / (deviation + 1e-6)
+
+
+def _bar(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, quiet=quiet),
+        disable=quiet,
+        transient=True,
+    )
