@@ -92,7 +92,7 @@ class DecodedBoxes(nn.Module):
         scores = logits.permute(0, 2, 3, 1).flatten(1).sigmoid()  # [B, anchors * classes]
         best, pairs = scores.topk(min(self.candidates, len(anchors) * self.num_classes), dim=1)
         which = pairs // self.num_classes
-        own = deltas.permute(0, 2, 3, 1).reshape(len(deltas), len(anchors), 4)
+        own = deltas.permute(0, 2, 3, 1).flatten(1, 2).reshape(-1, len(anchors), 4)  # any batch
         own = own.gather(1, which.unsqueeze(-1).expand(-1, -1, 4))
         return self._boxes(anchors[which], own), best, pairs % self.num_classes
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,21 +72,24 @@ def export_onnx(
     uint8_input: bool = False,
     external_data: bool = False,
     metadata: Mapping[str, str] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> ExportReport:
     """Write a model as ONNX with a dynamic batch.
 
     The input is `images` (float32 [batch, C, H, W], normalised), or with `uint8_input` `pixels` (uint8
     [batch, H, W, C], normalised inside the graph). The output is `logits`, or `features` of a model without
-    classifier. The model itself stays as it is: a copy is exported, in eval mode, on the CPU, in fp32.
+    classifier, unless others are named. The model itself stays as it is: a copy is exported, in eval mode, on the CPU,
+    in fp32.
 
     Args:
-        model: takes [B, C, H, W] and returns one tensor [B, K].
+        model: takes [B, C, H, W] and returns one tensor [B, K], or as many as `outputs` names.
         path: the file to write; it appears whole or not at all.
         preprocess: input size, mean and std, stored in the file's metadata too.
         opset: 18 to 23; Gelu is a single node from 20 on.
         uint8_input: take raw pixels.
         external_data: put the weights in one file beside `path`, named like it with ".data" added.
         metadata: further entries for the file, such as labels and plan digest.
+        outputs: their names, for models that are no classifiers.
 
     Raises:
         UserError: the opset is out of range, the model is too large for one file, or the path cannot be written.
@@ -98,17 +101,18 @@ def export_onnx(
     nodes_before = len(exported.graph.node)
     with _silence():
         graph = gs.import_onnx(onnxslim.slim(exported))
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+    names = outputs or ["features" if getattr(model, "num_classes", None) == 0 else "logits"]
+    if len(graph.inputs) != 1 or len(graph.outputs) != len(names):
         raise BuildError(
             f"the exported model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
-            why="Only models from one image tensor to one tensor can be exported.",
+            why=f"Only models from one image tensor to {', '.join(names)} can be exported.",
         )
     try:
         name_batch_axis(graph)
     except ValueError as error:
         raise BuildError("the exporter fixed the batch size", why=f"{error}.") from error
     rename_input(graph, "images")
-    rename_outputs(graph, ["features" if getattr(model, "num_classes", None) == 0 else "logits"])
+    rename_outputs(graph, names)
     rewritten = ffn_to_channels_first(graph)
     if uint8_input:
         add_uint8_input(graph, preprocess.mean, preprocess.std)

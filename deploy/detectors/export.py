@@ -1,0 +1,77 @@
+"""A trained detector as ONNX, in three shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import nn
+
+from calib_data import Preprocess
+from calib_data.errors import UserError
+from deploy.detectors.suppression import with_suppression
+from deploy.graphs.export import ExportReport, export_onnx
+from deploy.graphs.files import load_model, save_model
+from detection.decode import BOXES, DecodedBoxes, Levels
+from detection.detector import DetectorInfo
+
+Shape = Literal["raw", "decode", "decode+nms"]
+"""`raw`: logits and deltas of every level; `decode`: a fixed number of boxes, scores and labels; `decode+nms`: only
+boxes that overlap no better one of their class, those of all images one after the other."""
+
+LEVELS = 5
+
+
+def export_detector(
+    detector: nn.Module,
+    info: DetectorInfo,
+    path: Path,
+    size: tuple[int, int],
+    *,
+    shape: Shape = "decode",
+    boxes: int = BOXES,
+    opset: int = 20,
+    uint8_input: bool = False,
+) -> ExportReport:
+    """Write a RetinaNet as ONNX with a dynamic batch and images of one size.
+
+    Inputs are as of `export_onnx`: `images`, float32 [batch, 3, H, W], normalised, scaled to fit and padded at the
+    right and at the bottom; or raw `pixels` with `uint8_input`.
+
+    Args:
+        detector: mmdet's RetinaNet.
+        info: what is known of it; classes and pixel statistics go into the file.
+        path: the file to write; it appears whole or not at all.
+        size: (height, width) in pixels, multiples of 32.
+        shape: what comes out.
+        boxes: of `decode`: so many per image, the best first.
+        opset: 18 to 23.
+        uint8_input: take raw pixels.
+
+    Raises:
+        UserError: another detector, a size that does not fit, or an unknown shape.
+        BuildError: the exporter stumbled.
+    """
+    if shape not in get_args(Shape):
+        raise UserError(f"Unknown shape {shape!r}.", fix=f"Choose one of {', '.join(get_args(Shape))}.")
+    pixels = info.config["data_preprocessor"]
+    mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (pixels["mean"], pixels["std"]))
+    preprocess = Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
+    about = {
+        "labels": json.dumps(list(info.classes)),
+        "category_ids": json.dumps(list(info.category_ids)),
+        "shape": shape,
+    }
+    if shape == "raw":
+        names = [f"{kind}_{level}" for kind in ("logits", "deltas") for level in range(LEVELS)]
+        return export_onnx(
+            Levels(detector), path, preprocess, opset=opset, uint8_input=uint8_input, metadata=about, outputs=names
+        )
+    report = export_onnx(
+        DecodedBoxes(detector, size, boxes), path, preprocess, opset=opset, uint8_input=uint8_input, metadata=about,
+        outputs=("boxes", "scores", "labels"),
+    )  # fmt: skip
+    if shape == "decode+nms":
+        save_model(with_suppression(load_model(path), size), path)
+    return report

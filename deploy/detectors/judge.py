@@ -1,0 +1,121 @@
+"""What a detector finds, in COCO's result format, whoever runs it; and whether two of them find the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torchvision.ops import box_iou
+
+from deploy.detectors.suppression import suppress
+from deploy.runtimes import Session
+from detection.pictures import Fitted
+
+Found = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
+"""Boxes [B, K, 4], scores [B, K] and labels [B, K], overlapping ones among them."""
+
+Run = Callable[[NDArray[np.float32]], Found]
+"""From images [B, 3, H, W] to what is found on them."""
+
+
+def by_session(session: Session) -> Run:
+    """An engine of the `decode` shape."""
+
+    def run(images: NDArray[np.float32]) -> Found:
+        outputs = session.run({session.input_names[0]: images})
+        return (
+            np.asarray(outputs["boxes"], np.float32),
+            np.asarray(outputs["scores"], np.float32),
+            np.asarray(outputs["labels"], np.int64),
+        )
+
+    return run
+
+
+def by_torch(decoded: nn.Module) -> Run:
+    """`detection.decode.DecodedBoxes` itself."""
+
+    def run(images: NDArray[np.float32]) -> Found:
+        with torch.inference_mode():
+            boxes, scores, labels = decoded(torch.from_numpy(images))
+        return boxes.numpy(), scores.numpy(), labels.numpy()
+
+    return run
+
+
+def detections(
+    run: Run, images: Iterable[Fitted], category_ids: Sequence[int], batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Everything that a detector finds on images, with overlaps suppressed, in COCO's result format.
+
+    Args:
+        run: the detector.
+        images: as `detection.pictures` makes them.
+        category_ids: of every label.
+        batch_size: images per call; the last call may have fewer.
+    """
+    result = []
+    for batch in _batches(images, batch_size):
+        found = run(np.stack([one.pixels.numpy() for one in batch]))
+        for image, boxes, scores, labels in zip(batch, *found, strict=True):
+            own, sure, kind = suppress(boxes, scores, labels)
+            for (x1, y1, x2, y2), score, label in zip(
+                image.boxes_back(own).tolist(), sure.tolist(), kind.tolist(), strict=True
+            ):
+                result.append({
+                    "image_id": image.image_id, "category_id": category_ids[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score,
+                })  # fmt: skip
+    return result
+
+
+def _batches(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:
+    batch: list[Fitted] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How well two detectors agree on the same images.
+
+    Attributes:
+        boxes: that the first one found, above the score threshold and after suppression.
+        matched: of them, those with a box of the same class in the second one's, IoU >= 0.99.
+        max_score_difference: over the matched ones.
+    """
+
+    boxes: int
+    matched: int
+    max_score_difference: float
+
+
+def agreement(first: Run, second: Run, images: NDArray[np.float32], iou: float = 0.99) -> Agreement:
+    """Match what two detectors find on images [B, 3, H, W] box by box."""
+    count, matched, worst = 0, 0, 0.0
+    for one, other in zip(_single(first(images)), _single(second(images)), strict=True):
+        count += len(one[0])
+        if not len(one[0]) or not len(other[0]):
+            continue
+        overlap = box_iou(torch.from_numpy(one[0]), torch.from_numpy(other[0])).numpy()
+        overlap[one[2][:, None] != other[2][None]] = 0
+        partner = overlap.argmax(axis=1)
+        same = overlap.max(axis=1) >= iou
+        matched += int(same.sum())
+        gaps = np.abs(one[1] - other[1][partner])[same]
+        worst = max(worst, float(gaps.max(initial=0.0)))
+    return Agreement(count, matched, worst)
+
+
+def _single(found: Found) -> list[Found]:
+    return [suppress(*own) for own in zip(*found, strict=True)]

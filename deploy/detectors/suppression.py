@@ -1,0 +1,108 @@
+"""Suppression of overlapping boxes: on the host, and as nodes of the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torchvision.ops import batched_nms
+
+Boxes = NDArray[np.float32]
+
+SCORE_THRESHOLD, IOU_THRESHOLD, MAX_BOXES = 0.05, 0.5, 100
+"""As mmdet's RetinaNet is tested."""
+
+
+def suppress(
+    boxes: Boxes,
+    scores: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    most: int = MAX_BOXES,
+) -> tuple[Boxes, NDArray[np.float32], NDArray[np.int64]]:
+    """The best boxes of one image that overlap no better one of their class.
+
+    Args:
+        boxes: [K, 4] as x1, y1, x2, y2; scores [K]; labels [K].
+        score_threshold: boxes have to be above it.
+        iou_threshold: boxes that overlap a better one by more than this go.
+        most: boxes that are returned, the best first.
+    """
+    sure = (scores > score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # mmdet drops empty boxes
+    boxes, scores, labels = boxes[sure], scores[sure], labels[sure]
+    found = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), iou_threshold)
+    kept = found[:most].numpy()
+    return boxes[kept], scores[kept], labels[kept]
+
+
+def with_suppression(
+    model: onnx.ModelProto,
+    size: tuple[int, int],
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    most: int = MAX_BOXES,
+) -> onnx.ModelProto:
+    """A graph that gives boxes, scores and labels, continued by ONNX's NonMaxSuppression.
+
+    Classes are kept apart by moving the boxes of each to a place of their own, as mmdet does. Outputs are then those of
+    all images together: `boxes` [N, 4], `scores` [N], `labels` [N], and `image` [N], the index within the batch.
+
+    Args:
+        model: with outputs `boxes` [B, K, 4], `scores` [B, K] and `labels` [B, K].
+        size: (height, width) of the images in pixels.
+        score_threshold, iou_threshold, most: see `suppress`; `most` is per image.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    constants: dict[str, NDArray[Any]] = {
+        "nms_apart": np.array(float(max(size) + 1), np.float32),
+        "nms_most": np.array(most, np.int64),
+        "nms_iou": np.array(iou_threshold, np.float32),
+        "nms_score": np.array(score_threshold, np.float32),
+        "nms_axis_1": np.array([1], np.int64),
+        "nms_axis_2": np.array([2], np.int64),
+        "nms_columns": np.array([0, 2], np.int64),
+        "nms_first": np.array(0, np.int64),
+        "nms_last": np.array([-1], np.int64),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    candidates = {"boxes": "all_boxes", "scores": "all_scores", "labels": "all_labels"}
+    _rename(graph, candidates)
+    graph.node.extend([
+        helper.make_node("Cast", ["all_labels"], ["nms_labels"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["nms_labels", "nms_apart"], ["nms_offset"]),
+        helper.make_node("Unsqueeze", ["nms_offset", "nms_axis_2"], ["nms_offsets"]),
+        helper.make_node("Add", ["all_boxes", "nms_offsets"], ["nms_boxes"]),
+        helper.make_node("Unsqueeze", ["all_scores", "nms_axis_1"], ["nms_scores"]),
+        helper.make_node(
+            "NonMaxSuppression", ["nms_boxes", "nms_scores", "nms_most", "nms_iou", "nms_score"], ["nms_found"]
+        ),
+        helper.make_node("Gather", ["nms_found", "nms_columns"], ["nms_index"], axis=1),
+        helper.make_node("Gather", ["nms_found", "nms_first"], ["image"], axis=1),
+        *(helper.make_node("GatherND", [f"all_{name}", "nms_index"], [name]) for name in candidates),
+    ])  # fmt: skip
+    del graph.output[:]
+    shapes: dict[str, tuple[int, list[str | int]]] = {
+        "boxes": (TensorProto.FLOAT, ["found", 4]),
+        "scores": (TensorProto.FLOAT, ["found"]),
+        "labels": (TensorProto.INT64, ["found"]),
+        "image": (TensorProto.INT64, ["found"]),
+    }
+    graph.output.extend(helper.make_tensor_value_info(name, *own) for name, own in shapes.items())
+    onnx.checker.check_model(result)
+    return result
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Rename tensors wherever they stand."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]

@@ -1,0 +1,66 @@
+"""Images of one fixed size for a detector that was exported: scaled to fit, padded at the right and at the bottom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from detection.coco import Split
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """An image as a detector takes it, and how its boxes get back.
+
+    Attributes:
+        image_id: in the annotations.
+        pixels: [3, H, W] float32, RGB, normalised; zero where nothing is.
+        scale: pixels of the fitted image per pixel of the original, (x, y).
+        inside: width and height that the image covers.
+        original: width and height of the original.
+    """
+
+    image_id: int
+    pixels: Tensor
+    scale: tuple[float, float]
+    inside: tuple[int, int]
+    original: tuple[int, int]
+
+    def boxes_back(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes [K, 4] (x1, y1, x2, y2) in pixels of the original, clipped to it."""
+        limits, scale = (np.array([*pair, *pair], np.float32) for pair in (self.inside, self.scale))
+        return (np.clip(boxes, 0, limits) / scale).astype(np.float32)
+
+
+def fit(
+    image: Image.Image, image_id: int, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Fitted:
+    """Scale an image (bilinear, aspect kept) to fit into `size` (height, width); mean and std are of 0 to 255."""
+    height, width = size
+    ratio = min(width / image.width, height / image.height)
+    inside = (int(image.width * ratio + 0.5), int(image.height * ratio + 0.5))
+    scaled = (
+        image.convert("RGB") if inside == image.size else image.convert("RGB").resize(inside, Image.Resampling.BILINEAR)
+    )
+    pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float()
+    normal = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    padded = torch.zeros(3, height, width)
+    padded[:, : inside[1], : inside[0]] = normal
+    scale = (inside[0] / image.width, inside[1] / image.height)
+    return Fitted(image_id, padded, scale, inside, image.size)
+
+
+def fitted(
+    split: Split, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], most: int | None = None
+) -> Iterator[Fitted]:
+    """The images of a split, in the order of its annotations."""
+    for entry in json.loads(split.annotations.read_text())["images"][:most]:
+        with Image.open(split.images / entry["file_name"]) as image:
+            yield fit(image, entry["id"], size, mean, std)
