@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from calib_data.errors import MissingDependencyError, UserError
 from detection.backbone import UPPVTv2
 from detection.operators import stand_in
+from detection.simple_pyramid import UPViT
 
 VERSIONS = {"mmdet": "3.3.0", "mmengine": "0.10.7"}
 """Tested; mmcv may be mmcv-lite 2.1.0 or a full build from 2.0.0 up to (not including) 2.2.0, which mmdet asserts."""
@@ -68,7 +69,8 @@ def _loaded() -> Any:
                 why="Its versions of mmcv and mmengine have to fit, and setuptools has to be older than 81.",
                 fix=f"Run: {_INSTALL}",
             ) from error
-    registry.MODELS.register_module(name="UPPVTv2", module=UPPVTv2, force=True)
+    for backbone in (UPPVTv2, UPViT):
+        registry.MODELS.register_module(name=backbone.__name__, module=backbone, force=True)
     return mmdet
 
 
@@ -97,6 +99,14 @@ def build_detector(config: Mapping[str, Any]) -> nn.Module:
         detector: nn.Module = models.build(config_of(config))
         detector.init_weights()  # type: ignore[operator]
     return detector.eval()
+
+
+def build_part(config: Mapping[str, Any]) -> nn.Module:
+    """A backbone, neck or head of mmdet's registry."""
+    _loaded()
+    with _quietly():
+        part: nn.Module = importlib.import_module("mmdet.registry").MODELS.build(dict(config))
+    return part
 
 
 def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:

@@ -1,0 +1,63 @@
+"""Small backbones and drawn scenes; mmdet is optional, and tests that need it say so."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import toolchain
+from calib_data.writing import write_coco
+from detection import openmm
+from detection.coco import CocoData, open_coco
+
+SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
+
+
+@pytest.fixture
+def mmdet() -> None:
+    """Skips where the optional packages are absent."""
+    gone = openmm.missing()
+    if gone is not None:
+        pytest.skip(gone.what)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of a few drawn pictures."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_coco(folder, "train", 8, 64)
+    write_coco(folder, "val", 4, 64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(scenes: Path) -> CocoData:
+    return open_coco(scenes)
+
+
+def small_pvt(seed: int = 0) -> nn.Module:
+    """A small PVTv2 whose parameters all matter."""
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model("pvt_v2_b0", **SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders: dense, cut uniformly, and cut by a global plan."""
+    place, model = tmp_path_factory.mktemp("models"), small_pvt()
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scores = toolchain.score(model, images)
+    plans = {
+        "uniform": toolchain.plan(model, scores, ratio=0.5, align=4),
+        "global": toolchain.plan(model, scores, target_macs=0.6, planner="global", align=4),
+    }
+    networks = {"dense": model, **{name: toolchain.prune(model, plan) for name, plan in plans.items()}}
+    for name, network in networks.items():
+        toolchain.save(network, place / name)
+    return {name: place / name for name in networks}
