@@ -241,5 +241,17 @@ def last_checkpoint(work_dir: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
+def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Boxes [N, 4], scores [N] and labels [N] of each image [B, 3, H, W] (normalised), as mmdet itself finds them."""
+    _loaded()
+    sample_class = importlib.import_module("mmdet.structures").DetDataSample
+    shape = tuple(images.shape[2:])
+    about = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "batch_input_shape": shape}
+    samples = [sample_class(metainfo={**about, "scale_factor": (1.0, 1.0)}) for _ in images]
+    with _quietly():
+        found = detector.predict(images, samples, rescale=False)  # type: ignore[operator]
+    return [(s.pred_instances.bboxes, s.pred_instances.scores, s.pred_instances.labels) for s in found]
+
+
 def device_of(detector: nn.Module) -> torch.device:
     return next(detector.parameters()).device

@@ -1,0 +1,103 @@
+"""Data sets that a detector can be trained on, and those it cannot: said before anything starts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calib_data.errors import UserError
+from detection.coco import open_coco
+
+Document = dict[str, Any]
+
+
+def changed(scenes: Path, place: Path, change: Callable[[Document], object], split: str = "train") -> Path:
+    """A copy of the scenes with other annotations."""
+    shutil.copytree(scenes, place)
+    path = place / split / "annotations.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return place
+
+
+def test_drawn_scenes(scenes: Path) -> None:
+    data = open_coco(scenes)
+    assert (data.train.count, data.val.count, len(data.classes)) == (8, 4, 12)
+    assert data.train.boxes == len(json.loads(data.train.annotations.read_text())["annotations"])
+    assert data.notes == ()
+
+
+def test_the_official_layout(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(scenes / split / "images", tmp_path / f"{split}2017")
+        shutil.copy(scenes / split / "annotations.json", tmp_path / "annotations" / f"instances_{split}2017.json")
+    assert open_coco(tmp_path).train.images == tmp_path / "train2017"
+    shutil.rmtree(tmp_path / "val2017")
+    with pytest.raises(UserError, match=r"not complete: .*val2017 not found"):
+        open_coco(tmp_path)
+
+
+def test_one_set_for_both_is_said(shared_data: Path) -> None:
+    data = open_coco(shared_data / "coco128")
+    assert (data.train.count, len(data.classes)) == (128, 80)
+    assert data.train == data.val
+    assert any("same images" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["images"].append({**d["images"][0], "id": 99, "file_name": "gone.png"}), "1 of 9 images"),
+        (lambda d: d["annotations"][0].update(category_id=77), "categories that it does not name: 77"),
+        (lambda d: d["annotations"][0].update(image_id=77), "images that it does not list: 77"),
+        (lambda d: d["annotations"].clear(), "no usable box"),
+        (lambda d: d["images"].clear() or d["annotations"].clear(), "lists no images"),
+        (lambda d: d["categories"].clear(), "names no categories"),
+        (lambda d: d["categories"].append(d["categories"][0]), "categories twice"),
+        (lambda d: d["categories"].pop(), "different categories"),
+        (lambda d: d.pop("categories"), "not in COCO's format"),
+        (lambda d: d["images"][0].update(width=640), "64 x 64 pixels, and"),
+        (lambda d: [a.update(bbox=[0, 0, 0.5, 8]) for a in d["annotations"]], "no usable box"),
+        (lambda d: [a.update(bbox=[70, 0, 8, 8]) for a in d["annotations"]], "no usable box"),
+        (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "no usable box"),
+    ],
+)
+def test_what_cannot_be_learnt_from(
+    change: Callable[[Document], object], message: str, scenes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        open_coco(changed(scenes, tmp_path / "c", change))
+    assert caught.value.exit_code == 2
+    assert caught.value.fix
+
+
+def test_odd_boxes_are_counted(scenes: Path, tmp_path: Path) -> None:
+    def odd(document: Document) -> None:
+        boxes = document["annotations"]
+        boxes[0].update(bbox=[5, 5, 0, 8])
+        boxes[1].update(bbox=[64, 0, 9, 9])
+        boxes[2].update(iscrowd=1)
+        for category in document["categories"]:  # ids with gaps
+            category["id"] *= 10
+        for box in boxes:
+            box["category_id"] *= 10
+
+    folder = changed(scenes, tmp_path / "c", odd)
+    data = open_coco(folder)
+    assert data.train.boxes == open_coco(scenes).train.boxes - 3
+    assert [note.partition(" ")[0] for note in data.train.notes] == ["1", "1", "1"]
+    assert data.classes == open_coco(scenes).classes
+
+
+def test_no_data_set_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set in COCO's format"):
+        open_coco(tmp_path)
+    (tmp_path / "annotations.json").write_text("{ not json")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        open_coco(tmp_path)

@@ -1,0 +1,110 @@
+"""A small RetinaNet: its graph gives mmdet's own boxes, its folder gives it back, its AP is COCO's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import batched_nms
+
+from calib_data.errors import UserError
+from detection import configs, openmm
+from detection.average_precision import average_precision
+from detection.backbone import UPPVTv2
+from detection.coco import CocoData
+from detection.decode import DecodedBoxes, Levels
+from detection.detector import DetectorInfo, load_detector, save_detector
+from detection.pictures import fit, fitted
+
+pytestmark = pytest.mark.usefixtures("mmdet")
+
+
+def retinanet(folder: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A detector that finds something: its head's last layer is random and not modest."""
+    backbone = {"type": "UPPVTv2", "model": str(folder)}
+    model = configs.retinanet(backbone, UPPVTv2(folder).channels, classes, fpn_channels=16, stacked_convs=1)
+    torch.manual_seed(0)
+    detector = openmm.build_detector(model)
+    with torch.no_grad():
+        for name in ("retina_cls", "retina_reg"):
+            detector.get_parameter(f"bbox_head.{name}.weight").normal_(0, 0.3)
+        detector.get_parameter("bbox_head.retina_cls.bias").fill_(-2)
+    return detector, model
+
+
+@pytest.mark.parametrize("name", ["dense", "global"])
+def test_decoded_boxes_are_those_of_mmdet(name: str, folders: dict[str, Path]) -> None:
+    detector, _ = retinanet(folders[name], 3)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        boxes, scores, labels = DecodedBoxes(detector, (64, 96)).eval()(images)
+        predicted = openmm.predict(detector, images)
+    for own, sure, kind, (other, other_scores, other_labels) in zip(boxes, scores, labels, predicted, strict=True):
+        clear = (sure > 0.05) & (own[:, 2:] > own[:, :2]).all(dim=1)
+        kept = batched_nms(own[clear], sure[clear], kind[clear], 0.5)[:100]
+        assert len(kept) == len(other) > 20
+        assert torch.allclose(sure[clear][kept], other_scores, atol=1e-6)
+        assert torch.allclose(own[clear][kept], other, atol=1e-3)
+        assert torch.equal(kind[clear][kept], other_labels)
+
+
+def test_images_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:
+    detector, _ = retinanet(folders["dense"], 3)
+    with pytest.raises(UserError, match="multiples of 32"):
+        DecodedBoxes(detector, (64, 100))
+    with pytest.raises(UserError, match="Linear cannot be exported"):
+        Levels(nn.Linear(1, 1))
+
+
+def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    detector, model = retinanet(folders["global"], 3)
+    info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
+    save_detector(detector, info, tmp_path / "detector")
+    with pytest.raises(UserError, match="exists already"):
+        save_detector(detector, info, tmp_path / "detector")
+    document = json.loads((tmp_path / "detector/detector.json").read_text())
+    assert document["config"]["backbone"]["model"]["architecture"] == "pvt_v2_b0"  # needs no other folder
+    loaded, known = load_detector(tmp_path / "detector")
+    assert (known.classes, known.category_ids, known.scale) == (info.classes, info.category_ids, info.scale)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        for own, other in zip(Levels(detector)(images), Levels(loaded)(images), strict=True):
+            assert torch.equal(own, other)
+    document["config"]["bbox_head"]["num_classes"] = 4
+    (tmp_path / "detector/detector.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="of another detector"):
+        load_detector(tmp_path / "detector")
+    with pytest.raises(UserError, match="holds no detector"):
+        load_detector(tmp_path)
+
+
+def test_perfect_detections_have_an_ap_of_one(data: CocoData) -> None:
+    truth = json.loads(data.val.annotations.read_text())
+    found = [
+        {key: box[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for box in truth["annotations"]
+    ]
+    perfect = average_precision(data.val.annotations, found)
+    assert perfect.ap == perfect.ap50 == perfect.ap75 == pytest.approx(1.0)
+    assert set(perfect.per_class) == set(data.classes)
+    half = average_precision(data.val.annotations, found[::2])
+    assert 0.2 < half.ap < 0.8
+    assert average_precision(data.val.annotations, []).ap == 0
+    with pytest.raises(UserError, match="does not list"):
+        average_precision(data.val.annotations, [{**found[0], "image_id": 12345}])
+
+
+def test_boxes_of_fitted_images_come_back(data: CocoData) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8))
+    one = fit(image, 7, (64, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert one.inside == (64, 40)
+    assert float(one.pixels[:, 40:].abs().max()) == 0
+    assert one.boxes_back(np.array([[0, 0, 64, 60], [8, 8, 16, 16]], np.float32)).tolist() == [
+        [0, 0, 80, 50],
+        [10, 10, 20, 20],
+    ]
+    assert [image.image_id for image in fitted(data.val, (64, 64), (0.0,) * 3, (1.0,) * 3)] == [1, 2, 3, 4]
