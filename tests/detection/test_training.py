@@ -1,0 +1,71 @@
+"""Training goes on where it was stopped, and its checkpoints hold nothing but tensors and plain values."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detection import configs, openmm
+from detection.backbone import UPPVTv2
+from detection.coco import CocoData
+from detection.training import imitation, train_detector
+
+pytestmark = pytest.mark.usefixtures("mmdet")
+SCHEDULE = configs.Schedule(epochs=3, batch_size=4, lr=1e-3, scale=(64, 64), warmup=2, workers=0)
+
+
+def small(folder: Path, data: CocoData) -> configs.Config:
+    backbone = {"type": "UPPVTv2", "model": str(folder)}
+    return configs.retinanet(
+        backbone, UPPVTv2(folder).channels, len(data.classes), fpn_channels=16, stacked_convs=1
+    )  # fmt: skip
+
+
+def test_stopped_training_goes_on(
+    folders: dict[str, Path], data: CocoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(folders["uniform"], data)
+    straight = train_detector(model, data, SCHEDULE, tmp_path / "straight")
+    assert set(straight.history) == {1, 2, 3}
+    assert straight.history[3]["loss"] < straight.history[1]["loss"]
+
+    real = openmm.progress_hook
+
+    def stopping(advance: Any) -> Any:
+        def until_the_third(epoch: int, step: int, steps: int, losses: dict[str, float]) -> None:
+            advance(epoch, step, steps, losses)
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+        return real(until_the_third)
+
+    monkeypatch.setattr(openmm, "progress_hook", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(model, data, SCHEDULE, tmp_path / "stopped")
+    monkeypatch.undo()
+    checkpoint = openmm.last_checkpoint(tmp_path / "stopped")
+    assert checkpoint is not None
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["meta"]["epoch"] == 2
+    resumed = train_detector(model, data, SCHEDULE, tmp_path / "stopped")
+    assert set(resumed.history) == {3}
+    ends = [torch.load(tmp_path / name / "epoch_3.pth", weights_only=True) for name in ("straight", "stopped")]
+    assert ends[0]["param_schedulers"] == ends[1]["param_schedulers"]
+    assert resumed.history[3]["loss"] == pytest.approx(straight.history[3]["loss"], rel=0.2)  # flips are drawn anew
+
+
+def test_the_pyramid_can_be_imitated(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
+    teacher = openmm.build_detector(small(folders["dense"], data))
+    images = torch.randn(2, 3, 64, 64)
+    assert float(imitation(teacher, 1.0)(teacher, images)["loss_imitation"]) < 1e-6
+    student = openmm.build_detector(small(folders["uniform"], data))
+    gap = imitation(teacher, 1.0)(student, images)["loss_imitation"]
+    assert 0.1 < float(gap) < 2
+    trained = train_detector(
+        small(folders["uniform"], data), data, SCHEDULE, tmp_path / "w", teacher=teacher, distill_weight=5.0,
+        options={"train_cfg.max_epochs": 2},
+    )  # fmt: skip
+    assert set(trained.history) == {1, 2}
+    assert trained.history[2]["loss_imitation"] < trained.history[1]["loss_imitation"]
+    assert not any("teacher" in name for name in trained.detector.state_dict())
