@@ -99,14 +99,21 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
 
 
 def check_compensation(recipe: Recipe, source: DataSource) -> None:
-    """Refuse compensation that was asked for by name where the data do not suffice for it.
+    """Refuse compensation that was asked for by name where there are too few images for it.
 
     Raises:
         UserError: says how many training images it needs.
     """
-    if recipe.compensate.enabled and len(source.train) < MIN_IMAGES:
+    wanted, there = recipe.compensate.refit_images, len(source.train)
+    if wanted is not None and wanted < min(MIN_IMAGES, there):
         raise UserError(
-            f"{len(source.train)} training images are too few for --compensate.",
+            f"--refit-images {wanted} is too few.",
+            why="Layers are refitted on them, and every fifth is held out to check the result.",
+            fix=f"Give at least {MIN_IMAGES} (500 are a good number), or --no-compensate.",
+        )
+    if recipe.compensate.enabled and there < MIN_IMAGES:
+        raise UserError(
+            f"{there} training images are too few for --compensate.",
             why="Layers are refitted on them, and every fifth is held out to check the result.",
             fix=f"Give at least {MIN_IMAGES} (500 are a good number), or --no-compensate.",
         )

@@ -19,7 +19,6 @@ from calib_data.errors import UserError
 from deploy.environment import usable_cores
 from deploy.measure.bench import MAX_STREAMS
 from deploy.run_dir import read_recipe, read_toml
-from toolchain.compensation import MIN_IMAGES
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
 from toolchain.planning import Component
@@ -69,7 +68,7 @@ class CompensateRecipe(_Part):
     """
 
     enabled: bool | None = None
-    refit_images: int | None = Field(None, ge=MIN_IMAGES)
+    refit_images: int | None = Field(None, ge=1)
 
 
 class DistillRecipe(_Part):

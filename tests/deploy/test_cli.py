@@ -62,7 +62,7 @@ PLAN = ("plan", "--model", "pvtv2_b0")
         (("plan", "--model", "resnet50", "--ratio", "0.5"), "not supported"),
         ((*PLAN, "--ratio", "0.5", "--components", ""), "Cannot prune the components (none)"),
         ((*PLAN, "--ratio", "0.5", "--components", "ffn,ffn"), "Cannot prune the components ffn, ffn"),
-        ((*PLAN, "--ratio", "0.5", "--refit-images", "3"), "refit_images"),
+        ((*PLAN, "--ratio", "0.5", "--refit-images", "3"), "--refit-images 3 is too few"),
         ((*PLAN, "--depth-ratio", "0.01"), "no whole block"),
         (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,0.50"), "given twice"),
         (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,half"), "no numbers"),
