@@ -15,6 +15,7 @@ from rich.console import Console
 
 from calib_data.errors import UserError
 from deploy import options as opt
+from deploy.detect_cli import app as detect_app
 from deploy.option_values import input_shape_of, numbers, recipe_values, split, whole_numbers
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(detect_app, name="detect")
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _TERMINATED = 128 + signal.SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,21 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class CocoData:
-    """A data set for detection. `classes` are in the order of labels, which is that of the category ids."""
+    """A data set for detection. `classes` and `category_ids` are in the order of labels, which is that of the ids."""
 
     train: Split
     val: Split
     classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of both annotation files."""
+        found = hashlib.sha256()
+        for split in (self.train, self.val):
+            found.update(split.annotations.read_bytes())
+        return found.hexdigest()
 
 
 def open_coco(folder: Path) -> CocoData:
@@ -69,7 +79,8 @@ def open_coco(folder: Path) -> CocoData:
     notes = [f"{name}: {note}" for name, split in splits.items() for note in split.notes]
     if places["train"] == places["val"]:
         notes = [*splits["train"].notes, "training and validation use the same images: AP says nothing about others"]
-    return CocoData(splits["train"], splits["val"], classes, tuple(notes))
+    ids = tuple(sorted(category["id"] for category in documents["train"]["categories"]))
+    return CocoData(splits["train"], splits["val"], classes, ids, tuple(notes))
 
 
 def _places(folder: Path) -> dict[str, tuple[Path, Path]]:

@@ -1,0 +1,71 @@
+"""What is asked of a detector: one document, part of a run's recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from detection.configs import Detector, Schedule
+
+Backbones = Literal["both", "dense", "pruned"]
+
+
+class DetectRecipe(BaseModel):
+    """A detector on the networks of a run, trained on a data set in COCO's format; None is resolved from the data.
+
+    `scale` is the largest (long, short) side in pixels; `size` the (height, width) that it is exported for, `imitation`
+    the weight of the dense detector's features in the training of the pruned one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    coco: str = "demo"
+    detector: Detector = "retinanet"
+    backbones: Backbones = "both"
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    scale: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None
+    fpn_channels: int | None = Field(None, ge=8)
+    stacked_convs: int | None = Field(None, ge=1)
+    warmup: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0)
+    amp: bool = False
+    imitation: float = Field(0.0, ge=0)
+    cfg_options: dict[str, Any] = {}
+
+
+PUBLISHED = {
+    "epochs": 12, "batch_size": 2, "lr": 1e-4, "weight_decay": 1e-4, "scale": (1333, 800), "fpn_channels": 256,
+    "stacked_convs": 4, "warmup": 500, "workers": 2,
+}  # fmt: skip
+"""The 1x schedule (PVTv2, arXiv 2106.13797, section 4.2)."""
+
+SHORT = {
+    "epochs": 8, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-2, "scale": (128, 128), "fpn_channels": 96,
+    "stacked_convs": 2, "warmup": 50, "workers": 0,
+}  # fmt: skip
+"""For the drawn scenes: minutes on a CPU. `lr` is for 16 images per step, like the other."""
+
+
+def resolved(recipe: DetectRecipe) -> DetectRecipe:
+    """Every value filled in: the short schedule on the demo, the published one on all else."""
+    known = SHORT if recipe.coco == "demo" else PUBLISHED
+    filled = {name: value for name, value in known.items() if getattr(recipe, name) is None}
+    found = recipe.model_copy(update=filled)
+    if found.size is None:
+        assert found.scale is not None
+        long, short = found.scale
+        found = found.model_copy(update={"size": (-(-short // 32) * 32, -(-long // 32) * 32)})
+    return found
+
+
+def schedule_of(recipe: DetectRecipe) -> Schedule:
+    """The schedule of a resolved recipe."""
+    names = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "workers", "amp")
+    return Schedule(
+        **{name: getattr(recipe, name) for name in names}, grad_clip=10.0 if recipe.coco == "demo" else None
+    )
