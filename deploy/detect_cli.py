@@ -39,8 +39,8 @@ def train(
     from detection.openmm import parse_option
 
     given = {
-        "coco": coco, "detector": detector, "backbones": backbones, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "imitation": imitation, "amp": amp, "workers": workers,
+        "coco": coco, "detector": detector, "backbones": backbones, "epochs": epochs, "batch_size": batch_size,
+        "lr": lr, "imitation": imitation, "amp": amp, "workers": workers,
         "cfg_options": dict(parse_option(text) for text in cfg_options or ()),
     }  # fmt: skip
     wanted = DetectRecipe.model_validate({name: value for name, value in given.items() if value is not None})

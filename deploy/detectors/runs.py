@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def detection_table(found: Detected) -> Table:
     table.add_column("")
     for name in found.figures:
         table.add_column(name, justify="right")
-    rows = {
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "AP": lambda own: f"{100 * own['pytorch']['ap']:.1f}",
         "AP50": lambda own: f"{100 * own['pytorch']['ap50']:.1f}",
         "AP75": lambda own: f"{100 * own['pytorch']['ap75']:.1f}",
