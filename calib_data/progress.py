@@ -6,9 +6,15 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 T = TypeVar("T")
+
+
+def progress_bar(*, quiet: bool) -> Progress:
+    """A bar on stderr that goes away at the end; none when quiet or when nobody watches."""
+    console = Console(stderr=True)
+    return Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
 
 
 def watched(items: Iterable[T], title: str, *, quiet: bool, total: float | None = None) -> Iterator[T]:
@@ -17,6 +23,5 @@ def watched(items: Iterable[T], title: str, *, quiet: bool, total: float | None 
     >>> list(watched([1, 2], "counting", quiet=True))
     [1, 2]
     """
-    console = Console(stderr=True)
-    hidden = quiet or not console.is_terminal
-    yield from track(items, title, total=total, console=console, transient=True, disable=hidden)
+    with progress_bar(quiet=quiet) as progress:
+        yield from progress.track(items, total=total, description=title)

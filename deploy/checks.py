@@ -105,15 +105,14 @@ def check_compensation(recipe: Recipe, source: DataSource) -> None:
         UserError: says how many training images it needs.
     """
     wanted, there = recipe.compensate.refit_images, len(source.train)
+    short = None
     if wanted is not None and wanted < min(MIN_IMAGES, there):
+        short = f"--refit-images {wanted} is too few."
+    elif recipe.compensate.enabled and there < MIN_IMAGES:
+        short = f"{there} training images are too few for --compensate."
+    if short is not None:
         raise UserError(
-            f"--refit-images {wanted} is too few.",
-            why="Layers are refitted on them, and every fifth is held out to check the result.",
-            fix=f"Give at least {MIN_IMAGES} (500 are a good number), or --no-compensate.",
-        )
-    if recipe.compensate.enabled and there < MIN_IMAGES:
-        raise UserError(
-            f"{there} training images are too few for --compensate.",
+            short,
             why="Layers are refitted on them, and every fifth is held out to check the result.",
             fix=f"Give at least {MIN_IMAGES} (500 are a good number), or --no-compensate.",
         )

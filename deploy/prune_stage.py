@@ -174,11 +174,13 @@ def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
 def expected_losses(job: Job, images: Tensor | None) -> Losses | None:
     """Expected losses with compensation: which FFN units go, and what the planners weigh groups by.
 
-    Uniform plans need the orders of FFN units alone, which rotations do not change.
+    Uniform plans need the orders of FFN units alone, which rotations do not change; where scores choose those, and in
+    rounds, nothing reads curves.
     """
-    if images is None:
-        return None
     rotate = job.recipe.plan.planner != "uniform"
+    read = units_by_joint_loss(job.recipe) or (rotate and job.recipe.plan.rounds == 1)
+    if images is None or not read:
+        return None
     try:
         return compensated_curves(
             job.dense, images[:CURVE_IMAGES], rotate=rotate, seed=job.recipe.seed, quiet=job.quiet

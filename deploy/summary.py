@@ -248,7 +248,8 @@ def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, pre
 def _plan_figures(plan: PruningPlan, scores: Scores, rotated: Collection[str]) -> PlanFigures:
     """`rotated`: groups whose basis was turned, so that the scores of their units decided nothing."""
     cut = {name_before(name, plan.blocks) for name in plan.keep}
-    cut |= {f"{name}.heads" for name in cut}  # whole heads go by scores of their own
+    if "heads" in str(plan.asked.get("components", "")).split(","):  # whole heads go by scores of their own
+        cut |= {f"{name}.heads" for name in cut}
     turned = {name_before(name, plan.blocks) for name in rotated}
     turned |= {f"{name}.{part}" for name in turned for part in ("qk", "v")}
     return PlanFigures(

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from calib_data.errors import UserError
+from calib_data.progress import progress_bar
 from deploy.measure.gpu_monitor import GpuMonitor
 from deploy.runtimes.interface import Arrays, CallTimes, Floats, Session
 
@@ -197,7 +196,7 @@ def interleave_own(
     stats: dict[str, dict[int, LatencyStats]] = {name: {} for name in sessions}
     medians: dict[str, dict[int, tuple[float, ...]]] = {name: {} for name in sessions}
     seconds = 0.0
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+    with progress_bar(quiet=quiet) as progress:
         task = progress.add_task("latency", total=len(batches) * settings.rounds)
         for batch in batches:
             taking = {name: (sessions[name], own[batch]) for name, own in feeds.items() if batch in own}

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console, Group, RenderableType
-from rich.progress import Progress
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from calib_data.errors import GateError, UserError
+from calib_data.progress import progress_bar
 from deploy.environment import environment, usable_cores
 from deploy.measure.bench import (
     MAX_STREAMS,
@@ -299,7 +299,7 @@ def _open_all(
     """
     opened = _Opened([], {}, {}, [], [])
     failures: dict[Path, UserError] = {}
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+    with progress_bar(quiet=quiet) as progress:
         for number, own in enumerate(progress.track(models, description="building")):
             try:
                 folder, notes = (own.folder, []) if own.folder else _build(own, scratch / str(number), feeds[own.name])
@@ -368,7 +368,7 @@ def _throughputs(
 ) -> list[StreamFigure]:
     wanted = [(own, batch, count) for own in models for batch in feeds[own.name] for count in streams]
     rates = []
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+    with progress_bar(quiet=quiet) as progress:
         for own, batch, count in progress.track(wanted, description="throughput"):
             # streams share the cores, instead of each taking all of them
             threads = options.threads or max(1, usable_cores() // count)

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from rich.console import Console
-from rich.progress import Progress
 
 from calib_data.errors import GateError, UserError
+from calib_data.progress import progress_bar
 from deploy.precision.weight_layers import Array, WeightLayer, nothing_to_quantize, prepared, weight_layers
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -58,7 +57,7 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
     largest: dict[str, Floats] = {}
     with (
         open_model(probed) as session,
-        Progress(disable=quiet, console=Console(stderr=True), transient=True) as progress,
+        progress_bar(quiet=quiet) as progress,
     ):
         task = progress.add_task("calibrate", total=total)
         for batch in batches:

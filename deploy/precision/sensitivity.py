@@ -4,10 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from rich.console import Console
-from rich.progress import Progress
 
 from calib_data.errors import UserError
+from calib_data.progress import progress_bar
 from deploy.precision.calibration import check_batch
 from deploy.precision.convert import QUANTIZED, Converted
 from deploy.precision.quantize import activation_scale, cut_projections, quantized_weight
@@ -49,7 +48,7 @@ def layer_sqnr(
     seen = 0
     with (
         open_model(twins) as session,
-        Progress(disable=quiet, console=Console(stderr=True), transient=True) as progress,
+        progress_bar(quiet=quiet) as progress,
     ):
         task = progress.add_task("error of each layer", total=total)
         for batch in batches:

@@ -148,7 +148,7 @@ def _attempts(
         except NotReachableError as error:
             floor, at_floor = error, True
             plan = planner(costs, error.lowest * (1 + 1e-3))
-        if any(plan.keep == other.keep and plan.blocks == other.blocks for _, other in tried):
+        if any(plan.cut == other.cut for _, other in tried):
             break
         network = prune(dense.model, plan)
         expected = predicted(costs, network)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console, Group
 
-from calib_data.errors import UserError
+from calib_data.errors import TargetError, UserError
 from deploy.artifacts import atomic_write, disk_errors, open_artifact
 from deploy.checks import CUTS
 from deploy.pipeline import prepare, run_job
@@ -34,7 +34,7 @@ class _Document(BaseModel):
 
 
 class SweepRun(_Document):
-    """One run of a sweep; `failed` says why there is none, with the exit code that it would have had alone."""
+    """One run of a sweep, with the exit code that it would have had alone; `failed` says why there is none."""
 
     name: str
     verdict: str = ""
@@ -121,7 +121,13 @@ def compare_cuts(reports: Mapping[str, Report], errors: Mapping[str, UserError])
     points = _points(reports, batch)
     front = {id(point) for own in _by_runtime(points).values() for point in _front(own)}
     runs = [
-        SweepRun(name=name, verdict=verdict(own), params=own.pruned.params, macs=own.pruned.macs)
+        SweepRun(
+            name=name,
+            verdict=verdict(own),
+            params=own.pruned.params,
+            macs=own.pruned.macs,
+            exit_code=TargetError.exit_code if own.target is not None and not own.target.met else 0,
+        )
         for name, own in reports.items()
     ]
     runs += [

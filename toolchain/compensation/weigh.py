@@ -51,7 +51,7 @@ def weigh_streams(
     """
     weighted = [_weighted(model, curves, weight) for weight in weights]
     plans = [plan_by(own) for own in weighted]
-    different = [i for i, plan in enumerate(plans) if not any(_same(plan, other) for other in plans[:i])]
+    different = [i for i, plan in enumerate(plans) if not any(plan.cut == other.cut for other in plans[:i])]
     if len(different) == 1:
         return weighted[0]
     fit, judge = images[::2], torch.split(images[1::2].to(device_of(model)), batch_size)
@@ -70,7 +70,3 @@ def weigh_streams(
 def _weighted(model: nn.Module, curves: Mapping[str, Curve], weight: float) -> dict[str, Curve]:
     streams = {group.name for group in groups_of(model) if group.kind == "embed"}
     return {n: Curve(own.order, own.loss * weight) if n in streams else own for n, own in curves.items()}
-
-
-def _same(plan: PruningPlan, other: PruningPlan) -> bool:
-    return (plan.keep, plan.num_heads, plan.blocks) == (other.keep, other.num_heads, other.blocks)

@@ -102,6 +102,11 @@ class PruningPlan:
         return Widths(channels=sizes, num_heads=num_heads)
 
     @property
+    def cut(self) -> tuple[object, ...]:
+        """What is left: equal for plans that give the same network."""
+        return self.keep, self.num_heads, self.blocks
+
+    @property
     def requested(self) -> dict[str, float | int | str]:
         """`asked` without what planners derived from it."""
         derived = ("budget", "unit", "floor")

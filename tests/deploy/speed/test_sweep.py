@@ -54,6 +54,15 @@ def test_pareto_points_are_those_that_nothing_on_their_runtime_beats() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_missed_latency_keeps_its_points_and_its_exit_code() -> None:
+    first, *others = REPORTS
+    assert REPORTS[first].target is not None
+    missed = REPORTS[first].model_copy(update={"target": REPORTS[first].target.model_copy(update={"met": False})})
+    found = compare_cuts({**REPORTS, first: missed}, {})
+    assert {run.name: run.exit_code for run in found.runs} == {first: 6, **dict.fromkeys(others, 0)}
+    assert found.points == compare_cuts(REPORTS, {}).points
+
+
 def test_a_failed_run_is_named_with_its_reason() -> None:
     found = compare_cuts(REPORTS, FAILED)
     (failed,) = [run for run in found.runs if run.failed is not None]
