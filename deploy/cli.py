@@ -78,6 +78,7 @@ def _stage_command(until: str) -> Callable[..., None]:
         bench_seconds: opt.BenchSeconds = None,
         streams: opt.Streams = None,
         cuda_graph: opt.CudaGraph = None,
+        detect: opt.Detect = None,
         output: opt.Output = None,
         recipe: opt.RecipeFile = None,
         seed: opt.Seed = None,
@@ -95,7 +96,7 @@ def _stage_command(until: str) -> Callable[..., None]:
             "workspace_mib": workspace, "require_fused_attention": require_fused, "opset": opset,
             "uint8_input": uint8_input, "external_data": external_data,
             "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
-            "streams": whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph,
+            "streams": whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph, "coco": detect,
             "recipe": recipe, "seed": seed,
         }  # fmt: skip
         _run(recipe_values(options), output, until, quiet)

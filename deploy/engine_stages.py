@@ -108,7 +108,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
         parities = {}
         for name in MODELS:
             onnx_path = graph.folder / name / "model.onnx"
-            runtime.build(onnx_path, folder / name, replace(options, timing_cache=_timing_cache(builder)))
+            runtime.build(onnx_path, folder / name, replace(options, timing_cache=timing_cache(builder)))
             parities[name] = _parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
         write_json(folder / "parity.json", {name: p.as_json() for name, p in parities.items() if p is not None})
 
@@ -116,7 +116,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
     return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
 
 
-def _timing_cache(builder: Mapping[str, str]) -> Path:
+def timing_cache(builder: Mapping[str, str]) -> Path:
     """Where a builder's timings are kept between runs: they hold for one library version and one device."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upvits-deploy"
     return home / f"{hashlib.sha256(json.dumps(builder, sort_keys=True).encode()).hexdigest()[:16]}.timing"

@@ -19,6 +19,7 @@ from deploy.artifacts import Artifact, atomic_write, run_stage
 from deploy.measure.accuracy import outputs_of
 from deploy.recipe import Recipe
 from deploy.runtimes import BatchProfile, RuntimeChoice, Session
+from detection.coco import CocoData
 from toolchain.evaluate import Accuracy, evaluate
 from toolchain.planning import PruningPlan
 
@@ -46,6 +47,7 @@ class Job:
         dense_digest: sha256 of its weights.
         calibration: where quantization takes its images from: the data, or what `--calib` names.
         runtimes: what engines are built for, and what was left out.
+        coco: what detectors are trained on, where `--detect` asks for them.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Job:
     preprocess: Preprocess
     runtimes: RuntimeChoice
     quiet: bool
+    coco: CocoData | None = None
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -90,7 +93,7 @@ def stage(
     artifact = run_stage(
         job.folder, name, settings, inputs, work, version=VERSIONS[name.split("/")[0]], resumable=resumable
     )
-    if not artifact.skipped:  # a report of what was there before would now be wrong
+    if not artifact.skipped and not name.startswith("7-"):  # a report of what was there before would now be wrong
         for report in ("report.json", "report.md", "report.html"):
             (job.folder / report).unlink(missing_ok=True)
     took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"

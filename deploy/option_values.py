@@ -32,6 +32,7 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
         "engine": ("runtime", "precision", "batch", "targets", "workspace_mib", "require_fused_attention"),
         "export": ("opset", "uint8_input", "external_data"),
         "bench": ("batches", "seconds", "streams", "cuda_graph"),
+        "detect": ("coco",),
     }
     file = options.pop("recipe")
     values: dict[str, Any] = {} if file is None else read_recipe_file(file)

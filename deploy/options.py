@@ -135,6 +135,10 @@ Streams = Annotated[str | None, typer.Option(help="Sessions at once, e.g. 1,4. \
 CudaGraph = Annotated[
     bool | None, typer.Option("--cuda-graph", help="Replay recorded work on GPUs.", rich_help_panel=BENCH)
 ]
+Detect = Annotated[
+    str | None,
+    typer.Option("--detect", help="Detectors too, on this COCO folder or demo.", rich_help_panel=RUN),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Run directory. \\[default: runs/MODEL-CUT]", rich_help_panel=RUN)
 ]

@@ -23,6 +23,7 @@ from deploy.checks import (
     warn_of_skipped,
     with_names,
 )
+from deploy.detectors import flow
 from deploy.job import Job
 from deploy.precision_stage import precisions
 from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
@@ -32,6 +33,7 @@ from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
 from deploy.speed.table import tables_folder
 from deploy.summary import Artifacts, summarise
+from detection import openmm
 from toolchain.checkpoints import weights_digest
 from toolchain.depth import last_blocks_first
 from toolchain.processes import pick_device
@@ -147,9 +149,12 @@ def run_stages(job: Job, until: str) -> Artifacts:
     engines = engine_stages.engines(job, exported, graphs)
     if until == "engine":
         return Artifacts(scored, pruned, tuned, exported, graphs, engines)
-    return Artifacts(
-        scored, pruned, tuned, exported, graphs, engines, engine_stages.bench(job, pruned, exported, engines.artifacts)
-    )
+    benched = engine_stages.bench(job, pruned, exported, engines.artifacts)
+    detected = None
+    if job.coco is not None and job.recipe.detect is not None:
+        detectors = flow.detectors_of(job, tuned, job.coco, job.recipe.detect)
+        detected = flow.compared(job, detectors, job.coco, job.recipe.detect)
+    return Artifacts(scored, pruned, tuned, exported, graphs, engines, benched, detected)
 
 
 def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
@@ -160,6 +165,10 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     """
     device = pick_device(recipe.device)
     recipe = with_names(recipe)
+    coco = None
+    if recipe.detect is not None:
+        openmm.require()
+        coco = flow.open_data(recipe.detect.coco, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe, runtimes.runtimes)
     source = open_source(recipe.data, quiet=quiet)
@@ -195,6 +204,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
         preprocess=preprocess,
         runtimes=runtimes,
         quiet=quiet,
+        coco=coco,
     )
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from calib_data import DataSource
 from calib_data.errors import UserError
+from deploy.detectors.recipe import DetectRecipe
+from deploy.detectors.recipe import resolved as resolved_detection
 from deploy.environment import usable_cores
 from deploy.measure.bench import MAX_STREAMS
 from deploy.run_dir import read_recipe, read_toml
@@ -148,6 +150,7 @@ class Recipe(_Part):
     precision: PrecisionRecipe = PrecisionRecipe()
     engine: EngineRecipe = EngineRecipe()
     bench: BenchRecipe = BenchRecipe()
+    detect: DetectRecipe | None = None
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
@@ -224,7 +227,8 @@ def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.
     compensate = recipe.compensate.model_copy(
         update={"refit_images": min(recipe.compensate.refit_images or 512, images)}
     )
-    return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate})
+    detect = None if recipe.detect is None else resolved_detection(recipe.detect)
+    return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate, "detect": detect})
 
 
 def split_names(spec: str) -> list[str]:

@@ -6,7 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.artifacts import Artifact, package_versions
+from deploy.artifacts import Artifact, open_artifact, package_versions
+from deploy.detectors.compare import read_comparison
+from deploy.detectors.document import DetectionReport
+from deploy.detectors.training import DETECT
 from deploy.engine_stages import Engines, engine_of, runs_here
 from deploy.job import MODELS, Job, read_json
 from deploy.measure.figures import Pair
@@ -46,6 +49,7 @@ class Artifacts:
     graphs: Mapping[str, Artifact] = field(default_factory=dict)
     engines: Engines = field(default_factory=Engines)
     benched: Artifact | None = None
+    detected: Artifact | None = None
 
     @property
     def all(self) -> list[Artifact]:
@@ -58,6 +62,7 @@ class Artifacts:
             *self.graphs.values(),
             *self.engines.artifacts,
             self.benched,
+            self.detected,
         )
         return [artifact for artifact in found if artifact is not None]
 
@@ -110,6 +115,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
         plan=_plan_figures(plan, scores, compensated.get("rotated", ())),
         compensation=_compensation(compensated),
         target=_target(done.pruned, latency),
+        detection=_detection(job, done),
         measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
@@ -239,6 +245,16 @@ def _target(pruned: Artifact, bench: Bench) -> Target | None:
         measured=measured,
         met=over <= ALLOWED,
     )
+
+
+def _detection(job: Job, done: Artifacts) -> DetectionReport | None:
+    """What this run, or an earlier `detect compare` of the same networks, found of detectors."""
+    found = done.detected or open_artifact(job.folder / DETECT / "compare")
+    pruned = open_artifact(job.folder / DETECT / "pruned")
+    if found is None or pruned is None or done.tuned is None:
+        return None
+    same = pruned.manifest.inputs["backbone"] == done.tuned.digest
+    return read_comparison(found) if same and found.manifest.inputs.get("pruned") == pruned.digest else None
 
 
 def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, precision: str, batch: str) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ class AveragePrecision:
     detections: int
 
 
-def average_precision(annotations: Path, detections: Sequence[Detection]) -> AveragePrecision:
-    """Judge detections on all images of an annotation file; at most the best 100 of an image count.
+def average_precision(
+    annotations: Path, detections: Sequence[Detection], image_ids: Collection[int] | None = None
+) -> AveragePrecision:
+    """Judge detections on all images of an annotation file, or on some; at most the best 100 of an image count.
 
     Raises:
         MissingDependencyError: pycocotools is not there.
@@ -55,6 +57,8 @@ def average_precision(annotations: Path, detections: Sequence[Detection]) -> Ave
         ) from error
     document = json.loads(annotations.read_text())
     known = {image["id"] for image in document["images"]}
+    if image_ids is not None:
+        known &= {*image_ids}
     strangers = {found["image_id"] for found in detections} - known
     if strangers:
         raise UserError(
@@ -68,6 +72,7 @@ def average_precision(annotations: Path, detections: Sequence[Detection]) -> Ave
         evaluation = COCOeval(
             truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), "bbox"
         )
+        evaluation.params.imgIds = sorted(known)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -16,6 +16,9 @@ from detection.coco import CocoData, Split
 Config = dict[str, Any]
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of 0 to 255
+SILENT = "CRITICAL"
+"""mmengine's own log says what our progress bar shows, and warns of what its friends deprecated."""
+
 MAX_BOXES = 100
 """Detections per image, as COCO's AP counts them."""
 
@@ -30,6 +33,7 @@ class Schedule:
         lr: peak learning rate for 16 images per step; scaled to what a step has.
         scale: images are scaled to fit (long side, short side) in pixels.
         warmup: steps with a rising rate.
+        tensorboard: write curves for it, in the folder of the training.
     """
 
     epochs: int = 12
@@ -41,6 +45,7 @@ class Schedule:
     workers: int = 2
     amp: bool = False
     grad_clip: float | None = None
+    tensorboard: bool = False
 
 
 def retinanet(
@@ -175,6 +180,7 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
         gpu: whether there is one: it decides how processes talk to each other.
     """
     masks = model["type"] == "MaskRCNN"
+    backends = ["LocalVisBackend", *(["TensorboardVisBackend"] if schedule.tensorboard else [])]
     ends = [round(schedule.epochs * share) for share in (2 / 3, 11 / 12)]
     optim: Config = {
         "type": "AmpOptimWrapper" if schedule.amp else "OptimWrapper",
@@ -193,7 +199,10 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
             "batch_sampler": {"type": "AspectRatioBatchSampler"},
         },
         **judging(data, schedule, masks),
-        "train_cfg": {"type": "EpochBasedTrainLoop", "max_epochs": schedule.epochs, "val_interval": schedule.epochs},
+        # judged afterwards, as engines are; `--cfg-options train_cfg.val_interval=1` does it between epochs too
+        "train_cfg": {
+            "type": "EpochBasedTrainLoop", "max_epochs": schedule.epochs, "val_interval": schedule.epochs + 1,
+        },
         "optim_wrapper": optim,
         "param_scheduler": [
             {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": schedule.warmup},
@@ -212,10 +221,10 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
             "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
             "dist_cfg": {"backend": "nccl" if gpu else "gloo"},
         },
-        "visualizer": {"type": "DetLocalVisualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
+        "visualizer": {"type": "DetLocalVisualizer", "vis_backends": [{"type": name} for name in backends]},
         "log_processor": {"type": "LogProcessor", "window_size": 50, "by_epoch": True},
         "randomness": {"seed": seed},
-        "log_level": "WARNING",
+        "log_level": SILENT,
         "load_from": None,
         "resume": False,
     }  # fmt: skip

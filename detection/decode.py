@@ -58,14 +58,17 @@ class DecodedBoxes(nn.Module):
         detector: mmdet's RetinaNet, in eval mode.
         size: (height, width) of the images, multiples of 32.
         boxes: K, at most; small images have fewer candidates.
+        with_levels: give what `Levels` gives first.
     """
 
-    def __init__(self, detector: nn.Module, size: tuple[int, int], boxes: int = BOXES) -> None:
+    def __init__(
+        self, detector: nn.Module, size: tuple[int, int], boxes: int = BOXES, *, with_levels: bool = False
+    ) -> None:
         super().__init__()
         if size[0] % 32 or size[1] % 32:
             raise UserError(f"Images of {size[0]} x {size[1]} pixels do not fit.", fix="Give multiples of 32.")
         self.levels = Levels(detector)
-        self.size, self.boxes = size, boxes
+        self.size, self.boxes, self.with_levels = size, boxes, with_levels
         head = self.levels.bbox_head
         self.num_classes, self.candidates = int(head.cls_out_channels), int(head.test_cfg["nms_pre"])
         with torch.no_grad():
@@ -78,14 +81,18 @@ class DecodedBoxes(nn.Module):
         self.register_buffer("means", torch.tensor(coder.means, device=example.device).float())
         self.register_buffer("stds", torch.tensor(coder.stds, device=example.device).float())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Boxes, scores and labels, the best first; overlapping ones are all still there."""
         found = self.levels(images)
         count = len(found) // 2
         parts = [self._level(i, found[i], found[count + i]) for i in range(count)]
         boxes, scores, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        # boxes that were clipped to nothing are dropped by mmdet; here their score becomes 0
+        extents = boxes[..., 2:] - boxes[..., :2]
+        scores = scores * (extents.amin(dim=-1) > 0)
         best, order = scores.topk(min(self.boxes, scores.shape[1]), dim=1)
-        return boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), best, labels.gather(1, order)
+        result = (boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), best, labels.gather(1, order))
+        return (*found, *result) if self.with_levels else result
 
     def _level(self, index: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         anchors = cast(Tensor, getattr(self, f"anchors_{index}"))

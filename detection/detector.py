@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from calib_data.errors import UserError
 from detection import openmm
@@ -74,6 +74,43 @@ def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[st
     return {**backbone, "model": structure_of(module.net)} if isinstance(module, UPPVTv2) else dict(backbone)
 
 
+def read_info(folder: Path) -> DetectorInfo:
+    """What is known of the detector in a folder; its weights are not read.
+
+    Raises:
+        UserError: the folder holds no detector.
+    """
+    try:
+        document = json.loads((folder / _STRUCTURE).read_text())
+        return DetectorInfo(
+            document["config"],
+            tuple(document["classes"]),
+            tuple(document["category_ids"]),
+            (int(document["scale"][0]), int(document["scale"][1])),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_detector(folder, error) from error
+
+
+def _no_detector(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} holds no detector ({error}).",
+        fix=f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them.",
+    )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of the detector in a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        return load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _no_detector(folder, error) from error
+
+
 def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
     """The detector in a folder, in eval mode on the CPU.
 
@@ -81,20 +118,8 @@ def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
         UserError: the folder holds no detector, or its weights are of another one.
         MissingDependencyError: mmdet is not there.
     """
-    try:
-        document = json.loads((folder / _STRUCTURE).read_text())
-        info = DetectorInfo(
-            document["config"],
-            tuple(document["classes"]),
-            tuple(document["category_ids"]),
-            (int(document["scale"][0]), int(document["scale"][1])),
-        )
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} holds no detector ({error}).",
-            fix=f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them.",
-        ) from error
+    info = read_info(folder)
+    state = read_weights(folder)
     detector = openmm.build_detector(info.config)
     own = {name: tensor.shape for name, tensor in detector.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state.items()}

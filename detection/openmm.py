@@ -11,8 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import logging
-import os
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib_data.errors import MissingDependencyError, UserError
 from detection.backbone import UPPVTv2
+from detection.configs import SILENT
 from detection.operators import stand_in
 from detection.simple_pyramid import UPViT
 
@@ -43,6 +44,22 @@ def missing() -> MissingDependencyError | None:
             f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {_INSTALL}"
         )
     return None
+
+
+def require() -> None:
+    """Say early that detectors cannot be used here.
+
+    Raises:
+        MissingDependencyError: mmdet is not there, or its parts do not fit each other.
+    """
+    _loaded()
+
+
+def join_slurm() -> None:
+    """Join the processes of a slurm job, as mmengine does."""
+    _loaded()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    importlib.import_module("mmengine.dist").init_dist("slurm", backend=backend)
 
 
 @functools.cache
@@ -69,6 +86,8 @@ def _loaded() -> Any:
                 why="Its versions of mmcv and mmengine have to fit, and setuptools has to be older than 81.",
                 fix=f"Run: {_INSTALL}",
             ) from error
+    # mmengine logs every initialised tensor to whichever logger was made last
+    importlib.import_module("mmengine.logging").MMLogger.get_instance("upvits-deploy", log_level=SILENT)
     for backbone in (UPPVTv2, UPViT):
         registry.MODELS.register_module(name=backbone.__name__, module=backbone, force=True)
     return mmdet
@@ -84,10 +103,12 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings of other projects about each other."""
-    with warnings.catch_warnings():
+def _quietly(*, prints: bool = False) -> Iterator[None]:
+    """Without the warnings of other projects about each other, and without what they print."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
+        if not prints:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
 
 
@@ -145,14 +166,18 @@ def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:
     """mmengine's Runner, with checkpoints that load without unpickling code."""
     _loaded()
     runner_module = importlib.import_module("mmengine.runner")
-    with _quietly():
-        logging.getLogger("mmengine").setLevel(config.get("log_level", "WARNING"))
-        launcher = "pytorch" if "LOCAL_RANK" in os.environ else "slurm" if "SLURM_PROCID" in os.environ else "none"
+    with _quietly(prints=_talks(config)):
+        launcher = "pytorch" if dist.is_available() and dist.is_initialized() else "none"
         runner = runner_module.Runner.from_cfg(_with(config, launcher=launcher))
     runner.register_hook(_plain_checkpoints(), priority="LOWEST")
     for hook in hooks:
         runner.register_hook(hook)
     return runner
+
+
+def _talks(config: Any) -> bool:
+    """Whether somebody asked to see mmengine's own log (`--cfg-options log_level=INFO`)."""
+    return bool(config.log_level != SILENT)
 
 
 def _with(config: Any, **values: Any) -> Any:
@@ -213,6 +238,12 @@ def add_loss(runner: Any, extra: Callable[[nn.Module, Tensor], dict[str, Tensor]
     detector.loss = loss
 
 
+def set_weights(runner: Any, state: Mapping[str, Tensor]) -> None:
+    """Start from these weights instead of new ones."""
+    detector: Any = getattr(runner.model, "module", runner.model)
+    detector.load_state_dict(state)
+
+
 def trained_model(runner: Any) -> nn.Module:
     """The runner's detector, in eval mode on the CPU."""
     detector: Any = getattr(runner.model, "module", runner.model)
@@ -223,7 +254,7 @@ def trained_model(runner: Any) -> nn.Module:
 
 def train(runner: Any) -> None:
     """Train, and go on where a checkpoint in the work folder ends if the configuration says so."""
-    with _quietly():
+    with _quietly(prints=_talks(runner.cfg)):
         runner.train()
 
 
@@ -237,7 +268,8 @@ def test(runner: Any) -> dict[str, float]:
 def last_checkpoint(work_dir: Path) -> Path | None:
     """The newest checkpoint of a training that was stopped, or None."""
     _loaded()
-    found = importlib.import_module("mmengine.runner").find_latest_checkpoint(str(work_dir))
+    with _quietly():
+        found = importlib.import_module("mmengine.runner").find_latest_checkpoint(str(work_dir))
     return None if found is None else Path(found)
 
 

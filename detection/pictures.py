@@ -60,7 +60,9 @@ def fit(
 def fitted(
     split: Split, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], most: int | None = None
 ) -> Iterator[Fitted]:
-    """The images of a split, in the order of its annotations."""
-    for entry in json.loads(split.annotations.read_text())["images"][:most]:
+    """The images of a split, in the order of its annotations; with `most`, so many of them, evenly spread."""
+    entries = json.loads(split.annotations.read_text())["images"]
+    count = min(most or len(entries), len(entries))
+    for entry in (entries[index * len(entries) // count] for index in range(count)):
         with Image.open(split.images / entry["file_name"]) as image:
             yield fit(image, entry["id"], size, mean, std)

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from detection import openmm
 from detection.coco import CocoData
 from detection.configs import Config, Schedule, training
+from detection.crew import Crew
+from detection.detector import load_detector, read_weights
 
 Losses = dict[str, float]
+
+ALONE = Crew()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,13 @@ def train_detector(
     *,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Path | None = None,
     distill_weight: float = 1.0,
+    start: Path | None = None,
+    crew: Crew = ALONE,
     quiet: bool = True,
 ) -> Trained:
     """Train a detector, or go on where a training in the same folder was stopped.
-
-    Started by torchrun or slurm, every process trains on its share.
 
     Args:
         model: its configuration (`detection.configs`).
@@ -58,16 +62,24 @@ def train_detector(
         work_dir: checkpoints and logs; what is found there must be of the same training.
         seed: of new weights, order and flips.
         options: dotted keys of mmengine's configuration and values that replace what is said here.
-        teacher: a detector whose pyramid's features are imitated too.
+        teacher: folder of a detector whose pyramid's features are imitated too.
         distill_weight: of that imitation.
+        start: folder of a detector of the same structure whose weights it starts from.
+        crew: processes that train on a share each; others than the leader call `train_along`.
         quiet: no progress bar.
 
     Raises:
         MissingDependencyError: mmdet is not there.
         UserError: an option names nothing.
     """
+    if crew.is_leader:
+        crew.tell({
+            "model": model, "data": data, "schedule": schedule, "work_dir": work_dir, "seed": seed, "options": options,
+            "teacher": teacher, "distill_weight": distill_weight, "start": start,
+        })  # fmt: skip
     values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available())
-    config = openmm.config_of(values | {"resume": openmm.last_checkpoint(work_dir) is not None}, options)
+    resumes = openmm.last_checkpoint(work_dir) is not None
+    config = openmm.config_of(values | {"resume": resumes}, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with _bar(quiet) as bar:
         task = bar.add_task("training", total=None)
@@ -82,10 +94,18 @@ def train_detector(
 
         runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
         if teacher is not None:
-            openmm.add_loss(runner, imitation(teacher, distill_weight))
+            openmm.add_loss(runner, imitation(load_detector(teacher)[0], distill_weight))
+        if start is not None and not resumes:
+            openmm.set_weights(runner, read_weights(start))
         openmm.train(runner)
     history = {epoch: {name: sum(v) / len(v) for name, v in own.items()} for epoch, own in sums.items()}
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
+
+
+def train_along(crew: Crew) -> None:
+    """Train whatever the leader trains, until it is done."""
+    for order in crew.orders():
+        train_detector(**order, crew=crew, quiet=True)
 
 
 def imitation(teacher: nn.Module, weight: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,17 +11,16 @@ from torch import nn
 
 from calib_data import Preprocess
 from calib_data.errors import UserError
+from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
 from deploy.detectors.suppression import with_suppression
-from deploy.graphs.export import ExportReport, export_onnx
+from deploy.graphs.export import export_onnx
 from deploy.graphs.files import load_model, save_model
-from detection.decode import BOXES, DecodedBoxes, Levels
+from detection.decode import BOXES, DecodedBoxes
 from detection.detector import DetectorInfo
 
 Shape = Literal["raw", "decode", "decode+nms"]
 """`raw`: logits and deltas of every level; `decode`: a fixed number of boxes, scores and labels; `decode+nms`: only
 boxes that overlap no better one of their class, those of all images one after the other."""
-
-LEVELS = 5
 
 
 def export_detector(
@@ -33,7 +33,7 @@ def export_detector(
     boxes: int = BOXES,
     opset: int = 20,
     uint8_input: bool = False,
-) -> ExportReport:
+) -> None:
     """Write a RetinaNet as ONNX with a dynamic batch and images of one size.
 
     Inputs are as of `export_onnx`: `images`, float32 [batch, 3, H, W], normalised, scaled to fit and padded at the
@@ -63,15 +63,13 @@ def export_detector(
         "category_ids": json.dumps(list(info.category_ids)),
         "shape": shape,
     }
-    if shape == "raw":
-        names = [f"{kind}_{level}" for kind in ("logits", "deltas") for level in range(LEVELS)]
-        return export_onnx(
-            Levels(detector), path, preprocess, opset=opset, uint8_input=uint8_input, metadata=about, outputs=names
-        )
-    report = export_onnx(
-        DecodedBoxes(detector, size, boxes), path, preprocess, opset=opset, uint8_input=uint8_input, metadata=about,
-        outputs=("boxes", "scores", "labels"),
-    )  # fmt: skip
-    if shape == "decode+nms":
-        save_model(with_suppression(load_model(path), size), path)
-    return report
+    whole = DecodedBoxes(detector, size, boxes, with_levels=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        draft = Path(scratch) / path.name
+        export_onnx(
+            whole, draft, preprocess, opset=opset, uint8_input=uint8_input, metadata=about,
+            outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),
+        )  # fmt: skip
+        model = load_model(draft)
+    model = with_outputs(model, LEVEL_OUTPUTS if shape == "raw" else BOX_OUTPUTS)
+    save_model(with_suppression(model, size) if shape == "decode+nms" else model, path)

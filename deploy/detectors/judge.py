@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from torchvision.ops import box_iou
 
 from deploy.detectors.suppression import suppress
 from deploy.runtimes import Session
+from detection import openmm
 from detection.pictures import Fitted
+
+PREDICTIONS = "predictions.json"
 
 Found = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 """Boxes [B, K, 4], scores [B, K] and labels [B, K], overlapping ones among them."""
@@ -48,8 +53,29 @@ def by_torch(decoded: nn.Module) -> Run:
     return run
 
 
+def by_mmdet(detector: nn.Module) -> Run:
+    """Any detector of mmdet's by its own `predict`; overlapping boxes are suppressed already."""
+
+    def run(images: NDArray[np.float32]) -> Found:
+        with torch.inference_mode():
+            found = openmm.predict(detector, torch.from_numpy(images))
+        most = max((len(boxes) for boxes, _, _ in found), default=0)
+        boxes = np.zeros((len(found), most, 4), np.float32)  # no area: `suppress` drops what is only padding
+        scores, labels = np.zeros((len(found), most), np.float32), np.zeros((len(found), most), np.int64)
+        for index, own in enumerate(found):
+            boxes[index, : len(own[0])], scores[index, : len(own[1])] = own[0].numpy(), own[1].numpy()
+            labels[index, : len(own[2])] = own[2].numpy()
+        return boxes, scores, labels
+
+    return run
+
+
+BATCH = 8
+"""Images per call."""
+
+
 def detections(
-    run: Run, images: Iterable[Fitted], category_ids: Sequence[int], batch_size: int = 8
+    run: Run, images: Iterable[Fitted], category_ids: Sequence[int], batch_size: int = BATCH
 ) -> list[dict[str, Any]]:
     """Everything that a detector finds on images, with overlaps suppressed, in COCO's result format.
 
@@ -60,7 +86,7 @@ def detections(
         batch_size: images per call; the last call may have fewer.
     """
     result = []
-    for batch in _batches(images, batch_size):
+    for batch in batched(images, batch_size):
         found = run(np.stack([one.pixels.numpy() for one in batch]))
         for image, boxes, scores, labels in zip(batch, *found, strict=True):
             own, sure, kind = suppress(boxes, scores, labels)
@@ -74,7 +100,8 @@ def detections(
     return result
 
 
-def _batches(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:
+def batched(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:
+    """Images in lists of `size`; the last one may be shorter."""
     batch: list[Fitted] = []
     for image in images:
         batch.append(image)
@@ -83,6 +110,19 @@ def _batches(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:
             batch = []
     if batch:
         yield batch
+
+
+def noting(images: Iterable[Fitted], seen: list[int]) -> Iterator[Fitted]:
+    """The same images; the id of each is added to `seen` as it passes."""
+    for image in images:
+        seen.append(image.image_id)
+        yield image
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Detections that were written in COCO's result format."""
+    found: list[dict[str, Any]] = json.loads((folder / PREDICTIONS).read_text())
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from calib_data.errors import UserError
 from detection.configs import Detector, Schedule
 
 Backbones = Literal["both", "dense", "pruned"]
@@ -15,7 +16,8 @@ class DetectRecipe(BaseModel):
     """A detector on the networks of a run, trained on a data set in COCO's format; None is resolved from the data.
 
     `scale` is the largest (long, short) side in pixels; `size` the (height, width) that it is exported for, `imitation`
-    the weight of the dense detector's features in the training of the pruned one.
+    the weight of the dense detector's features in the training of the pruned one. Latency is measured at `batches`, AP
+    of engines on `ap_images` validation images at most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -34,8 +36,11 @@ class DetectRecipe(BaseModel):
     warmup: int | None = Field(None, ge=0)
     workers: int | None = Field(None, ge=0)
     amp: bool = False
+    tensorboard: bool = False
     imitation: float = Field(0.0, ge=0)
     cfg_options: dict[str, Any] = {}
+    batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = (1,)
+    ap_images: int = Field(500, ge=1)
 
 
 PUBLISHED = {
@@ -51,6 +56,24 @@ SHORT = {
 """For the drawn scenes: minutes on a CPU. `lr` is for 16 images per step, like the other."""
 
 
+def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
+    """Validate plain values.
+
+    Raises:
+        UserError: a value is out of range, of the wrong type, or unknown.
+    """
+    try:
+        return DetectRecipe.model_validate(values)
+    except ValidationError as error:
+        raise invalid(error, "upvits-deploy detect train --help") from error
+
+
+def invalid(error: ValidationError, help_command: str) -> UserError:
+    """What is wrong with values that were given, in words."""
+    faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4])
+    return UserError(f"This cannot be done: {faults}.", fix=f"`{help_command}` explains the options.")
+
+
 def resolved(recipe: DetectRecipe) -> DetectRecipe:
     """Every value filled in: the short schedule on the demo, the published one on all else."""
     known = SHORT if recipe.coco == "demo" else PUBLISHED
@@ -58,14 +81,25 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
     found = recipe.model_copy(update=filled)
     if found.size is None:
         assert found.scale is not None
-        long, short = found.scale
-        found = found.model_copy(update={"size": (-(-short // 32) * 32, -(-long // 32) * 32)})
+        found = found.model_copy(update={"size": size_for(found.scale)})
     return found
+
+
+def size_for(scale: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that images fit into which are scaled to (long, short): multiples of 32."""
+    long, short = scale
+    return -(-short // 32) * 32, -(-long // 32) * 32
+
+
+def size_of(recipe: DetectRecipe) -> tuple[int, int]:
+    """(height, width) in pixels of a resolved recipe."""
+    assert recipe.size is not None
+    return recipe.size
 
 
 def schedule_of(recipe: DetectRecipe) -> Schedule:
     """The schedule of a resolved recipe."""
-    names = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "workers", "amp")
+    names = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "workers", "amp", "tensorboard")
     return Schedule(
         **{name: getattr(recipe, name) for name in names}, grad_clip=10.0 if recipe.coco == "demo" else None
     )

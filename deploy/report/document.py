@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from calib_data.errors import UserError
 from deploy.artifacts import StageRecord
+from deploy.detectors.document import DetectionReport
 from deploy.runtimes.interface import Engine
 
 REPORT = "report.json"
@@ -333,6 +334,7 @@ class Report(_Document):
     plan: PlanFigures | None = None
     compensation: Compensation | None = None
     target: Target | None = None
+    detection: DetectionReport | None = None
     measurement: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     reproduce: list[str] = []

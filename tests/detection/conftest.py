@@ -1,6 +1,7 @@
 """Small backbones and drawn scenes; mmdet is optional, and tests that need it say so."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -9,13 +10,14 @@ from torch import nn
 
 import toolchain
 from calib_data.writing import write_coco
-from detection import openmm
+from detection import configs, openmm
+from detection.backbone import UPPVTv2
 from detection.coco import CocoData, open_coco
 
 SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mmdet() -> None:
     """Skips where the optional packages are absent."""
     gone = openmm.missing()
@@ -61,3 +63,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, network in networks.items():
         toolchain.save(network, place / name)
     return {name: place / name for name in networks}
+
+
+def small_retinanet(folder: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A detector that finds something: its head's last layer is random and not modest."""
+    backbone = {"type": "UPPVTv2", "model": str(folder)}
+    model = configs.retinanet(backbone, UPPVTv2(folder).channels, classes, fpn_channels=16, stacked_convs=1)
+    torch.manual_seed(0)
+    detector = openmm.build_detector(model)
+    with torch.no_grad():
+        for name in ("retina_cls", "retina_reg"):
+            detector.get_parameter(f"bbox_head.{name}.weight").normal_(0, 0.3)
+        detector.get_parameter("bbox_head.retina_cls.bias").fill_(-2)
+    return detector, model

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,33 +10,20 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from calib_data.errors import UserError
-from detection import configs, openmm
+from detection import openmm
 from detection.average_precision import average_precision
-from detection.backbone import UPPVTv2
 from detection.coco import CocoData
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
 from detection.pictures import fit, fitted
+from tests.detection.conftest import small_retinanet
 
 pytestmark = pytest.mark.usefixtures("mmdet")
 
 
-def retinanet(folder: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A detector that finds something: its head's last layer is random and not modest."""
-    backbone = {"type": "UPPVTv2", "model": str(folder)}
-    model = configs.retinanet(backbone, UPPVTv2(folder).channels, classes, fpn_channels=16, stacked_convs=1)
-    torch.manual_seed(0)
-    detector = openmm.build_detector(model)
-    with torch.no_grad():
-        for name in ("retina_cls", "retina_reg"):
-            detector.get_parameter(f"bbox_head.{name}.weight").normal_(0, 0.3)
-        detector.get_parameter("bbox_head.retina_cls.bias").fill_(-2)
-    return detector, model
-
-
 @pytest.mark.parametrize("name", ["dense", "global"])
 def test_decoded_boxes_are_those_of_mmdet(name: str, folders: dict[str, Path]) -> None:
-    detector, _ = retinanet(folders[name], 3)
+    detector, _ = small_retinanet(folders[name], 3)
     images = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         boxes, scores, labels = DecodedBoxes(detector, (64, 96)).eval()(images)
@@ -52,7 +38,7 @@ def test_decoded_boxes_are_those_of_mmdet(name: str, folders: dict[str, Path]) -
 
 
 def test_images_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:
-    detector, _ = retinanet(folders["dense"], 3)
+    detector, _ = small_retinanet(folders["dense"], 3)
     with pytest.raises(UserError, match="multiples of 32"):
         DecodedBoxes(detector, (64, 100))
     with pytest.raises(UserError, match="Linear cannot be exported"):
@@ -60,7 +46,7 @@ def test_images_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:
 
 
 def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Path) -> None:
-    detector, model = retinanet(folders["global"], 3)
+    detector, model = small_retinanet(folders["global"], 3)
     info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
     save_detector(detector, info, tmp_path / "detector")
     with pytest.raises(UserError, match="exists already"):

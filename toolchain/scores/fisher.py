@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -56,16 +57,43 @@ def fisher_per_image(
     With `most`, so many directions at most where the expectation would be exact: time goes with them.
     """
     generator = torch.Generator().manual_seed(seed)
+    sizes = {group.name: group.size for group in groups}
+    return mask_fisher(
+        model,
+        sizes,
+        lambda masks: masked(model, groups, masks),
+        batches,
+        lambda outputs: probes_of(outputs, scale, generator, most),
+        quiet,
+    )
+
+
+def mask_fisher(
+    network: nn.Module,
+    sizes: Mapping[str, int],
+    masked_by: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
+    batches: Sequence[Tensor],
+    probes_of_outputs: Callable[[Tensor], Tensor],
+    quiet: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """1/2 (probe . d output / d mask)^2 of every unit, summed over the probes; for every batch, name -> [B, size].
+
+    Args:
+        network: whose output [B, C] counts.
+        sizes: units by name of their group.
+        masked_by: makes the network run with masks [B, size] by name.
+        batches: images.
+        probes_of_outputs: directions [K, B, C] for outputs [B, C], on the CPU.
+        quiet: no progress bar.
+    """
     # detached weights: nothing is kept for weight gradients, which halves time and memory
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    device = device_of(network)
     for batch in watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches)):
-        masks = {
-            group.name: torch.ones(len(batch), group.size, device=device_of(model), requires_grad=True)
-            for group in groups
-        }
-        with torch.enable_grad(), masked(model, groups, masks):
-            outputs = functional_call(model, weights, batch.to(device_of(model))).float()
-        probes = probes_of(outputs.detach().cpu(), scale, generator, most).to(outputs.device)
+        masks = {name: torch.ones(len(batch), size, device=device, requires_grad=True) for name, size in sizes.items()}
+        with torch.enable_grad(), masked_by(masks):
+            outputs = functional_call(network, weights, batch.to(device)).float()
+        probes = probes_of_outputs(outputs.detach().cpu()).to(outputs.device)
         found = {name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()}
         for index, probe in enumerate(probes):
             gradients = torch.autograd.grad(

@@ -26,6 +26,7 @@ _CHAPTERS = (
     ("What was really built", ("built",)),
     ("Why is it not faster?", ("findings",)),
     ("Widths", ("widths", "compensation")),
+    ("Detection", ("detection",)),
     ("Time per layer", ("layers",)),
     ("Checks and files", ("parity", "engines", "throughput", "gpu")),
     ("How and where", ("environment", "measurement", "reproduce", "stages", "notes")),

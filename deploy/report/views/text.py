@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deploy.report.document import Report
 from deploy.report.verdict import verdict
-from deploy.report.views import details, results
+from deploy.report.views import details, detection, results
 from deploy.report.views.section import Section, without_empty_columns
 from deploy.report.views.summary import shortcomings, subject
 
@@ -29,6 +29,7 @@ def sections(report: Report) -> list[Section]:
         details.findings(report),
         details.widths(report),
         details.compensation(report),
+        *detection.sections(report.detection),
         *details.layer_times(report),
         details.parity(report),
         details.engines(report),

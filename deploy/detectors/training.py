@@ -1,9 +1,9 @@
-"""7-detect: a detector on the dense and on the pruned backbone, trained by the same schedule, judged and exported."""
+"""7-detect/NAME: a detector on a backbone, trained, judged in PyTorch, and exported."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,31 @@ import toolchain
 from deploy.artifacts import Artifact
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
-from deploy.detectors.recipe import DetectRecipe, schedule_of
+from deploy.detectors.recipe import DetectRecipe, schedule_of, size_of
 from deploy.graphs.files import load_model
-from deploy.job import Job, stage, write_json
+from deploy.job import Job, read_json, stage, write_json
 from deploy.runtimes import open_model
 from detection import configs
 from detection.average_precision import average_precision
 from detection.backbone import UPPVTv2
-from detection.coco import CocoData
+from detection.coco import CocoData, Split
+from detection.crew import Crew
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
-from detection.pictures import fitted
+from detection.pictures import Fitted, fitted
 from detection.simple_pyramid import UPViT
-from detection.training import train_detector
+from detection.training import ALONE, train_detector
 from toolchain.families import FAMILIES, family_of
 from toolchain.macs import count_macs, count_params
 
-AGREEMENT_IMAGES = 16
+DETECT = "7-detect"
+_AGREEMENT_IMAGES = 16
 """Images on which the exported detector is held against PyTorch, box by box."""
 
 
-def detect(
+def trained(
     job: Job, name: str, backbone: nn.Module, digest: str, data: CocoData, wanted: DetectRecipe,
-    teacher: Artifact | None = None,
+    teacher: Artifact | None = None, crew: Crew = ALONE,
 ) -> Artifact:  # fmt: skip
     """Train, judge and export a detector.
 
@@ -49,42 +51,45 @@ def detect(
         data: what it is trained and judged on.
         wanted: resolved.
         teacher: the artifact of a detector whose pyramid is imitated.
+        crew: processes that train on a share each.
     """
 
     def work(folder: Path) -> None:
         if not (folder / "detector").exists():
-            _train(folder, backbone, data, wanted, teacher, seed=job.recipe.seed, quiet=job.quiet)
-        _judge(folder, data, wanted)
+            _train(folder, backbone, data, wanted, teacher, crew, seed=job.recipe.seed, quiet=job.quiet)
+        judged(folder, data, wanted)
 
-    settings = {**wanted.model_dump(mode="json", exclude={"coco", "backbones", "workers"}), "seed": job.recipe.seed}
+    apart = {"coco", "backbones", "workers", "tensorboard", "batches", "ap_images"}
+    settings = {**wanted.model_dump(mode="json", exclude=apart), "seed": job.recipe.seed}
     inputs = {"backbone": digest, "coco": data.digest}
     if teacher is not None:
         inputs["teacher"] = teacher.digest
-    return stage(job, f"7-detect/{name}", settings, inputs, work, resumable=True)
+    return stage(job, f"{DETECT}/{name}", settings, inputs, work, resumable=True)
 
 
 def _train(
-    folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe, teacher: Artifact | None, *, seed: int,
-    quiet: bool,
+    folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe, teacher: Artifact | None, crew: Crew, *,
+    seed: int, quiet: bool,
 ) -> None:  # fmt: skip
     if not (folder / "backbone").exists():
         toolchain.save(backbone.cpu(), folder / "backbone")
     model = model_config(folder / "backbone", backbone, data, wanted)
-    trained = train_detector(
+    found = train_detector(
         model,
         data,
         schedule_of(wanted),
         folder / "work",
         seed=seed,
         options=wanted.cfg_options,
-        teacher=None if teacher is None else load_detector(teacher.folder / "detector")[0],
+        teacher=None if teacher is None else teacher.folder / "detector",
         distill_weight=wanted.imitation,
+        crew=crew,
         quiet=quiet,
     )
-    write_json(folder / "history.json", trained.history)
+    write_json(folder / "history.json", found.history)
     assert wanted.scale is not None
-    info = DetectorInfo(trained.config, data.classes, data.category_ids, wanted.scale)
-    save_detector(trained.detector, info, folder / "detector")
+    info = DetectorInfo(found.config, data.classes, data.category_ids, wanted.scale)
+    save_detector(found.detector, info, folder / "detector")
 
 
 def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe) -> configs.Config:
@@ -102,35 +107,39 @@ def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: Dete
     )
 
 
-def _judge(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
-    """AP in PyTorch and of the exported graph on the same images, and what the two find box by box."""
+def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
+    """AP in PyTorch of the detector in a folder, its ONNX file, and what the two find box by box."""
     detector, info = load_detector(folder / "detector")
-    assert wanted.size is not None
-    size = (wanted.size[0], wanted.size[1])
-    decoded = DecodedBoxes(detector, size).eval()
-    export_detector(detector, info, folder / "model.onnx", size)
-    pixels = info.config["data_preprocessor"]
-    images = list(fitted(data.val, size, tuple(pixels["mean"]), tuple(pixels["std"])))
-    found = judge.detections(judge.by_torch(decoded), images, info.category_ids)
-    write_json(folder / "predictions.json", found)
-    with open_model(load_model(folder / "model.onnx")) as session:
-        engine = judge.by_session(session)
-        by_engine = judge.detections(engine, images, info.category_ids)
-        some = np.stack([image.pixels.numpy() for image in images[:AGREEMENT_IMAGES]])
-        agreement = judge.agreement(judge.by_torch(decoded), engine, some)
-    figures: Mapping[str, Any] = {
+    size = size_of(wanted)
+    figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None}
+    if wanted.detector == "retinanet":
+        decoded = DecodedBoxes(detector, size).eval()
+        run = judge.by_torch(decoded)
+        export_detector(detector, info, folder / "model.onnx", size)
+        some = [one.pixels.numpy() for one in itertools.islice(images_of(data.val, info, wanted), _AGREEMENT_IMAGES)]
+        with open_model(load_model(folder / "model.onnx")) as session:
+            figures["agreement"] = asdict(judge.agreement(run, judge.by_session(session), np.stack(some)))
+        figures["macs"] = count_macs(Levels(detector), (3, *size))
+        figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
+    else:
+        run = judge.by_mmdet(detector)
+    found = judge.detections(run, images_of(data.val, info, wanted), info.category_ids)
+    write_json(folder / judge.PREDICTIONS, found)
+    figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),
-        "onnxruntime": asdict(average_precision(data.val.annotations, by_engine)),
-        "agreement": asdict(agreement),
         "size": list(size),
         "params": count_params(detector),
-        "macs": count_macs(Levels(detector), (3, *size)),
-        "macs_800x1344": count_macs(Levels(detector), (3, 800, 1344)),
+        "backbone_params": count_params(detector.get_submodule("backbone")),
     }
     write_json(folder / "ap.json", figures)
 
 
+def images_of(split: Split, info: DetectorInfo, wanted: DetectRecipe, most: int | None = None) -> Iterator[Fitted]:
+    """Images of a split as a detector takes them, one at a time; evenly spread ones where `most` are fewer."""
+    pixels = info.config["data_preprocessor"]
+    return fitted(split, size_of(wanted), tuple(pixels["mean"]), tuple(pixels["std"]), most)
+
+
 def figures_of(artifact: Artifact) -> dict[str, Any]:
     """What `ap.json` of a detector says."""
-    found: dict[str, Any] = json.loads((artifact.folder / "ap.json").read_text())
-    return found
+    return read_json(artifact.folder / "ap.json")

@@ -1,0 +1,164 @@
+"""Judging detectors that lie somewhere: in a run, in a folder, or in an exported file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx import TensorProto
+from torch import nn
+
+from calib_data.errors import UserError
+from deploy.artifacts import disk_errors
+from deploy.detectors import judge
+from deploy.detectors.export import export_detector
+from deploy.detectors.recipe import size_for
+from deploy.detectors.training import DETECT
+from deploy.graphs.files import load_model
+from deploy.job import write_json
+from deploy.runtimes import open_model
+from detection.average_precision import AveragePrecision, average_precision
+from detection.coco import CocoData
+from detection.decode import DecodedBoxes
+from detection.detector import load_detector
+from detection.pictures import fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A detector on validation images.
+
+    Attributes:
+        name: the folder or file.
+        run_by: PyTorch or ONNX Runtime.
+        found: detections in COCO's result format.
+    """
+
+    name: str
+    run_by: str
+    precision: AveragePrecision
+    found: list[dict[str, Any]]
+
+
+def targets_of(path: Path) -> list[Path]:
+    """Detector folders and ONNX files that a path names: itself, or all of a run.
+
+    Raises:
+        UserError: there are none.
+    """
+    if path.is_file() or (path / "detector.json").is_file():
+        return [path]
+    found = [path / DETECT / name / part for name in ("dense", "pruned") for part in ("detector", "model.onnx")]
+    found = [own for own in found if own.exists()]
+    if not found:
+        raise UserError(
+            f"{path} holds no detector.",
+            why="Looked for detector.json, and for detectors in 7-detect of a run.",
+            fix="Give a run after `upvits-deploy detect train`, a detector folder, or an exported ONNX file.",
+        )
+    return found
+
+
+def evaluate(path: Path, data: CocoData, most: int | None = None) -> Judged:
+    """AP of a detector folder (by PyTorch) or of an exported ONNX file (by ONNX Runtime's CPU provider).
+
+    Args:
+        path: of `targets_of`.
+        data: whose validation images are used; categories have to be those that the detector knows.
+        most: images, evenly spread; all by default.
+
+    Raises:
+        UserError: it is no detector, or one of other categories.
+    """
+    takes, run, run_by = _folder(path) if path.is_dir() else _file(path)
+    _check_classes(path, takes.classes, data)
+    seen: list[int] = []
+    images = fitted(data.val, takes.size, takes.mean, takes.std, most)
+    found = judge.detections(run, judge.noting(images, seen), data.category_ids)
+    return Judged(str(path), run_by, average_precision(data.val.annotations, found, seen), found)
+
+
+def by_torch(detector: nn.Module, size: tuple[int, int]) -> judge.Run:
+    """A detector in PyTorch, decoded as its graph does it where it has one."""
+    if type(detector).__name__ == "RetinaNet":
+        return judge.by_torch(DecodedBoxes(detector, size).eval())
+    return judge.by_mmdet(detector)
+
+
+def export(folder: Path, out: Path, shape: str, *, size: tuple[int, int] | None = None, uint8: bool = False) -> None:
+    """Write a detector folder as ONNX in one of its shapes.
+
+    Raises:
+        UserError: there is no detector, the shape is unknown, or the file exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
+    detector, info = load_detector(folder)
+    export_detector(detector, info, out, size or size_for(info.scale), shape=shape, uint8_input=uint8)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class _Takes:
+    """What a detector takes and tells apart; mean and std are of pixels from 0 to 255."""
+
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
+    detector, info = load_detector(path)
+    pixels, size = info.config["data_preprocessor"], size_for(info.scale)
+    return _Takes(info.classes, size, tuple(pixels["mean"]), tuple(pixels["std"])), by_torch(detector, size), "PyTorch"
+
+
+def _file(path: Path) -> tuple[_Takes, judge.Run, str]:
+    model = load_model(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        shape, labels = metadata["shape"], json.loads(metadata["labels"])
+        _, height, width = json.loads(metadata["input_size"])
+        mean, std = (tuple(255 * value for value in json.loads(metadata[name])) for name in ("mean", "std"))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is no detector of ours: its metadata lack {error}.",
+            fix="Give a file of `detect train` or `detect export`.",
+        ) from error
+    kind = model.graph.input[0].type.tensor_type.elem_type
+    if shape != "decode" or kind != TensorProto.FLOAT:
+        raise UserError(
+            f"{path} is not of the shape `decode` with normalised images.",
+            fix="Export it so: `upvits-deploy detect export --shape decode`.",
+        )
+    return _Takes(tuple(labels), (height, width), mean, std), judge.by_session(open_model(model)), "ONNX Runtime"
+
+
+def _check_classes(path: Path, classes: tuple[str, ...], data: CocoData) -> None:
+    if tuple(classes) != data.classes:
+        differing = sorted({*classes} ^ {*data.classes})[:3] or ["their order"]
+        raise UserError(
+            f"{path} knows other categories than the data ({', '.join(differing)}).",
+            why=f"It was trained on {len(classes)} categories; the data have {len(data.classes)}.",
+            fix="Judge it on data with the categories that it was trained on.",
+        )
+
+
+def write(folder: Path, found: Sequence[Judged]) -> None:
+    """Detections of each, in COCO's result format, and AP of all; existing files are left alone.
+
+    Raises:
+        UserError: a file is there already.
+    """
+    files = {f"{'-'.join(Path(one.name).parts[-2:])}.json": one for one in found}
+    there = [name for name in (*files, "ap.json") if (folder / name).exists()]
+    if there:
+        raise UserError(f"{folder / there[0]} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
+    with disk_errors(folder, "eval"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, one in files.items():
+            write_json(folder / name, one.found)
+        write_json(folder / "ap.json", {one.name: {"run_by": one.run_by, **asdict(one.precision)} for one in found})

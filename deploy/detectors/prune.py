@@ -1,0 +1,212 @@
+"""A trained detector pruned directly: scored by its own maps, cut with pyramid and head, refitted, fine-tuned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import toolchain
+from calib_data.errors import UserError
+from deploy.artifacts import Artifact, file_digest, run_stage
+from deploy.detectors.flow import open_data
+from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_of
+from deploy.detectors.training import images_of, judged
+from deploy.job import write_json
+from deploy.run_dir import open_run
+from detection import openmm
+from detection.coco import CocoData
+from detection.crew import Crew, gathered
+from detection.detector import DetectorInfo, load_detector, read_info, save_detector
+from detection.importance import DetectorScores, neck_and_head, score_detector
+from detection.shrink import kept_channels, shrink
+from detection.training import train_along, train_detector
+from toolchain.scores import Scores
+
+Task = Literal["detection", "random"]
+VERSION = 1
+_IDENTITY = ("detector", "prune")
+
+
+class PruneRecipe(BaseModel):
+    """What is cut from a detector.
+
+    `ratio` or `target_macs` are for the backbone, as in the main job; `head_ratio` is the share of the channels of
+    pyramid and head that leave. `task` says what the scores are: KL of the class maps and deviation of boxes
+    (`detection`), or `random`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ratio: float | None = None
+    target_macs: float | None = None
+    head_ratio: float = Field(0.0, ge=0, lt=1)
+    planner: Literal["uniform", "global"] = "uniform"
+    task: Task = "detection"
+    images: int = Field(128, ge=10)
+    compensate: bool = True
+    align: int = Field(8, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
+    """Validate plain values.
+
+    Raises:
+        UserError: a value is out of range, of the wrong type, or unknown.
+    """
+    try:
+        return PruneRecipe.model_validate(values)
+    except ValidationError as error:
+        raise invalid(error, "upvits-deploy detect prune --help") from error
+
+
+def prune_detector(
+    folder: Path, wanted: PruneRecipe, training: DetectRecipe, out: Path, *, fine_tune: bool = True, quiet: bool = True
+) -> dict[str, Artifact]:
+    """Prune a detector, or continue: `0-dense`, `1-score`, `2-prune` and `3-train` in a folder.
+
+    Args:
+        folder: of the detector.
+        wanted: what is cut.
+        training: data and schedule of the fine-tuning.
+        out: a run directory of its own.
+        fine_tune: train after the cut.
+        quiet: no progress bars.
+
+    Returns:
+        Artifacts by name of the stage.
+
+    Raises:
+        UserError: it is no RetinaNet with a timm backbone, or the request cannot be met.
+        MissingDependencyError: mmdet is not there.
+    """
+    openmm.require()
+    info = read_info(folder)
+    training = resolved(_like(info, training))
+    with gathered() as crew:
+        if not crew.is_leader:
+            train_along(crew)
+            return {}
+        data = open_data(training.coco, quiet=quiet)
+        if info.classes != data.classes:
+            raise UserError(
+                f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
+            )
+        recipe = {"detector": file_digest(folder / "model.safetensors"), "prune": wanted.model_dump(),
+                  "training": training.model_dump()}  # fmt: skip
+        with open_run(out, recipe, _IDENTITY):
+            cut = _cut_stages(folder, info, wanted, training, out, data, quiet)
+            return cut | (
+                _train_stage(folder, cut["2-prune"], wanted, training, data, crew, quiet) if fine_tune else {}
+            )
+
+
+def _like(info: DetectorInfo, training: DetectRecipe) -> DetectRecipe:
+    """The schedule for images of the size that the detector was trained with."""
+    return training if training.scale else training.model_copy(update={"scale": info.scale})
+
+
+def _cut_stages(
+    folder: Path,
+    info: DetectorInfo,
+    wanted: PruneRecipe,
+    training: DetectRecipe,
+    out: Path,
+    data: CocoData,
+    quiet: bool,
+) -> dict[str, Artifact]:
+    """The dense detector judged, scores, and the cut detector judged."""
+    source = {"detector": file_digest(folder / "model.safetensors"), "coco": data.digest}
+    cutting = wanted.model_dump()
+
+    def dense(place: Path) -> None:
+        shutil.copytree(folder, place / "detector")
+        judged(place, data, training)
+
+    def score(place: Path) -> None:
+        detector, _ = load_detector(folder)
+        images = _images(data, info, training, wanted.images)
+        chosen = wanted.task == "detection"
+        scores = (
+            score_detector(detector, images, seed=wanted.seed, quiet=quiet) if chosen else _random(detector, wanted)
+        )
+        scores.backbone.save(place)
+        save_file(scores.rest, place / "rest.safetensors")
+
+    def cut(place: Path) -> None:
+        detector, _ = load_detector(folder)
+        scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "rest.safetensors"))
+        plan = toolchain.plan(
+            detector.get_submodule("backbone.net"), scores.backbone, ratio=wanted.ratio,
+            target_macs=wanted.target_macs, planner=wanted.planner, align=wanted.align,
+            input_size=(3, *size_of(training)),
+        )  # fmt: skip
+        (place / "plan.json").write_text(plan.to_json())
+        kept = kept_channels(detector, scores, wanted.head_ratio, wanted.align)
+        images = _images(data, info, training, wanted.images)
+        found = shrink(detector, info, plan, kept, images, compensate=wanted.compensate, quiet=quiet)
+        save_detector(found.detector, found.info, place / "detector")
+        write_json(place / "shrink.json", {
+            "divergence_cut": found.divergence_cut, "divergence": found.divergence, "refitted": found.refitted,
+            "kept": kept,
+        })  # fmt: skip
+        judged(place, data, training)
+
+    judging = {"size": training.size}
+    before = _stage(out, "0-dense", judging, source, dense, quiet)
+    scored = _stage(out, "1-score", {key: cutting[key] for key in ("task", "images", "seed")}, source, score, quiet)
+    pruned = _stage(out, "2-prune", cutting | judging, {**source, "scores": scored.digest}, cut, quiet)
+    return {"0-dense": before, "1-score": scored, "2-prune": pruned}
+
+
+def _train_stage(
+    folder: Path, pruned: Artifact, wanted: PruneRecipe, training: DetectRecipe, data: CocoData, crew: Crew, quiet: bool
+) -> dict[str, Artifact]:
+    """The cut detector fine-tuned and judged."""
+
+    def train(place: Path) -> None:
+        if not (place / "detector").exists():
+            own = read_info(pruned.folder / "detector")
+            found = train_detector(
+                own.config, data, schedule_of(training), place / "work", seed=wanted.seed, options=training.cfg_options,
+                start=pruned.folder / "detector", teacher=folder if training.imitation else None,
+                distill_weight=training.imitation, crew=crew, quiet=quiet,
+            )  # fmt: skip
+            write_json(place / "history.json", found.history)
+            save_detector(found.detector, own, place / "detector")
+        judged(place, data, training)
+
+    settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})
+    inputs = {"pruned": pruned.digest, "coco": data.digest}
+    return {"3-train": _stage(pruned.folder.parent, "3-train", settings, inputs, train, quiet, resumable=True)}
+
+
+def _stage(
+    out: Path, name: str, settings: Mapping[str, object], inputs: Mapping[str, str], work: Callable[[Path], None],
+    quiet: bool, *, resumable: bool = False,
+) -> Artifact:  # fmt: skip
+    artifact = run_stage(out, name, settings, inputs, work, version=VERSION, resumable=resumable)
+    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
+    Console(stderr=True, quiet=quiet).print(f"{name}: {took}", highlight=False)
+    return artifact
+
+
+def _images(data: CocoData, info: DetectorInfo, training: DetectRecipe, most: int) -> Tensor:
+    """Training images [N, 3, H, W] as the detector takes them; their boxes are not looked at."""
+    return torch.stack([one.pixels for one in images_of(data.train, info, training, most)])
+
+
+def _random(detector: nn.Module, wanted: PruneRecipe) -> DetectorScores:
+    """Scores that mean nothing, to compare with."""
+    generator = torch.Generator().manual_seed(wanted.seed)
+    rest = {group.name: torch.rand(group.size, generator=generator).double() for group in neck_and_head(detector)}
+    net = detector.get_submodule("backbone.net")
+    return DetectorScores(toolchain.score(net, method="random", seed=wanted.seed), rest)

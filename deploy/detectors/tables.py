@@ -1,0 +1,60 @@
+"""Detectors on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from deploy.artifacts import Artifact
+from deploy.detectors.document import DetectionReport
+from deploy.detectors.evaluate import Judged
+from deploy.detectors.training import figures_of
+from deploy.report.views.detection import sections
+from deploy.report.views.section import without_empty_columns
+from deploy.report.views.text import terminal_sections
+
+
+def trained_table(detectors: Mapping[str, Artifact]) -> Table:
+    """AP and size of detectors that were just trained."""
+    figures = {name: figures_of(artifact) for name, artifact in detectors.items()}
+    table = _table("", *figures)
+    for title, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75")):
+        table.add_row(title, *(f"{100 * own['pytorch'][key]:.1f}" for own in figures.values()))
+    table.add_row("validation images", *(str(own["pytorch"]["images"]) for own in figures.values()))
+    table.add_row("parameters, M", *(f"{own['params'] / 1e6:.2f}" for own in figures.values()))
+    if all(own["agreement"] for own in figures.values()):
+        table.add_row(
+            "boxes that the ONNX file finds too",
+            *(f"{own['agreement']['matched']} of {own['agreement']['boxes']}" for own in figures.values()),
+        )
+        table.add_row("GMACs at 800 x 1344", *(f"{own['macs_800x1344'] / 1e9:.1f}" for own in figures.values()))
+    return table
+
+
+def judged_table(found: Sequence[Judged]) -> Table:
+    """AP of detectors, a row each."""
+    table = _table("detector", "by", "AP", "AP50", "AP75", "S", "M", "L", "images")
+    for one in found:
+        own = one.precision
+        values = (own.ap, own.ap50, own.ap75, own.ap_small, own.ap_medium, own.ap_large)
+        table.add_row(
+            "/".join(one.name.split("/")[-2:]), one.run_by,
+            *("-" if value is None else f"{100 * value:.1f}" for value in values), str(own.images),
+        )  # fmt: skip
+    return table
+
+
+def comparison_parts(report: DetectionReport) -> Group:
+    """The tables of a comparison."""
+    return Group(*terminal_sections([without_empty_columns(s) for s in sections(report) if s.rows or s.remarks]))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        words = index == 0 or name == "by"
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    return table

@@ -1,0 +1,125 @@
+"""`upvits-deploy detect` from end to end on a few small pictures, and what it says when something is wrong."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from calib_data.errors import UserError
+from deploy.cli import app
+from deploy.pipeline import build
+
+pytestmark = [pytest.mark.usefixtures("mmdet"), pytest.mark.slow]
+
+SMALL = ["--epochs", "1", "--batch-size", "4", "--scale", "64x64", "--workers", "0", "--fpn-channels", "16", "-q"]
+
+
+@pytest.fixture(scope="module")
+def run(mmdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to its fine-tuned network."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    values: dict[str, Any] = {
+        "model": "pvtv2_b0", "plan": {"ratio": 0.5}, "score": {"method": "magnitude"},
+        "compensate": {"enabled": False}, "distill": {"epochs": 0}, "bench": {"seconds": 0.2},
+        "engine": {"runtime": "onnxruntime,openvino", "precision": "fp32,int8"},
+        "precision": {"calib_images": 8, "max_drop": 100},
+    }  # fmt: skip
+    build(values, folder, until="distill")
+    return folder
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["detect", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def compared(run: Path, scenes: Path) -> Path:
+    assert call("compare", "--run", run, "--coco", scenes, *SMALL).exit_code == 0
+    return run
+
+
+def test_compare_measures_both_detectors(compared: Path) -> None:
+    document = json.loads((compared / "7-detect/compare/detection.json").read_text())
+    dense, pruned = document["detectors"]
+    assert (dense["model"], pruned["model"]) == ("dense", "pruned")
+    assert pruned["backbone_params"] < 0.4 * dense["backbone_params"]
+    assert {(e["model"], e["runtime"], e["precision"]) for e in document["engines"]} == {
+        (model, runtime, precision)
+        for model in ("dense", "pruned")
+        for runtime in ("onnxruntime", "openvino")
+        for precision in ("fp32", "int8")
+    }
+    assert all(own["speedup"] > 0 for own in document["latency"])
+    assert len(document["latency"]) == 4
+    assert all(abs(e["drop"]) < 0.2 for e in document["engines"] if e["precision"] == "fp32")
+    assert all(picture["data"].startswith("data:image/") for picture in document["pictures"])
+    again = call("compare", "--run", compared, "--coco", json.loads(json.dumps(document["coco"])), *SMALL)
+    assert again.exit_code == 0  # nothing had to be done again
+
+
+def test_eval_judges_folders_and_files(compared: Path, scenes: Path, tmp_path: Path) -> None:
+    result = call("eval", compared, "--coco", scenes, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    figures = json.loads((tmp_path / "out/ap.json").read_text())
+    assert sorted(own["run_by"] for own in figures.values()) == ["ONNX Runtime"] * 2 + ["PyTorch"] * 2
+    by_torch, by_file = (
+        next(own["ap"] for name, own in figures.items() if name.endswith(end))
+        for end in ("pruned/detector", "pruned/model.onnx")
+    )
+    assert by_torch == pytest.approx(by_file, abs=0.002)
+    found = json.loads((tmp_path / "out/pruned-detector.json").read_text())
+    assert all(box.keys() == {"image_id", "category_id", "bbox", "score"} for box in found)
+    assert all(len(line) <= 80 for line in result.output.splitlines()[:-1])
+
+
+def test_a_detector_is_pruned_itself(compared: Path, scenes: Path, tmp_path: Path) -> None:
+    dense = compared / "7-detect/dense/detector"
+    result = call(
+        "prune", dense, "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5, "--head-ratio", 0.5, "--images", 10,
+        "--epochs", 1, "--batch-size", 4, "--workers", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0
+    figures = {
+        stage: json.loads((tmp_path / "out" / stage / "ap.json").read_text()) for stage in ("0-dense", "3-train")
+    }
+    assert figures["3-train"]["macs"] < 0.4 * figures["0-dense"]["macs"]
+    assert "fine-tuned" in result.output
+
+
+def test_shapes_are_exported(compared: Path, tmp_path: Path) -> None:
+    folder = compared / "7-detect/pruned/detector"
+    assert call("export", folder, "-o", tmp_path / "n.onnx", "--shape", "decode+nms", "--size", "64x96").exit_code == 0
+    with refused("exists"):
+        call("export", folder, "-o", tmp_path / "n.onnx")
+    with refused("not of the shape"):
+        call("eval", tmp_path / "n.onnx")
+
+
+@contextmanager
+def refused(text: str, exit_code: int = 2) -> Iterator[None]:
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        yield
+    assert caught.value.exit_code == exit_code
+    assert caught.value.fix
+
+
+def test_what_is_refused(run: Path, scenes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    with refused("holds no data set in COCO's format"):
+        call("train", "--run", run, "--coco", tmp_path)
+    with refused("has no fine-tuned network"):
+        call("train", "--run", tmp_path / "none", "--coco", scenes)
+    with refused("detector: Input should be"):
+        call("train", "--run", run, "--coco", scenes, "--detector", "yolo")
+    with refused("--cfg-options 'lr' is not valid"):
+        call("train", "--run", run, "--coco", scenes, "--cfg-options", "lr")
+    with refused("--scale '64' is not valid"):
+        call("train", "--run", run, "--coco", scenes, "--scale", "64")
+    with refused("holds no detector"):
+        call("eval", folders["dense"], "--coco", scenes)
+    with refused("holds no detector"):
+        call("prune", folders["dense"], "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5)

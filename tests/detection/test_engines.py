@@ -1,0 +1,127 @@
+"""The graph of a detector: its parts, its shapes, its precisions, and engines that are built from it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from calib_data.errors import UserError
+from deploy.detectors import judge
+from deploy.detectors.export import export_detector
+from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
+from deploy.graphs.files import load_model
+from deploy.precision import convert
+from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
+from detection.decode import DecodedBoxes, Levels
+from detection.detector import DetectorInfo
+from tests.detection.conftest import small_retinanet
+
+pytestmark = pytest.mark.usefixtures("mmdet")
+
+SIZE = (64, 96)
+
+
+def images(count: int = 2) -> np.ndarray:  # type: ignore[type-arg]
+    return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(3)).numpy()
+
+
+@pytest.fixture(scope="module")
+def files(mmdet: None, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One detector in all shapes."""
+    detector, model = small_retinanet(folders["uniform"], 3)
+    info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
+    place = tmp_path_factory.mktemp("onnx")
+    for shape in ("raw", "decode", "decode+nms"):
+        export_detector(detector, info, place / f"{shape}.onnx", SIZE, shape=shape)  # type: ignore[arg-type]
+    return {shape: place / f"{shape}.onnx" for shape in ("raw", "decode", "decode+nms")}
+
+
+def test_raw_gives_the_levels(files: dict[str, Path], folders: dict[str, Path]) -> None:
+    detector, _ = small_retinanet(folders["uniform"], 3)
+    with torch.inference_mode():
+        wanted = Levels(detector)(torch.from_numpy(images(3)))
+    with open_model(load_model(files["raw"])) as session:
+        found = session.run({"images": images(3)})
+    assert tuple(found) == LEVEL_OUTPUTS
+    for name, level in zip(LEVEL_OUTPUTS, wanted, strict=True):
+        assert np.allclose(found[name], level.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_decode_agrees_with_pytorch_box_by_box(files: dict[str, Path], folders: dict[str, Path]) -> None:
+    detector, _ = small_retinanet(folders["uniform"], 3)
+    model = load_model(files["decode"])
+    assert tuple(value.name for value in model.graph.output) == BOX_OUTPUTS
+    with open_model(model) as session:
+        found = judge.agreement(
+            judge.by_torch(DecodedBoxes(detector, SIZE).eval()), judge.by_session(session), images(4)
+        )
+    assert found.boxes > 50
+    assert found.matched >= 0.99 * found.boxes
+    assert found.max_score_difference <= 1e-3
+
+
+def test_suppression_in_the_graph_is_that_on_the_host(files: dict[str, Path]) -> None:
+    with open_model(load_model(files["decode"])) as decode, open_model(load_model(files["decode+nms"])) as whole:
+        boxes, scores, labels = judge.by_session(decode)(images())
+        found = whole.run({"images": images()})
+    for index in range(2):
+        own, sure, kind = judge.suppress(boxes[index], scores[index], labels[index])
+        mine = found["image"] == index
+        order = np.argsort(-found["scores"][mine], kind="stable")
+        wanted = np.sort(sure)[::-1][:20]
+        assert np.allclose(found["scores"][mine][order][:20], wanted, atol=1e-5)
+        best = found["boxes"][mine][order][0]
+        assert np.allclose(best, own[int(np.argmax(sure))], atol=1e-2)
+        assert int(found["labels"][mine][order][0]) == int(kind[int(np.argmax(sure))])
+
+
+def test_a_network_in_another_precision_goes_back_into_the_graph(files: dict[str, Path]) -> None:
+    decode = load_model(files["decode"])
+    network = network_of(decode)
+    assert tuple(value.name for value in network.graph.output) == LEVEL_OUTPUTS
+    with open_model(decode) as session, open_model(with_network(decode, network)) as same:
+        for own, other in zip(judge.by_session(session)(images()), judge.by_session(same)(images()), strict=True):
+            assert np.array_equal(own, other)
+    half = with_network(decode, convert(network, "fp16").model)
+    types = {value.name: value.type.tensor_type.elem_type for value in half.graph.output}
+    assert types["boxes"] == onnx.TensorProto.FLOAT
+    tail = [node for node in half.graph.node if node.op_type in ("TopK", "Exp")]
+    inferred = onnx.shape_inference.infer_shapes(half)
+    known = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    assert tail
+    assert all(known.get(node.input[0], onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT for node in tail)
+
+
+@pytest.mark.parametrize("shape", ["raw", "decode"])
+def test_tensorrt_rtx_builds_it(shape: str, files: dict[str, Path], tmp_path: Path) -> None:
+    runtime = RUNTIMES["tensorrt-rtx"]
+    missing = runtime.missing_to_build()
+    if missing is not None:
+        pytest.skip(missing.why)
+    model = load_model(files[shape])
+    network = convert(model if shape == "raw" else network_of(model), "fp16").model
+    onnx.save(network if shape == "raw" else with_network(model, network), tmp_path / "model.onnx")
+    options = BuildOptions(precision="fp16", batch=BatchProfile(1, 1, 4))
+    engine = runtime.build(tmp_path / "model.onnx", tmp_path / "engine", options)
+    assert engine.bytes > 100_000
+
+
+def test_openvino_runs_it(files: dict[str, Path], tmp_path: Path) -> None:
+    runtime = RUNTIMES["openvino"]
+    missing = runtime.missing_to_build()
+    if missing is not None:
+        pytest.skip(missing.why)
+    runtime.build(files["decode"], tmp_path / "engine", BuildOptions(batch=BatchProfile(1, 1, 4)))
+    with runtime.open(tmp_path / "engine") as engine, open_model(load_model(files["decode"])) as session:
+        found = judge.agreement(judge.by_session(session), judge.by_session(engine), images())
+    assert found.matched >= 0.98 * found.boxes > 10
+
+
+def test_what_cannot_be_exported(folders: dict[str, Path], tmp_path: Path) -> None:
+    detector, model = small_retinanet(folders["dense"], 3)
+    info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
+    with pytest.raises(UserError, match="Unknown shape"):
+        export_detector(detector, info, tmp_path / "x.onnx", SIZE, shape="boxes")  # type: ignore[arg-type]
+    assert not (tmp_path / "x.onnx").exists()
