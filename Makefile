@@ -3,17 +3,19 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev,tensorrt-rtx,openvino
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Named after the Python version, so that another interpreter gets an environment of its own.
 READY := $(VENV)/ready-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format constraints clean
+.PHONY: help setup demo test test-detection lint format constraints clean
 
 help:
 	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
 	@echo "make test         set up $(VENV) and run the tests"
+	@echo "make test-detection  the same for detection, in an environment with mmdet"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make constraints  resolve the newest versions into constraints.txt"
@@ -25,7 +27,11 @@ demo: $(READY)
 	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+# Detection has an environment of its own, so that the other tests prove that nothing else needs it.
+test-detection:
+	$(MAKE) test VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection TESTS=tests/detection
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,7 +46,7 @@ constraints:
 	@$(FIND_UV); UV="$$uv" .ci/constraints
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-detection .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv from the PATH, or a private copy next to the environment.
@@ -57,5 +63,5 @@ $(READY): pyproject.toml constraints.txt
 	@set -e; $(FIND_UV); rm -rf $(VENV); \
 	$$uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
 	$$uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --build-constraint constraints.txt \
-		--editable '.[dev,tensorrt-rtx,openvino]'
+		--editable '.[$(EXTRAS)]'
 	@touch $@

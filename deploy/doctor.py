@@ -96,8 +96,8 @@ _PACKAGES = (
     ),
     _Package(
         "mmdet",
-        "detection (not used by this version)",
-        "import mmengine, mmcv, mmdet",
+        "detection",
+        "from detection import openmm; openmm.require()",
         "pip install 'upvits-deploy[detection]'",
     ),
     _Package("nvidia-ml-py", "GPU name, clocks and driver in reports", "import pynvml", "pip install nvidia-ml-py"),

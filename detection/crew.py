@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -63,4 +63,5 @@ def gathered(device: str = "auto") -> Iterator[Crew]:
             yield crew
         finally:
             if crew.is_leader:
-                crew.dismiss()
+                with suppress(RuntimeError):  # one of them ended already, and says why
+                    crew.dismiss()

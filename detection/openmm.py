@@ -30,18 +30,34 @@ from detection.configs import SILENT
 from detection.operators import stand_in
 from detection.simple_pyramid import UPViT
 
-VERSIONS = {"mmdet": "3.3.0", "mmengine": "0.10.7"}
-"""Tested; mmcv may be mmcv-lite 2.1.0 or a full build from 2.0.0 up to (not including) 2.2.0, which mmdet asserts."""
+TESTED = {"mmdet": ("3.3.",), "mmengine": ("0.10.",), "mmcv": ("2.0.", "2.1."), "mmcv-lite": ("2.0.", "2.1.")}
+"""Beginnings of versions; mmdet itself asserts that mmcv is older than 2.2."""
+
+_ON_CPU = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+"""How processes without a GPU share a detector; mmengine's own default names one."""
 
 _INSTALL = "pip install 'upvits-deploy[detection]'"
 
 
 def missing() -> MissingDependencyError | None:
-    """Why detectors cannot be used here, or nothing."""
+    """Why detectors cannot be used here, or nothing: something is absent, or of a version that does not fit."""
     absent = [name for name in ("mmengine", "mmcv", "mmdet", "pycocotools") if importlib.util.find_spec(name) is None]
     if absent:
         return MissingDependencyError(
             f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {_INSTALL}"
+        )
+    found = versions()
+    if {"mmcv", "mmcv-lite"} <= found.keys():
+        return MissingDependencyError(
+            "Both mmcv and mmcv-lite are installed.",
+            why="They unpack into one folder and break each other.",
+            fix="Run: pip uninstall mmcv mmcv-lite, then install one of them again.",
+        )
+    untested = [f"{name} {own}" for name, own in found.items() if not own.startswith(TESTED[name])]
+    if untested:
+        wanted = ", ".join(f"{name} {' or '.join(f'{start}x' for start in TESTED[name])}" for name in found)
+        return MissingDependencyError(
+            f"Detection does not work with {', '.join(untested)}.", why=f"Tested are {wanted}.", fix=f"Run: {_INSTALL}"
         )
     return None
 
@@ -83,7 +99,7 @@ def _loaded() -> Any:
         except (AssertionError, ImportError) as error:
             raise MissingDependencyError(
                 f"mmdet cannot be imported: {error}.",
-                why="Its versions of mmcv and mmengine have to fit, and setuptools has to be older than 81.",
+                why="Its versions of mmcv and mmengine have to fit.",
                 fix=f"Run: {_INSTALL}",
             ) from error
     # mmengine logs every initialised tensor to whichever logger was made last
@@ -168,7 +184,8 @@ def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:
     runner_module = importlib.import_module("mmengine.runner")
     with _quietly(prints=_talks(config)):
         launcher = "pytorch" if dist.is_available() and dist.is_initialized() else "none"
-        runner = runner_module.Runner.from_cfg(_with(config, launcher=launcher))
+        wrapper = {} if torch.cuda.is_available() or launcher == "none" else {"model_wrapper_cfg": _ON_CPU}
+        runner = runner_module.Runner.from_cfg(_with(config, launcher=launcher, **wrapper))
     runner.register_hook(_plain_checkpoints(), priority="LOWEST")
     for hook in hooks:
         runner.register_hook(hook)

@@ -65,10 +65,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: place / name for name in networks}
 
 
+def small_config(folder: Path, classes: int) -> configs.Config:
+    """A narrow RetinaNet on the network in a folder."""
+    backbone = {"type": "UPPVTv2", "model": str(folder)}
+    return configs.retinanet(backbone, UPPVTv2(folder).channels, classes, fpn_channels=16, stacked_convs=1)
+
+
 def small_retinanet(folder: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """A detector that finds something: its head's last layer is random and not modest."""
-    backbone = {"type": "UPPVTv2", "model": str(folder)}
-    model = configs.retinanet(backbone, UPPVTv2(folder).channels, classes, fpn_channels=16, stacked_convs=1)
+    model = small_config(folder, classes)
     torch.manual_seed(0)
     detector = openmm.build_detector(model)
     with torch.no_grad():

@@ -7,25 +7,19 @@ import pytest
 import torch
 
 from detection import configs, openmm
-from detection.backbone import UPPVTv2
 from detection.coco import CocoData
+from detection.detector import DetectorInfo, save_detector
 from detection.training import imitation, train_detector
+from tests.detection.conftest import small_config
 
 pytestmark = pytest.mark.usefixtures("mmdet")
 SCHEDULE = configs.Schedule(epochs=3, batch_size=4, lr=1e-3, scale=(64, 64), warmup=2, workers=0)
 
 
-def small(folder: Path, data: CocoData) -> configs.Config:
-    backbone = {"type": "UPPVTv2", "model": str(folder)}
-    return configs.retinanet(
-        backbone, UPPVTv2(folder).channels, len(data.classes), fpn_channels=16, stacked_convs=1
-    )  # fmt: skip
-
-
 def test_stopped_training_goes_on(
     folders: dict[str, Path], data: CocoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small(folders["uniform"], data)
+    model = small_config(folders["uniform"], len(data.classes))
     straight = train_detector(model, data, SCHEDULE, tmp_path / "straight")
     assert set(straight.history) == {1, 2, 3}
     assert straight.history[3]["loss"] < straight.history[1]["loss"]
@@ -56,15 +50,17 @@ def test_stopped_training_goes_on(
 
 
 def test_the_pyramid_can_be_imitated(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
-    teacher = openmm.build_detector(small(folders["dense"], data))
+    teacher = openmm.build_detector(small_config(folders["dense"], len(data.classes)))
     images = torch.randn(2, 3, 64, 64)
     assert float(imitation(teacher, 1.0)(teacher, images)["loss_imitation"]) < 1e-6
-    student = openmm.build_detector(small(folders["uniform"], data))
+    student = openmm.build_detector(small_config(folders["uniform"], len(data.classes)))
     gap = imitation(teacher, 1.0)(student, images)["loss_imitation"]
     assert 0.1 < float(gap) < 2
+    info = DetectorInfo(small_config(folders["dense"], 12), data.classes, data.category_ids, (64, 64))
+    save_detector(teacher, info, tmp_path / "teacher")
     trained = train_detector(
-        small(folders["uniform"], data), data, SCHEDULE, tmp_path / "w", teacher=teacher, distill_weight=5.0,
-        options={"train_cfg.max_epochs": 2},
+        small_config(folders["uniform"], len(data.classes)), data, SCHEDULE, tmp_path / "w",
+        teacher=tmp_path / "teacher", distill_weight=5.0, options={"train_cfg.max_epochs": 2},
     )  # fmt: skip
     assert set(trained.history) == {1, 2}
     assert trained.history[2]["loss_imitation"] < trained.history[1]["loss_imitation"]
