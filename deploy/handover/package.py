@@ -31,7 +31,7 @@ from deploy.runtimes.interface import BatchProfile, Engine
 
 PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
-MODEL_FOLDER, ONNX_FOLDER = "3-distill", "4-export"
+MODEL_FOLDER, ONNX_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "7-detect/pruned"
 
 
 class PackagedEngine(BaseModel):
@@ -71,6 +71,7 @@ class _Parts:
         network: its model folder.
         config: `config.json` of that.
         engines: the engines to hand over, and by engine the stage that made it.
+        detector: ONNX file of a detector on the pruned network, where one was trained.
     """
 
     report: Report
@@ -83,6 +84,7 @@ class _Parts:
     labels: tuple[str, ...] | None
     preprocess: dict[str, Any]
     engines: tuple[tuple[Engine, Artifact], ...]
+    detector: Path | None
 
     @property
     def stock_timm(self) -> bool:
@@ -149,7 +151,15 @@ def _collect(run: Path) -> _Parts:
         labels=_labels(metadata, config, answer),
         preprocess=_preprocess(run, metadata, image),
         engines=tuple(_engines(run, report)),
+        detector=_detector(run, tuned),
     )
+
+
+def _detector(run: Path, tuned: Artifact) -> Path | None:
+    """The detector that was trained on this very network."""
+    found = open_artifact(run / DETECTOR_FOLDER)
+    same = found is not None and found.manifest.inputs.get("backbone") == tuned.digest
+    return found.folder / "model.onnx" if found is not None and same and "model.onnx" in found.manifest.files else None
 
 
 def _artifact(run: Path, name: str) -> Artifact:
@@ -229,6 +239,9 @@ def _write(folder: Path, run: Path, parts: _Parts) -> None:
     for file in parts.onnx_files:
         shutil.copyfile(file, folder / "model" / file.name)
     shutil.copytree(parts.network, folder / "pytorch")
+    if parts.detector is not None:
+        (folder / "detector").mkdir()
+        shutil.copyfile(parts.detector, folder / "detector" / "model.onnx")
     engines = [_copy_engine(folder, engine, artifact, names) for engine, artifact in parts.engines]
     report = run / "report.html"
     if report.is_file():
@@ -259,6 +272,7 @@ def _write(folder: Path, run: Path, parts: _Parts) -> None:
         stock_timm=parts.stock_timm,
         triton=tuple(triton),
         has_report=report.is_file(),
+        detector=parts.detector is not None,
     )
     for name, text in {
         **example_files(subject),

@@ -45,6 +45,7 @@ class Subject:
         labels: names of the classes; None for a network without classifier.
         stock_timm: timm alone loads the PyTorch folder.
         triton: names of the models in the Triton repository.
+        detector: a detector on this network is in the package.
     """
 
     report: Report
@@ -57,6 +58,7 @@ class Subject:
     stock_timm: bool
     triton: tuple[str, ...]
     has_report: bool
+    detector: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,11 @@ def example_files(subject: Subject) -> dict[str, str]:
         "squash": subject.preprocess["crop_mode"] == "squash",
         "labelled": subject.labels is not None,
     }
-    return {
+    scripts = {
         example.file: _render(example.template, **common, **example.values, file=example.file)
         for example in _examples(subject)
     }
+    return scripts | ({"run_detector.py": _render("run_detector")} if subject.detector else {})
 
 
 def requirements(subject: Subject) -> dict[str, str]:

@@ -29,16 +29,19 @@ def quantizable_layers(model: ModelProto, precision: str, *, on_cpu: bool = Fals
 
     int8: all. TensorRT-RTX 1.7 has int8 kernels for patch embeddings, 1x1 and depthwise convolutions, classifiers and
     odd widths alike. On CPUs not convolutions of images (4 channels at most), which would need a quantized result too:
-    2 dB of DeiT-T for no time. fp8: not convolutions of more than 32 taps: there are fp8 kernels for 5x5, none for 6x6.
+    2 dB of DeiT-T for no time; nor ones that the graph ends with, whose results are wanted as they are. fp8: not
+    convolutions of more than 32 taps: there are fp8 kernels for 5x5, none for 6x6.
     """
     layers = weight_layers(model)
     if precision == "int8":
         channels = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) > 1}
-        return tuple(
-            layer
-            for layer in layers
-            if not (on_cpu and layer.op == "Conv" and layer.groups == 1 and channels[layer.weight] <= _IMAGE_CHANNELS)
-        )
+        ends = {value.name for value in model.graph.output}
+
+        def in_float(layer: WeightLayer) -> bool:
+            of_images = layer.groups == 1 and channels[layer.weight] <= _IMAGE_CHANNELS
+            return layer.op == "Conv" and (of_images or layer.result in ends)
+
+        return tuple(layer for layer in layers if not (on_cpu and in_float(layer)))
     taps = {tensor.name: int(np.prod(tensor.dims[2:])) for tensor in model.graph.initializer}
     return tuple(layer for layer in layers if layer.op != "Conv" or taps[layer.weight] <= _FP8_TAPS)
 
