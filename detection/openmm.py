@@ -299,8 +299,5 @@ def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, T
     samples = [sample_class(metainfo={**about, "scale_factor": (1.0, 1.0)}) for _ in images]
     with _quietly():
         found = detector.predict(images, samples, rescale=False)  # type: ignore[operator]
-    return [(s.pred_instances.bboxes, s.pred_instances.scores, s.pred_instances.labels) for s in found]
-
-
-def device_of(detector: nn.Module) -> torch.device:
-    return next(detector.parameters()).device
+    instances = [sample.pred_instances for sample in found]
+    return [(own.bboxes.cpu(), own.scores.cpu(), own.labels.cpu()) for own in instances]

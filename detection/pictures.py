@@ -58,10 +58,26 @@ def fit(
 
 
 def fitted(
-    split: Split, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], most: int | None = None
+    split: Split,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    most: int | None = None,
+    *,
+    upright: bool | None = None,
 ) -> Iterator[Fitted]:
-    """The images of a split, in the order of its annotations; with `most`, so many of them, evenly spread."""
+    """The images of a split, in the order of its annotations.
+
+    Args:
+        split: whose images are read, one at a time.
+        size: (height, width) in pixels that each is scaled and padded to.
+        mean, std: of pixels from 0 to 255.
+        most: so many images, evenly spread; all by default.
+        upright: only those that are higher than wide, or only the others; all by default.
+    """
     entries = json.loads(split.annotations.read_text())["images"]
+    if upright is not None:
+        entries = [entry for entry in entries if (entry["height"] > entry["width"]) == upright]
     count = min(most or len(entries), len(entries))
     for entry in (entries[index * len(entries) // count] for index in range(count)):
         with Image.open(split.images / entry["file_name"]) as image:

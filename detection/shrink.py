@@ -27,6 +27,7 @@ from toolchain.compensation.statistics import Moments, input_rows, output_rows, 
 from toolchain.families import groups_of
 from toolchain.models import structure_of
 from toolchain.planning import PruningPlan
+from toolchain.scores.divergence import device_of
 
 ROWS_PER_IMAGE = 1024
 """Positions of a map that a regression uses, at most: neighbours tell much the same."""
@@ -97,16 +98,17 @@ def shrink(
     net = detector.get_submodule("backbone.net")
     pruned = compress(net, plan, images, batch_size=8, quiet=quiet).model if compensate else toolchain.prune(net, plan)
     cut, new_info = _cut(detector, info, pruned.cpu(), plan, kept)
+    cut.to(device_of(detector))
     held = torch.split(split(images)[1], 4)
     divergence_cut = _divergence(detector, cut, held)
     if not compensate:
-        return Shrunk(cut, new_info, divergence_cut, divergence_cut, 0)
+        return Shrunk(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
     fitted = copy.deepcopy(cut)
     changed = _refit(fitted, detector, kept, images, quiet)
     found = _divergence(detector, fitted, held)
     if found > divergence_cut:
-        return Shrunk(cut, new_info, divergence_cut, divergence_cut, 0)
-    return Shrunk(fitted, new_info, divergence_cut, found, changed)
+        return Shrunk(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
+    return Shrunk(fitted.cpu(), new_info, divergence_cut, found, changed)
 
 
 def _cut(
@@ -209,7 +211,7 @@ def _seen(network: nn.Module, name: str, images: Tensor, side: str) -> list[Tens
     )
     try:
         with torch.inference_mode():
-            Maps(network).eval()(images)
+            Maps(network).eval()(images.to(device_of(network)))
     finally:
         hook.remove()
     return seen
@@ -218,4 +220,5 @@ def _seen(network: nn.Module, name: str, images: Tensor, side: str) -> list[Tens
 def _divergence(dense: nn.Module, other: nn.Module, batches: Sequence[Tensor]) -> float:
     maps, changed = Maps(dense).eval(), Maps(other).eval()
     with torch.inference_mode():
-        return float(torch.cat([maps.divergence(maps(batch), changed(batch)) for batch in batches]).mean())
+        parts = (batch.to(device_of(dense)) for batch in batches)
+        return float(torch.cat([maps.divergence(maps(part), changed(part)) for part in parts]).mean())

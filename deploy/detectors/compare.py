@@ -93,6 +93,7 @@ def _figures(name: str, detector: Artifact) -> DetectorFigures:
         model=cast(Name, name),
         **{key: figures[key] for key in ("params", "backbone_params", "macs", "macs_800x1344")},
         pytorch=ApFigures.model_validate({**in_percent, "per_class": classes, "images": own["images"]}),
+        turned_ap=figures["turned"] and 100 * figures["turned"]["ap"],
         agreement=None if figures["agreement"] is None else BoxAgreement(**figures["agreement"]),
     )
 

@@ -40,7 +40,8 @@ class BoxAgreement(_Document):
 class DetectorFigures(_Document):
     """A trained detector on one backbone. `macs_800x1344` is what tables of detectors give; `macs` is at `size`.
 
-    Detectors that cannot be exported (Mask R-CNN) have no count of MACs and no agreement.
+    `pytorch` is AP on images of `size`; `turned_ap` where upright images are fitted into the turned size, as published
+    tables have it. Detectors that cannot be exported (Mask R-CNN) have no count of MACs and no agreement.
     """
 
     model: Name
@@ -49,6 +50,7 @@ class DetectorFigures(_Document):
     macs: int | None
     macs_800x1344: int | None
     pytorch: ApFigures
+    turned_ap: float | None = None
     agreement: BoxAgreement | None
 
 

@@ -25,6 +25,7 @@ from detection.coco import CocoData
 from detection.decode import DecodedBoxes
 from detection.detector import load_detector
 from detection.pictures import fitted
+from toolchain.processes import pick_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class _Takes:
 
 def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
     detector, info = load_detector(path)
+    detector.to(pick_device("auto"))
     pixels, size = info.config["data_preprocessor"], size_for(info.scale)
     return _Takes(info.classes, size, tuple(pixels["mean"]), tuple(pixels["std"])), by_torch(detector, size), "PyTorch"
 

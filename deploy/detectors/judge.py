@@ -18,6 +18,7 @@ from deploy.detectors.suppression import suppress
 from deploy.runtimes import Session
 from detection import openmm
 from detection.pictures import Fitted
+from toolchain.scores.divergence import device_of
 
 PREDICTIONS = "predictions.json"
 
@@ -44,10 +45,11 @@ def by_session(session: Session) -> Run:
 
 def by_torch(decoded: nn.Module) -> Run:
     """`detection.decode.DecodedBoxes` itself."""
+    device = device_of(decoded)
 
     def run(images: NDArray[np.float32]) -> Found:
         with torch.inference_mode():
-            boxes, scores, labels = decoded(torch.from_numpy(images))
+            boxes, scores, labels = (out.cpu() for out in decoded(torch.from_numpy(images).to(device)))
         return boxes.numpy(), scores.numpy(), labels.numpy()
 
     return run
@@ -58,7 +60,7 @@ def by_mmdet(detector: nn.Module) -> Run:
 
     def run(images: NDArray[np.float32]) -> Found:
         with torch.inference_mode():
-            found = openmm.predict(detector, torch.from_numpy(images))
+            found = openmm.predict(detector, torch.from_numpy(images).to(device_of(detector)))
         most = max((len(boxes) for boxes, _, _ in found), default=0)
         boxes = np.zeros((len(found), most, 4), np.float32)  # no area: `suppress` drops what is only padding
         scores, labels = np.zeros((len(found), most), np.float32), np.zeros((len(found), most), np.int64)

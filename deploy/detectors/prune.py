@@ -28,6 +28,7 @@ from detection.detector import DetectorInfo, load_detector, read_info, save_dete
 from detection.importance import DetectorScores, neck_and_head, score_detector
 from detection.shrink import kept_channels, shrink
 from detection.training import train_along, train_detector
+from toolchain.processes import pick_device
 from toolchain.scores import Scores
 
 Task = Literal["detection", "random"]
@@ -132,7 +133,7 @@ def _cut_stages(
         judged(place, data, training)
 
     def score(place: Path) -> None:
-        detector, _ = load_detector(folder)
+        detector = load_detector(folder)[0].to(pick_device("auto"))
         images = _images(data, info, training, wanted.images)
         chosen = wanted.task == "detection"
         scores = (
@@ -142,7 +143,7 @@ def _cut_stages(
         save_file(scores.rest, place / "rest.safetensors")
 
     def cut(place: Path) -> None:
-        detector, _ = load_detector(folder)
+        detector = load_detector(folder)[0].to(pick_device("auto"))
         scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "rest.safetensors"))
         plan = toolchain.plan(
             detector.get_submodule("backbone.net"), scores.backbone, ratio=wanted.ratio,

@@ -31,6 +31,7 @@ from detection.simple_pyramid import UPViT
 from detection.training import ALONE, train_detector
 from toolchain.families import FAMILIES, family_of
 from toolchain.macs import count_macs, count_params
+from toolchain.processes import pick_device
 
 DETECT = "7-detect"
 _AGREEMENT_IMAGES = 16
@@ -110,8 +111,9 @@ def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: Dete
 def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
     """AP in PyTorch of the detector in a folder, its ONNX file, and what the two find box by box."""
     detector, info = load_detector(folder / "detector")
+    detector.to(pick_device("auto"))
     size = size_of(wanted)
-    figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None}
+    figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None, "turned": None}
     if wanted.detector == "retinanet":
         decoded = DecodedBoxes(detector, size).eval()
         run = judge.by_torch(decoded)
@@ -119,6 +121,8 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
         some = [one.pixels.numpy() for one in itertools.islice(images_of(data.val, info, wanted), _AGREEMENT_IMAGES)]
         with open_model(load_model(folder / "model.onnx")) as session:
             figures["agreement"] = asdict(judge.agreement(run, judge.by_session(session), np.stack(some)))
+        if size[0] < size[1]:
+            figures["turned"] = _turned(detector, info, data, size)
         figures["macs"] = count_macs(Levels(detector), (3, *size))
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
     else:
@@ -132,6 +136,19 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
         "backbone_params": count_params(detector.get_submodule("backbone")),
     }
     write_json(folder / "ap.json", figures)
+
+
+def _turned(detector: nn.Module, info: DetectorInfo, data: CocoData, size: tuple[int, int]) -> dict[str, Any]:
+    """AP where upright images are fitted into the turned size, as tables of detectors have it: no graph of one size
+    does that.
+    """
+    pixels = info.config["data_preprocessor"]
+    found = []
+    for upright, own in ((False, size), (True, size[::-1])):
+        images = fitted(data.val, own, tuple(pixels["mean"]), tuple(pixels["std"]), upright=upright)
+        run = judge.by_torch(DecodedBoxes(detector, own).eval())
+        found += judge.detections(run, images, info.category_ids)
+    return asdict(average_precision(data.val.annotations, found))
 
 
 def images_of(split: Split, info: DetectorInfo, wanted: DetectRecipe, most: int | None = None) -> Iterator[Fitted]:

@@ -1,11 +1,15 @@
 """The graph of a detector: its parts, its shapes, its precisions, and engines that are built from it."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from calib_data.errors import UserError
 from deploy.detectors import judge
@@ -16,6 +20,7 @@ from deploy.precision import convert
 from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo
+from detection.pictures import fit
 from tests.detection.conftest import small_retinanet
 
 pytestmark = pytest.mark.usefixtures("mmdet")
@@ -125,3 +130,29 @@ def test_what_cannot_be_exported(folders: dict[str, Path], tmp_path: Path) -> No
     with pytest.raises(UserError, match="Unknown shape"):
         export_detector(detector, info, tmp_path / "x.onnx", SIZE, shape="boxes")  # type: ignore[arg-type]
     assert not (tmp_path / "x.onnx").exists()
+
+
+def test_the_example_of_a_package_draws_what_the_detector_finds(
+    files: dict[str, Path], scenes: Path, tmp_path: Path, repository: Path
+) -> None:
+    script = tmp_path / "run_detector.py"
+    script.write_text((repository / "deploy/templates/package/run_detector.jinja").read_text())
+    assert len(script.read_text().splitlines()) <= 40
+    (tmp_path / "detector").mkdir()
+    shutil.copy(files["decode"], tmp_path / "detector/model.onnx")
+    picture = next((scenes / "val/images").iterdir())
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'deploy', 'detection', 'toolchain', 'mmdet']))"
+    code = f"{blocked}; import runpy; sys.argv = ['x', {str(picture)!r}]; runpy.run_path({str(script)!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with Image.open(picture) as opened:
+        image = fit(opened, 0, SIZE, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    with open_model(load_model(files["decode"])) as session:
+        boxes, scores, labels = (own[0] for own in judge.by_session(session)(image.pixels.numpy()[None]))
+    _, sure, kind = judge.suppress(boxes, scores, labels, score_threshold=0.3, most=10_000)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines
+    assert [line[1] for line in lines] == ["abc"[label] for label in kind]
+    assert np.allclose([float(line[0]) for line in lines], sure, atol=0.006)
+    with Image.open(tmp_path / "detected.png") as drawn, Image.open(picture) as opened:
+        assert drawn.size == opened.size
+        assert np.abs(np.asarray(drawn, np.int16) - np.asarray(opened.convert("RGB"), np.int16)).max() > 50

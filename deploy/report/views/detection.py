@@ -32,6 +32,7 @@ def _result(report: DetectionReport) -> Section:
         "AP": lambda own: _ap(own.pytorch.ap),
         "AP50": lambda own: _ap(own.pytorch.ap50),
         "AP75": lambda own: _ap(own.pytorch.ap75),
+        f"AP, upright images at {report.size[1]} x {report.size[0]}": lambda own: _ap(own.turned_ap),
         "AP small": lambda own: _ap(own.pytorch.ap_small),
         "AP medium": lambda own: _ap(own.pytorch.ap_medium),
         "AP large": lambda own: _ap(own.pytorch.ap_large),
