@@ -34,11 +34,15 @@ _MAX_PLACING_ATTEMPTS = 30
 
 @dataclass(frozen=True, slots=True)
 class DrawnObject:
-    """One object of a scene. `box` is tight: (x, y, width, height) in whole pixels; `area` counts its pixels."""
+    """One object of a scene. `box` is tight: (x, y, width, height) in whole pixels; `area` counts its pixels.
+
+    `runs` is its mask as COCO writes one: lengths of runs outside and inside in turns, column by column.
+    """
 
     label: int
     box: tuple[int, int, int, int]
     area: int
+    runs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         x, y = int(columns[0]), int(rows[0])
         box = (x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1)
-        objects.append(DrawnObject(label, box, int(mask.sum())))
+        objects.append(DrawnObject(label, box, int(mask.sum()), _runs(mask)))
     _draw_lines(canvas, dice, dice.below(2), width=dice.between(0.004, 0.01))
     return Scene(_finish(canvas, dice), tuple(objects))
 
@@ -212,6 +216,13 @@ def _draw_object(canvas: Array, dice: _Dice, label: int, pose: _Pose, background
     mask = np.zeros((size, size), dtype=np.bool_)
     mask[top:bottom, left:right] = alpha >= 0.5
     return mask
+
+
+def _runs(mask: NDArray[np.bool_]) -> tuple[int, ...]:
+    flat = mask.T.ravel()
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    lengths = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return (0, *lengths) if flat[0] else tuple(lengths)
 
 
 def _disk(u: Array, v: Array) -> Array:

@@ -21,7 +21,7 @@ def demo_scenes(cache: Path, *, quiet: bool = True) -> Path:
         cache: where they are kept; made once, whole or not at all.
         quiet: no progress bar.
     """
-    folder = cache / f"scenes-{DRAWING_VERSION}-{SIZE}-{'-'.join(map(str, COUNTS.values()))}"
+    folder = cache / f"scenes-masks-{DRAWING_VERSION}-{SIZE}-{'-'.join(map(str, COUNTS.values()))}"
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)

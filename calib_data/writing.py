@@ -32,7 +32,8 @@ def write_coco(folder: Path, split: str, count: int, size: int, *, seed: int = 0
     """Writes `count` scenes as folder/split/images/NNNNNN.png and annotations.json beside; returns the JSON's path.
 
     The JSON is in COCO's detection format: ids from 1, boxes (x, y, width, height) in pixels, `area` the number of
-    pixels of the object. It is written last, so that its existence means that the split is whole.
+    pixels of the object, `segmentation` its mask as runs. It is written last, so that its existence means that the
+    split is whole.
     """
     root = _new_folder(folder / split)
     (root / "images").mkdir()
@@ -51,6 +52,7 @@ def write_coco(folder: Path, split: str, count: int, size: int, *, seed: int = 0
                     "category_id": item.label + 1,
                     "bbox": list(item.box),
                     "area": item.area,
+                    "segmentation": {"size": [size, size], "counts": list(item.runs)},
                     "iscrowd": 0,
                 }
             )

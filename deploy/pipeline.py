@@ -168,7 +168,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     coco = None
     if recipe.detect is not None:
         openmm.require()
-        coco = flow.open_data(recipe.detect.coco, quiet=quiet)
+        coco = flow.open_data(recipe.detect.coco, recipe.detect.detector, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe, runtimes.runtimes)
     source = open_source(recipe.data, quiet=quiet)

@@ -27,6 +27,7 @@ class Split:
         images: folder of the images.
         count: images.
         boxes: boxes that are usable (crowds not counted).
+        masks: whether every box comes with a mask.
         notes: what is odd about it, but no reason to stop.
     """
 
@@ -34,6 +35,7 @@ class Split:
     images: Path
     count: int
     boxes: int
+    masks: bool
     notes: tuple[str, ...] = ()
 
 
@@ -46,6 +48,20 @@ class CocoData:
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     notes: tuple[str, ...] = field(default=())
+
+    def require_masks(self) -> None:
+        """What Mask R-CNN needs.
+
+        Raises:
+            UserError: there are boxes without masks.
+        """
+        for split in (self.train, self.val):
+            if not split.masks:
+                raise UserError(
+                    f"{split.annotations} has boxes without masks.",
+                    why="Mask R-CNN learns masks, too.",
+                    fix="Give annotations with `segmentation`, or train --detector retinanet.",
+                )
 
     @property
     def digest(self) -> str:
@@ -171,7 +187,8 @@ def _checked(document: Mapping[str, Any], path: Path, images: Path) -> Split:
         "crowd boxes are not trained on, and detections on them count as neither right nor wrong": crowds,
     }
     notes = tuple(f"{count} {text}" for text, count in counted.items() if count)
-    return Split(path, images, len(known), usable, notes)
+    masks = all(box.get("segmentation") for box in document["annotations"])
+    return Split(path, images, len(known), usable, masks, notes)
 
 
 def _require_files(images: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:

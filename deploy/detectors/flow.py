@@ -20,10 +20,16 @@ from detection.crew import Crew
 from detection.training import ALONE
 
 
-def open_data(coco: str, *, quiet: bool) -> CocoData:
-    """The data set that a spec names: a folder, or `demo`."""
-    folder = demo_scenes(cache_folder(), quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute()
-    return open_coco(folder)
+def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoData:
+    """The data set that a spec names: a folder, or `demo`.
+
+    Raises:
+        UserError: it is none, or lacks what the detector learns.
+    """
+    data = open_coco(demo_scenes(cache_folder(), quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute())
+    if detector == "mask-rcnn":
+        data.require_masks()
+    return data
 
 
 def detectors_of(

@@ -46,7 +46,7 @@ def detect_in_run(
         if not crew.is_leader:
             train_along(crew)
             return {}, None
-        data = open_data(wanted.coco, quiet=quiet)
+        data = open_data(wanted.coco, wanted.detector, quiet=quiet)
         tuned = open_artifact(run / "3-distill")
         if tuned is None:
             raise UserError(

@@ -1,5 +1,8 @@
 """Small backbones and drawn scenes; mmdet is optional, and tests that need it say so."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from calib_data.writing import write_coco
 from detection import configs, openmm
 from detection.backbone import UPPVTv2
 from detection.coco import CocoData, open_coco
+
+Document = dict[str, Any]
 
 SMALL = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "num_classes": 5}
 
@@ -81,3 +86,13 @@ def small_retinanet(folder: Path, classes: int) -> tuple[nn.Module, dict[str, An
             detector.get_parameter(f"bbox_head.{name}.weight").normal_(0, 0.3)
         detector.get_parameter("bbox_head.retina_cls.bias").fill_(-2)
     return detector, model
+
+
+def changed(scenes: Path, place: Path, change: Callable[[Document], object], split: str = "train") -> Path:
+    """A copy of the scenes with other annotations."""
+    shutil.copytree(scenes, place)
+    path = place / split / "annotations.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return place

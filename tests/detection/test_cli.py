@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from calib_data.errors import UserError
 from deploy.cli import app
 from deploy.pipeline import build
+from tests.detection.conftest import changed
 
 pytestmark = [pytest.mark.usefixtures("mmdet"), pytest.mark.slow]
 
@@ -123,3 +124,16 @@ def test_what_is_refused(run: Path, scenes: Path, tmp_path: Path, folders: dict[
         call("eval", folders["dense"], "--coco", scenes)
     with refused("holds no detector"):
         call("prune", folders["dense"], "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5)
+
+
+def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path) -> None:
+    result = call("train", "--run", run, "--coco", scenes, "--detector", "mask-rcnn", "--backbones", "pruned", *SMALL)
+    assert result.exit_code == 0
+    figures = json.loads((run / "7-detect/pruned/ap.json").read_text())
+    assert figures["macs"] is None
+    assert figures["pytorch"]["images"] == 4
+    history = json.loads((run / "7-detect/pruned/history.json").read_text())
+    assert "loss_mask" in history["1"]
+    without = changed(scenes, tmp_path / "c", lambda d: [box.pop("segmentation") for box in d["annotations"]])
+    with refused("has boxes without masks"):
+        call("train", "--run", run, "--coco", without, "--detector", "mask-rcnn", *SMALL)

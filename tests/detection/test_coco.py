@@ -4,24 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from calib_data.errors import UserError
 from detection.coco import open_coco
-
-Document = dict[str, Any]
-
-
-def changed(scenes: Path, place: Path, change: Callable[[Document], object], split: str = "train") -> Path:
-    """A copy of the scenes with other annotations."""
-    shutil.copytree(scenes, place)
-    path = place / split / "annotations.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-    return place
+from tests.detection.conftest import Document, changed
 
 
 def test_drawn_scenes(scenes: Path) -> None:
