@@ -124,9 +124,11 @@ def prune(
         int | None, typer.Option(help="Unlabelled images to score and refit on. \\[default: 128]")
     ] = None,
     compensate: opt.Compensate = None,
-    epochs: Annotated[int | None, typer.Option(help="Of fine-tuning; 0 skips. \\[default: as detect train]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of fine-tuning; 0 skips. \\[default: 3 on the demo, else 5]")
+    ] = None,
     batch_size: BatchSize = None,
-    lr: Lr = None,
+    lr: Annotated[float | None, typer.Option(help="Peak rate. \\[default: a tenth of detect train's]")] = None,
     imitation: Imitation = None,
     workers: Workers = None,
     cfg_options: CfgOptions = None,

@@ -20,6 +20,7 @@ from deploy.detectors.training import DETECT
 from deploy.graphs.files import load_model
 from deploy.job import write_json
 from deploy.runtimes import open_model
+from detection import openmm
 from detection.average_precision import AveragePrecision, average_precision
 from detection.coco import CocoData
 from detection.decode import DecodedBoxes
@@ -112,6 +113,7 @@ class _Takes:
 
 
 def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
+    openmm.require()
     detector, info = load_detector(path)
     detector.to(pick_device("auto"))
     pixels, size = info.config["data_preprocessor"], size_for(info.scale)

@@ -17,7 +17,7 @@ import toolchain
 from calib_data.errors import UserError
 from deploy.artifacts import Artifact, file_digest, run_stage
 from deploy.detectors.flow import open_data
-from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_of
+from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_for, size_of
 from deploy.detectors.training import images_of, judged
 from deploy.job import write_json
 from deploy.run_dir import open_run
@@ -33,6 +33,9 @@ from toolchain.scores import Scores
 
 Task = Literal["detection", "random"]
 VERSION = 1
+EPOCHS, LR = 0.4, 0.1
+"""Shares of the usual schedule for fine-tuning. On the drawn scenes a refitted detector of AP 70.5 fell to 60.0 within
+3 epochs at the full rate."""
 _IDENTITY = ("detector", "prune")
 
 
@@ -91,7 +94,7 @@ def prune_detector(
     """
     openmm.require()
     info = read_info(folder)
-    training = resolved(_like(info, training))
+    training = _schedule(info, training)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)
@@ -110,9 +113,18 @@ def prune_detector(
             )
 
 
-def _like(info: DetectorInfo, training: DetectRecipe) -> DetectRecipe:
-    """The schedule for images of the size that the detector was trained with."""
-    return training if training.scale else training.model_copy(update={"scale": info.scale})
+def _schedule(info: DetectorInfo, wanted: DetectRecipe) -> DetectRecipe:
+    """Fine-tuning: images of the size that the detector was trained with, a part of the epochs, smaller steps."""
+    usual = resolved(wanted)
+    assert usual.epochs is not None
+    assert usual.lr is not None
+    filled = {
+        "scale": wanted.scale or info.scale,
+        "size": wanted.size or size_for(info.scale),
+        "epochs": wanted.epochs or max(1, round(EPOCHS * usual.epochs)),
+        "lr": wanted.lr or LR * usual.lr,
+    }
+    return usual.model_copy(update=filled)
 
 
 def _cut_stages(

@@ -34,7 +34,7 @@ def mmdet() -> None:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of a few drawn pictures."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_coco(folder, "train", 8, 64)
+    write_coco(folder, "train", 12, 64)
     write_coco(folder, "val", 4, 64)
     return folder
 

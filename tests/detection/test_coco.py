@@ -5,16 +5,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from calib_data.errors import UserError
 from detection.coco import open_coco
+from detection.pictures import fitted
 from tests.detection.conftest import Document, changed
 
 
 def test_drawn_scenes(scenes: Path) -> None:
     data = open_coco(scenes)
-    assert (data.train.count, data.val.count, len(data.classes)) == (8, 4, 12)
+    assert (data.train.count, data.val.count, len(data.classes)) == (12, 4, 12)
     assert data.train.boxes == len(json.loads(data.train.annotations.read_text())["annotations"])
     assert data.notes == ()
 
@@ -40,7 +43,7 @@ def test_one_set_for_both_is_said(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["images"].append({**d["images"][0], "id": 99, "file_name": "gone.png"}), "1 of 9 images"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 99, "file_name": "gone.png"}), "1 of 13 images"),
         (lambda d: d["annotations"][0].update(category_id=77), "categories that it does not name: 77"),
         (lambda d: d["annotations"][0].update(image_id=77), "images that it does not list: 77"),
         (lambda d: d["annotations"].clear(), "no usable box"),
@@ -89,3 +92,27 @@ def test_no_data_set_at_all(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         open_coco(tmp_path)
+
+
+def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_path: Path) -> None:
+    def upright(document: Document) -> None:
+        first = document["images"][0]
+        path = tmp_path / "c/val/images" / first["file_name"]
+        with Image.open(path) as image:
+            image.crop((0, 0, 37, 61)).save(path)
+        first.update(width=37, height=61)
+
+    data = open_coco(changed(scenes, tmp_path / "c", upright, "val"))
+    assert all("outside" in note for note in data.notes)
+    size, mean, std = (64, 96), (0.0,) * 3, (255.0,) * 3
+    first, *others = fitted(data.val, size, mean, std)
+    assert (first.inside, first.original) == ((39, 64), (37, 61))
+    assert first.pixels.shape == (3, 64, 96)
+    assert float(first.pixels[:, :, 39:].abs().max()) == 0
+    assert float(first.pixels[:, :, 38].abs().max()) > 0
+    whole = np.array([[0, 0, 39, 64], [-5, 10, 200, 300]], np.float32)
+    assert np.allclose(first.boxes_back(whole)[:, 2:], [37, 61], atol=0.5)
+    assert float(first.boxes_back(whole).min()) == 0
+    assert [one.image_id for one in fitted(data.val, size, mean, std, upright=True)] == [first.image_id]
+    assert len(list(fitted(data.val, size, mean, std, upright=False))) == len(others)
+    assert [one.image_id for one in fitted(data.val, size, mean, std, 2)] == [first.image_id, others[1].image_id]
