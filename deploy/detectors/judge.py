@@ -72,8 +72,8 @@ def by_mmdet(detector: nn.Module) -> Run:
     return run
 
 
-BATCH = 8
-"""Images per call."""
+BATCH = 4
+"""Images per call: a dozen would take gigabytes at 800 x 1344."""
 
 
 def detections(
@@ -142,10 +142,13 @@ class Agreement:
     max_score_difference: float
 
 
-def agreement(first: Run, second: Run, images: NDArray[np.float32], iou: float = 0.99) -> Agreement:
-    """Match what two detectors find on images [B, 3, H, W] box by box."""
+def agreement(first: Run, second: Run, images: Iterable[Fitted], iou: float = 0.99) -> Agreement:
+    """Match what two detectors find on images box by box."""
     count, matched, worst = 0, 0, 0.0
-    for one, other in zip(_single(first(images)), _single(second(images)), strict=True):
+    fed = (np.stack([one.pixels.numpy() for one in batch]) for batch in batched(images, BATCH))
+    for one, other in (
+        pair for batch in fed for pair in zip(_single(first(batch)), _single(second(batch)), strict=True)
+    ):
         count += len(one[0])
         if not len(one[0]) or not len(other[0]):
             continue

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 import toolchain
@@ -118,9 +116,9 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
         decoded = DecodedBoxes(detector, size).eval()
         run = judge.by_torch(decoded)
         export_detector(detector, info, folder / "model.onnx", size)
-        some = [one.pixels.numpy() for one in itertools.islice(images_of(data.val, info, wanted), _AGREEMENT_IMAGES)]
         with open_model(load_model(folder / "model.onnx")) as session:
-            figures["agreement"] = asdict(judge.agreement(run, judge.by_session(session), np.stack(some)))
+            some = images_of(data.val, info, wanted, _AGREEMENT_IMAGES)
+            figures["agreement"] = asdict(judge.agreement(run, judge.by_session(session), some))
         if size[0] < size[1]:
             figures["turned"] = _turned(detector, info, data, size)
         figures["macs"] = count_macs(Levels(detector), (3, *size))
