@@ -112,7 +112,7 @@ def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -
 
     console = Console(quiet=quiet)
     if until == "plan":
-        Console().print(plan_table(preview(make_recipe(values), quiet=quiet)))
+        Console().print(plan_table(*preview(make_recipe(values), quiet=quiet)))
         return
     job = prepare(make_recipe(values), output, quiet=quiet)
     report = run_job(job, until)

@@ -31,6 +31,7 @@ from deploy.report.document import Report
 from deploy.report.views import save_report
 from deploy.run_dir import open_run
 from deploy.runtimes import resolve_runtimes
+from deploy.speed.search import LatencyRecord
 from deploy.speed.table import tables_folder
 from deploy.summary import Artifacts, summarise
 from detection import openmm
@@ -115,18 +116,18 @@ def require_target(report: Report) -> None:
     )
 
 
-def preview(recipe: Recipe, *, quiet: bool = True) -> toolchain.PruningPlan:
-    """What a recipe would cut; nothing is written.
+def preview(recipe: Recipe, *, quiet: bool = True) -> tuple[toolchain.PruningPlan, LatencyRecord | None]:
+    """What a recipe would cut, and how a latency was met where one is asked for; nothing is written.
 
     Uniform widths depend on the request alone. The other planners weigh scores, which are then measured (and, for a
     latency, networks are built and timed).
     """
     job = prepare(recipe, None, quiet=quiet)
     if job.first_plan is not None:
-        return job.first_plan
+        return job.first_plan, None
     images = prune_stage.compensation_images(job) if job.recipe.plan.planner != "uniform" else None
     losses = prune_stage.expected_losses(job, images)
-    return prune_stage.choose_plan(job, stages.scores_of(job), images, losses)[0]
+    return prune_stage.choose_plan(job, stages.scores_of(job), images, losses)
 
 
 def run_stages(job: Job, until: str) -> Artifacts:

@@ -7,11 +7,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from deploy.speed.search import LatencyRecord
 from toolchain.planning import PruningPlan
 
 
-def plan_table(plan: PruningPlan) -> Group:
-    """Groups with their widths before and after, and what was asked for and got."""
+def plan_table(plan: PruningPlan, timed: LatencyRecord | None = None) -> Group:
+    """Groups with their widths before and after, and what was asked for and got, in milliseconds too where it was."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("group")
     for title in ("before", "after", "kept"):
@@ -28,8 +29,17 @@ def plan_table(plan: PruningPlan) -> Group:
         *(["depth: " + ", ".join(shorter)] if shorter else []),
         f"got:   MACs {plan.before.macs / 1e6:,.1f} M to {plan.after.macs / 1e6:,.1f} M ({100 * macs:.1f} %), "
         f"parameters {plan.before.params / 1e6:.2f} M to {plan.after.params / 1e6:.2f} M ({100 * params:.1f} %)",
+        *([_timing(timed)] if timed else []),
     ]
     return Group(table, *(Text(line) for line in lines))
+
+
+def _timing(timed: LatencyRecord) -> str:
+    found = timed.chosen
+    return (
+        f"timed: {found.dense_ms:.3g} ms to {found.measured_ms:.3g} ms ({found.speedup:.2f}x, {found.low:.2f} to "
+        f"{found.high:.2f} over rounds) on {timed.runtime} {timed.precision}, batch {timed.batch}"
+    )
 
 
 def _pairs(pairs: tuple[tuple[int, int], ...]) -> str:
