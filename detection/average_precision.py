@@ -44,6 +44,9 @@ def average_precision(
 ) -> AveragePrecision:
     """Judge detections on all images of an annotation file, or on some; at most the best 100 of an image count.
 
+    The file has areas, crowd marks, and boxes numbered from 1, as `detection.coco` writes them: pycocotools takes a
+    match with the box 0 for none.
+
     Raises:
         MissingDependencyError: pycocotools is not there.
         UserError: a detection is on an image that the file does not list.
@@ -67,7 +70,7 @@ def average_precision(
         )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = _with_areas(document)
+        truth.dataset = document
         truth.createIndex()
         evaluation = COCOeval(
             truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), "bbox"
@@ -94,15 +97,6 @@ def average_precision(
         images=len(known),
         detections=len(detections),
     )
-
-
-def _with_areas(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Annotations with what pycocotools asks for and many files leave out."""
-    boxes = [
-        {"area": box["bbox"][2] * box["bbox"][3], "iscrowd": 0, **box, "ignore": box.get("ignore", 0)}
-        for box in document["annotations"]
-    ]
-    return {**document, "annotations": boxes}
 
 
 def _empty(truth: Any) -> Any:

@@ -1,21 +1,29 @@
-"""Data sets in COCO's format: where their files are, and whether a detector can be trained on them."""
+"""Data sets in COCO's format: found, checked, and brought into one form that mmdet and pycocotools read alike.
+
+Files in the wild leave out areas, number boxes from 0, list categories in any order, and hold boxes that are flat or
+outside of their image. mmdet and pycocotools each make something else of that, some of it silently wrong. So what is
+trained on and judged by is a copy of the annotations in the user's cache, without any of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from calib_data.errors import UserError
 
 _SHOWN = 3  # examples in a message
-_SIZES_READ = 500  # images whose headers are read, at least
+_SIZES_READ = 500  # images that are read, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +31,16 @@ class Split:
     """Images and their boxes.
 
     Attributes:
-        annotations: the JSON file.
+        source: the JSON file that was given.
+        annotations: the copy in one form: categories by id, boxes numbered from 1, all of them usable.
         images: folder of the images.
         count: images.
-        boxes: boxes that are usable (crowds not counted).
-        masks: whether every box comes with a mask.
+        boxes: boxes to train on (crowds not counted).
+        masks: whether each of them comes with a mask.
         notes: what is odd about it, but no reason to stop.
     """
 
+    source: Path
     annotations: Path
     images: Path
     count: int
@@ -58,44 +68,79 @@ class CocoData:
         for split in (self.train, self.val):
             if not split.masks:
                 raise UserError(
-                    f"{split.annotations} has boxes without masks.",
+                    f"{split.source} has boxes without masks.",
                     why="Mask R-CNN learns masks, too.",
                     fix="Give annotations with `segmentation`, or train --detector retinanet.",
                 )
 
     @property
     def digest(self) -> str:
-        """sha256 of both annotation files."""
+        """sha256 of the annotations of both splits."""
         found = hashlib.sha256()
         for split in (self.train, self.val):
             found.update(split.annotations.read_bytes())
         return found.hexdigest()
 
 
-def open_coco(folder: Path) -> CocoData:
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Image(_Entry):
+    id: int
+    file_name: str
+    width: PositiveInt
+    height: PositiveInt
+
+
+class _Box(_Entry):
+    image_id: int
+    category_id: int
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    area: FiniteFloat | None = None
+    iscrowd: bool = False
+    segmentation: Any = None
+
+
+class _Category(_Entry):
+    id: int
+    name: str
+
+
+class _Document(_Entry):
+    images: list[_Image]
+    annotations: list[_Box]
+    categories: list[_Category]
+
+
+def open_coco(folder: Path, cache: Path) -> CocoData:
     """Find and check a data set.
 
     Three layouts are known: the official one (`annotations/instances_train2017.json`, `train2017/`, the same with
     `val2017`), one folder per split (`train/annotations.json`, `train/images/`), and a single set
     (`annotations.json`, `images/`), which is then validated on the images that it is trained on.
 
+    Args:
+        folder: of the data set; nothing is written there.
+        cache: where the annotations are kept in one form.
+
     Raises:
         UserError: there is no such data set here, or nothing can be learnt or judged from it.
     """
     places = _places(folder)
-    documents = {name: _read(annotations) for name, (annotations, _) in places.items()}
-    classes = _classes(documents["train"], places["train"][0])
-    if _classes(documents["val"], places["val"][0]) != classes:
+    documents = {name: _read(source) for name, (source, _) in places.items()}
+    categories = _categories(documents["train"], places["train"][0])
+    if _categories(documents["val"], places["val"][0]) != categories:
         raise UserError(
             f"The splits of {folder} have different categories.",
-            why="A detector is judged on the categories that it was trained on.",
+            why="A detector is judged on the categories that it was trained on, by the same ids.",
             fix="Give both annotation files the same list of categories.",
         )
-    splits = {name: _checked(documents[name], *places[name]) for name in places}
+    splits = {name: _checked(documents[name], *places[name], cache) for name in places}
     notes = [f"{name}: {note}" for name, split in splits.items() for note in split.notes]
     if places["train"] == places["val"]:
         notes = [*splits["train"].notes, "training and validation use the same images: AP says nothing about others"]
-    ids = tuple(sorted(category["id"] for category in documents["train"]["categories"]))
+    ids, classes = zip(*categories, strict=True)
     return CocoData(splits["train"], splits["val"], classes, ids, tuple(notes))
 
 
@@ -122,93 +167,141 @@ def _places(folder: Path) -> dict[str, tuple[Path, Path]]:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Document:
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", fix="Is the file complete, and JSON?") from error
-    if not isinstance(document, dict) or not {"images", "annotations", "categories"} <= document.keys():
+        return _Document.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.", fix="Is the file complete?") from error
+    except ValidationError as error:
+        faults = error.errors()
+        where = ".".join(map(str, faults[0]["loc"])) or "the file"
         raise UserError(
-            f"{path} is not in COCO's format.", why="It needs lists of images, annotations and categories.",
+            f"{path} is not in COCO's format: {where}: {faults[0]['msg']}"
+            + (f", and {len(faults) - 1} faults more." if len(faults) > 1 else "."),
+            why="It needs lists of images (id, file_name, width, height), annotations (image_id, category_id, bbox) "
+            "and categories (id, name).",
             fix="Give instance annotations, not captions or results.",
-        )  # fmt: skip
-    return document
+        ) from error
 
 
-def _classes(document: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    categories = sorted(document["categories"], key=lambda category: category["id"])
-    names = [category["name"] for category in categories]
-    if not names:
+def _categories(document: _Document, path: Path) -> list[tuple[int, str]]:
+    """Ids and names, by id."""
+    if not document.categories:
         raise UserError(f"{path} names no categories.", fix="Add the list `categories`.")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    twice += [str(i) for i, count in Counter(category["id"] for category in categories).items() if count > 1]
+    names = Counter(category.name for category in document.categories)
+    ids = Counter(category.id for category in document.categories)
+    twice = [str(one) for one, count in (*names.items(), *ids.items()) if count > 1]
     if twice:
-        raise UserError(
-            f"{path} has categories twice: {', '.join(twice[:_SHOWN])}.", fix="Give each a name of its own."
-        )
-    return tuple(names)
+        raise UserError(f"{path} has categories twice: {_some(twice)}.", fix="Give each a name and an id of its own.")
+    return sorted((category.id, category.name) for category in document.categories)
 
 
-def _checked(document: Mapping[str, Any], path: Path, images: Path) -> Split:
+def _checked(document: _Document, path: Path, images: Path, cache: Path) -> Split:
     """The split, with what is odd about its boxes; refuses what would fail or be ignored silently."""
-    known = {image["id"]: image for image in document["images"]}
-    _require_files(document["images"], path, images)
-    categories = {category["id"] for category in document["categories"]}
-    strangers = sorted({box["category_id"] for box in document["annotations"]} - categories, key=str)
+    known = {image.id: image for image in document.images}
+    if len(known) < len(document.images):
+        twice = [number for number, count in Counter(image.id for image in document.images).items() if count > 1]
+        raise UserError(f"{path} lists images twice: {_some(twice)}.", fix="Give each an id of its own.")
+    _require_files(document.images, path, images)
+    strangers = sorted({b.category_id for b in document.annotations} - {one.id for one in document.categories})
     if strangers:
         raise UserError(
             f"{path} has boxes of categories that it does not name: {_some(strangers)}.",
             fix="Name them in `categories`, or remove their boxes.",
         )
-    lost = sorted({box["image_id"] for box in document["annotations"]} - known.keys(), key=str)
+    lost = sorted({box.image_id for box in document.annotations} - known.keys())
     if lost:
         raise UserError(
             f"{path} has boxes on images that it does not list: {_some(lost)}.",
             fix="List the images, or remove the boxes.",
         )
-    crowds, flat, outside, usable = 0, 0, 0, 0
-    for box in document["annotations"]:
-        x, y, width, height = box["bbox"]
-        image = known[box["image_id"]]
-        inside_w = min(x + width, image["width"]) - max(x, 0)
-        inside_h = min(y + height, image["height"]) - max(y, 0)
-        crowds += bool(box.get("iscrowd"))
-        flat += width < 1 or height < 1
-        outside += width >= 1 and height >= 1 and (inside_w <= 0 or inside_h <= 0)
-        usable += inside_w > 0 and inside_h > 0 and width >= 1 and height >= 1 and not box.get("iscrowd")
-    if not usable:
+    flat = [box for box in document.annotations if min(box.bbox[2:]) < 1]
+    outside = [box for box in document.annotations if min(box.bbox[2:]) >= 1 and _is_outside(box, known[box.image_id])]
+    left_out = {id(box) for box in (*flat, *outside)}
+    usable = [box for box in document.annotations if id(box) not in left_out]
+    to_train = [box for box in usable if not box.iscrowd]
+    if not to_train:
         raise UserError(
-            f"{path} has no usable box.", why="Nothing can be learnt, and AP is not defined.",
+            f"{path} has no usable box.",
+            why="Nothing can be learnt, and AP is not defined.",
             fix="Give boxes [x, y, width, height] in pixels, at least one pixel large and inside of their image.",
-        )  # fmt: skip
+        )
     counted = {
-        "boxes without area are left out": flat,
-        "boxes outside of their image are left out": outside,
-        "crowd boxes are not trained on, and detections on them count as neither right nor wrong": crowds,
+        "boxes without area are left out": len(flat),
+        "boxes outside of their image are left out": len(outside),
+        "crowd boxes are not trained on, and detections on them count as neither right nor wrong": len(usable)
+        - len(to_train),
     }
-    notes = tuple(f"{count} {text}" for text, count in counted.items() if count)
-    masks = all(box.get("segmentation") for box in document["annotations"])
-    return Split(path, images, len(known), usable, masks, notes)
+    return Split(
+        source=path,
+        annotations=_in_one_form(document, usable, cache),
+        images=images,
+        count=len(known),
+        boxes=len(to_train),
+        masks=all(box.segmentation for box in to_train),
+        notes=tuple(f"{count} {text}" for text, count in counted.items() if count),
+    )
 
 
-def _require_files(images: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:
+def _is_outside(box: _Box, image: _Image) -> bool:
+    x, y, width, height = box.bbox
+    return min(x + width, image.width) <= max(x, 0) or min(y + height, image.height) <= max(y, 0)
+
+
+def _in_one_form(document: _Document, boxes: Sequence[_Box], cache: Path) -> Path:
+    """Write the annotations as mmdet and pycocotools understand them alike, once for each content."""
+    annotations = [
+        {
+            "id": number,
+            "image_id": box.image_id,
+            "category_id": box.category_id,
+            "bbox": list(box.bbox),
+            "area": box.area or box.bbox[2] * box.bbox[3],
+            "iscrowd": int(box.iscrowd),
+            **({"segmentation": box.segmentation} if box.segmentation else {}),
+        }
+        for number, box in enumerate(boxes, 1)
+    ]
+    content = json.dumps({
+        "images": [image.model_dump() for image in document.images],
+        "annotations": annotations,
+        "categories": [one.model_dump() for one in sorted(document.categories, key=lambda category: category.id)],
+    }).encode()  # fmt: skip
+    path = cache / "coco" / f"{hashlib.sha256(content).hexdigest()[:20]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(draft, path)
+    return path
+
+
+def _require_files(images: Sequence[_Image], path: Path, folder: Path) -> None:
     if not images:
         raise UserError(f"{path} lists no images.", fix="Give the annotations of some images.")
-    missing = [str(image["file_name"]) for image in images if not (folder / image["file_name"]).is_file()]
+    missing = [image.file_name for image in images if not (folder / image.file_name).is_file()]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(images)} images of {path} are not in {folder}: {_some(missing)}.",
             fix="Download them, or remove them from the annotations.",
         )
-    for image in images[:: max(1, len(images) // _SIZES_READ)]:  # sizes decide how boxes are scaled
-        with Image.open(folder / image["file_name"]) as opened:
-            if opened.size != (image["width"], image["height"]):
-                raise UserError(
-                    f"{folder / image['file_name']} has {opened.size[0]} x {opened.size[1]} pixels, and {path} says "
-                    f"{image['width']} x {image['height']}.",
-                    why="Boxes would be scaled wrongly.",
-                    fix="Correct the annotations, or use the images that they were made for.",
-                )
+    for image in images[:: -(-len(images) // _SIZES_READ)]:
+        try:
+            with Image.open(folder / image.file_name) as opened:
+                opened.load()
+                size = opened.size
+        except OSError as error:
+            raise UserError(
+                f"{folder / image.file_name} cannot be read: {error}.", fix="Download it again, or remove it."
+            ) from error
+        if size != (image.width, image.height):
+            raise UserError(
+                f"{folder / image.file_name} has {size[0]} x {size[1]} pixels, and {path} says {image.width} x "
+                f"{image.height}.",
+                why="Boxes would be scaled wrongly. Rotation marks (EXIF) are not followed.",
+                fix="Correct the annotations, or use the images that they were made for.",
+            )
 
 
 def _some(items: Sequence[object]) -> str:

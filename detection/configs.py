@@ -62,7 +62,7 @@ def retinanet(
 
     Args:
         backbone: its configuration.
-        channels: of its levels at strides 4, 8, 16 and 32.
+        channels: of its levels at strides 4, 8, 16 and 32; the first, which is left out, may be missing.
         num_classes: categories; background is not among them.
         fpn_channels: width of the pyramid and of the head.
         stacked_convs: convolutions of each branch of the head.
@@ -73,7 +73,8 @@ def retinanet(
         "data_preprocessor": _preprocessor(mean, std),
         "backbone": backbone,
         "neck": {
-            "type": "FPN", "in_channels": list(channels), "out_channels": fpn_channels, "start_level": 1,
+            "type": "FPN", "in_channels": list(channels), "out_channels": fpn_channels,
+            "start_level": len(channels) - 3,
             "add_extra_convs": "on_input", "num_outs": 5,
         },
         "bbox_head": {
@@ -185,7 +186,6 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
     optim: Config = {
         "type": "AmpOptimWrapper" if schedule.amp else "OptimWrapper",
         "optimizer": {"type": "AdamW", "lr": schedule.lr, "weight_decay": schedule.weight_decay},
-        "paramwise_cfg": {"norm_decay_mult": 0.0},
     }
     if schedule.grad_clip is not None:
         optim["clip_grad"] = {"max_norm": schedule.grad_clip, "norm_type": 2}
@@ -213,7 +213,7 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
             "timer": {"type": "IterTimerHook"},
             "logger": {"type": "LoggerHook", "interval": 50},
             "param_scheduler": {"type": "ParamSchedulerHook"},
-            "checkpoint": {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 1},
+            "checkpoint": {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 2},
             "sampler_seed": {"type": "DistSamplerSeedHook"},
         },
         "env_cfg": {
@@ -264,9 +264,12 @@ def _loader(split: Split, classes: Sequence[str], schedule: Schedule, pipeline: 
     }
 
 
+_LOAD: Config = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
+
+
 def _train_pipeline(scale: Sequence[int], masks: bool) -> list[Config]:
     return [
-        {"type": "LoadImageFromFile"},
+        _LOAD,
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks},
         {"type": "Resize", "scale": tuple(scale), "keep_ratio": True},
         {"type": "RandomFlip", "prob": 0.5},
@@ -277,7 +280,7 @@ def _train_pipeline(scale: Sequence[int], masks: bool) -> list[Config]:
 def _test_pipeline(scale: Sequence[int], masks: bool) -> list[Config]:
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
     return [
-        {"type": "LoadImageFromFile"},
+        _LOAD,
         {"type": "Resize", "scale": tuple(scale), "keep_ratio": True},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks},
         {"type": "PackDetInputs", "meta_keys": keys},

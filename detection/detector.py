@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from calib_data.errors import UserError
 from detection import openmm
 from detection.backbone import UPPVTv2
+from detection.simple_pyramid import UPViT
 from toolchain.models import structure_of
 
 FORMAT = 1
@@ -71,7 +72,9 @@ def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None
 def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[str, Any]:
     """The backbone's configuration with its structure in place of a folder's name."""
     module = detector.get_submodule("backbone")
-    return {**backbone, "model": structure_of(module.net)} if isinstance(module, UPPVTv2) else dict(backbone)
+    if not isinstance(module, (UPPVTv2, UPViT)):
+        return dict(backbone)
+    return {**backbone, "model": structure_of(module.get_submodule("net"))}
 
 
 def read_info(folder: Path) -> DetectorInfo:

@@ -63,14 +63,14 @@ class Maps(nn.Module):
         result: Tensor = kl.sum(dim=(1, 2)) + gaps.sum(dim=1) / (2 * BOX_SCALE**2)
         return result
 
-    def probes(self, maps: Tensor, generator: torch.Generator) -> Tensor:
-        """Directions g [K, B, C] with E sum_k g_k g_k^T = the second derivative of D at maps [B, C]."""
+    def probes(self, maps: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """Directions g [B, C] with E sum g g^T = the second derivative of D at maps [B, C]; one at a time."""
         p = self.parts(maps)[0].sigmoid()
         sure = p.amax(dim=2, keepdim=True).expand(-1, -1, 4).sqrt() / BOX_SCALE
         root = torch.cat([(p * (1 - p)).sqrt().flatten(1), sure.flatten(1)], dim=1)
-        signs = torch.randint(0, 2, (DRAWS, *maps.shape), generator=generator) * 2 - 1
-        found: Tensor = signs * root / DRAWS**0.5
-        return found
+        for _ in range(DRAWS):
+            signs = torch.randint(0, 2, maps.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            yield signs * root / DRAWS**0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,13 +71,6 @@ def require() -> None:
     _loaded()
 
 
-def join_slurm() -> None:
-    """Join the processes of a slurm job, as mmengine does."""
-    _loaded()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    importlib.import_module("mmengine.dist").init_dist("slurm", backend=backend)
-
-
 @functools.cache
 def _loaded() -> Any:
     """mmdet with everything registered, ours too.
@@ -144,6 +137,12 @@ def build_part(config: Mapping[str, Any]) -> nn.Module:
     with _quietly():
         part: nn.Module = importlib.import_module("mmdet.registry").MODELS.build(dict(config))
     return part
+
+
+def channels_of(backbone: Mapping[str, Any]) -> tuple[int, ...]:
+    """Channels of the levels of one of our backbones."""
+    found: tuple[int, ...] = build_part(backbone).channels  # type: ignore[assignment]
+    return found
 
 
 def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
@@ -239,32 +238,39 @@ def progress_hook(advance: Any) -> Any:
     return Progress()
 
 
-def add_loss(runner: Any, extra: Callable[[nn.Module, Tensor], dict[str, Tensor]]) -> None:
+def add_loss(runner: Any, extra: Callable[[Sequence[Tensor], Tensor], dict[str, Tensor]]) -> None:
     """Add losses to those of the runner's detector.
 
     Args:
         runner: of `make_runner`.
-        extra: from the detector and its images [B, 3, H, W] (normalised) to losses by name.
+        extra: from the pyramid's features [B, C, H, W] and the images [B, 3, H, W] (normalised) to losses by name.
     """
     detector = getattr(runner.model, "module", runner.model)  # inside of DistributedDataParallel
     own = detector.loss
+    seen: list[Sequence[Tensor]] = []
 
     def loss(images: Tensor, samples: Any) -> dict[str, Any]:
-        return {**own(images, samples), **extra(detector, images)}
+        seen.clear()
+        losses = own(images, samples)
+        return {**losses, **extra(seen[0], images)}
 
     detector.loss = loss
+    detector.pyramid_hook = detector.neck.register_forward_hook(lambda _, __, features: seen.append(features))
 
 
 def set_weights(runner: Any, state: Mapping[str, Tensor]) -> None:
     """Start from these weights instead of new ones."""
     detector: Any = getattr(runner.model, "module", runner.model)
+    with _quietly():
+        detector.init_weights()  # once: the runner's own call, right before training, does nothing then
     detector.load_state_dict(state)
 
 
 def trained_model(runner: Any) -> nn.Module:
     """The runner's detector, in eval mode on the CPU."""
     detector: Any = getattr(runner.model, "module", runner.model)
-    detector.__dict__.pop("loss", None)
+    if detector.__dict__.pop("loss", None) is not None:  # of `add_loss`
+        detector.__dict__.pop("pyramid_hook").remove()
     result: nn.Module = detector.cpu().eval()
     return result
 
@@ -275,19 +281,14 @@ def train(runner: Any) -> None:
         runner.train()
 
 
-def test(runner: Any) -> dict[str, float]:
-    """AP and its parts on the validation images, as COCO defines them, in [0, 1]."""
-    with _quietly():
-        found: dict[str, float] = runner.test()
-    return found
-
-
 def last_checkpoint(work_dir: Path) -> Path | None:
-    """The newest checkpoint of a training that was stopped, or None."""
-    _loaded()
-    with _quietly():
-        found = importlib.import_module("mmengine.runner").find_latest_checkpoint(str(work_dir))
-    return None if found is None else Path(found)
+    """The newest whole checkpoint of a training that was stopped, or None: a kill may have cut the last one short."""
+    found = [(int(path.stem.removeprefix("epoch_")), path) for path in work_dir.glob("epoch_*.pth")]
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(Exception):  # whatever a torn file makes torch say
+            torch.load(path, map_location="cpu", weights_only=True)
+            return path
+    return None
 
 
 def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

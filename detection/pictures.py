@@ -45,7 +45,7 @@ def fit(
     """Scale an image (bilinear, aspect kept) to fit into `size` (height, width); mean and std are of 0 to 255."""
     height, width = size
     ratio = min(width / image.width, height / image.height)
-    inside = (int(image.width * ratio + 0.5), int(image.height * ratio + 0.5))
+    inside = (max(1, int(image.width * ratio + 0.5)), max(1, int(image.height * ratio + 0.5)))
     scaled = (
         image.convert("RGB") if inside == image.size else image.convert("RGB").resize(inside, Image.Resampling.BILINEAR)
     )

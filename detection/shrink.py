@@ -68,7 +68,7 @@ def kept_channels(
         raise UserError(f"A head ratio of {ratio:g} is not possible.", fix="Give a share from 0 to below 1.")
     kept = {}
     for group in neck_and_head(detector):
-        count = min(group.size, max(align, round(group.size * (1 - ratio) / align) * align))
+        count = min(group.size, max(align, round(group.size * (1 - ratio) / align) * align)) if ratio else group.size
         order = scores.rest[group.name].argsort(descending=True)[:count]
         kept[group.name] = tuple(sorted(order.tolist()))
     return kept

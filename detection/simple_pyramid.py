@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 
@@ -57,6 +56,11 @@ class UPViT(nn.Module):
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         self.channels = (out_channels,) * len(self.out_indices)
         patch = int(net.patch_embed.patch_size[0])
+        if patch != 16:
+            raise UserError(
+                f"A ViT with patches of {patch} pixels has no levels at strides 4, 8, 16 and 32.",
+                fix="Use one with patches of 16.",
+            )
         self.strides = tuple((patch // 4, patch // 2, patch, 2 * patch)[index] for index in self.out_indices)
         width = int(net.embed_dim)
         scaled = (
@@ -112,11 +116,3 @@ def _take_any_size(net: Any) -> None:
     net.patch_embed.strict_img_size = False
     net.patch_embed.flatten = False
     net.patch_embed.output_fmt = Format.NHWC
-
-
-def fixed_size(net: Any, size: tuple[int, int]) -> None:
-    """Resample position embeddings to one size (height, width) for good, so that no resampling is exported."""
-    with torch.no_grad():
-        net.dynamic_img_size = False
-        net.patch_embed.flatten, net.patch_embed.output_fmt = True, Format.NCHW
-        net.set_input_size(img_size=size)

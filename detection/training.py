@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,9 @@ def train_detector(
             "teacher": teacher, "distill_weight": distill_weight, "start": start,
         })  # fmt: skip
     values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available())
-    resumes = openmm.last_checkpoint(work_dir) is not None
-    config = openmm.config_of(values | {"resume": resumes}, options)
+    last = openmm.last_checkpoint(work_dir)
+    where = {} if last is None else {"resume": True, "load_from": str(last)}
+    config = openmm.config_of(values | where, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with _bar(quiet) as bar:
         task = bar.add_task("training", total=None)
@@ -95,9 +96,10 @@ def train_detector(
         runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
         if teacher is not None:
             openmm.add_loss(runner, imitation(load_detector(teacher)[0], distill_weight))
-        if start is not None and not resumes:
+        if start is not None and last is None:
             openmm.set_weights(runner, read_weights(start))
         openmm.train(runner)
+    crew.finish()
     history = {epoch: {name: sum(v) / len(v) for name, v in own.items()} for epoch, own in sums.items()}
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
 
@@ -115,12 +117,11 @@ def imitation(teacher: nn.Module, weight: float) -> Any:
     """
     teacher = teacher.eval().requires_grad_(False)
 
-    def extra(detector: Any, images: Tensor) -> dict[str, Tensor]:
+    def extra(features: Sequence[Tensor], images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             wanted = teacher.to(images.device).extract_feat(images)  # type: ignore[operator]
         gaps = [
-            (_standard(own) - _standard(other)).square().mean() / 2
-            for own, other in zip(detector.extract_feat(images), wanted, strict=True)
+            (_standard(own) - _standard(other)).square().mean() / 2 for own, other in zip(features, wanted, strict=True)
         ]
         return {"loss_imitation": weight * torch.stack(gaps).mean()}
 

@@ -55,7 +55,9 @@ def _by_image(boxes: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str,
 
 def _drawn(image: Image.Image, boxes: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
     scale = _PANEL / max(image.size)
-    panel = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    panel = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
+    )
     pen = ImageDraw.Draw(panel)
     order = sorted(names)
     for box in sorted(boxes, key=lambda one: one.get("score", 1.0)):  # the surest on top

@@ -8,7 +8,7 @@ from torch import nn
 
 import toolchain
 from calib_data.scenes import demo_scenes
-from deploy.artifacts import Artifact
+from deploy.artifacts import Artifact, disk_errors
 from deploy.detectors.compare import compare
 from deploy.detectors.engines import Work, engines
 from deploy.detectors.recipe import DetectRecipe
@@ -26,7 +26,10 @@ def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoDat
     Raises:
         UserError: it is none, or lacks what the detector learns.
     """
-    data = open_coco(demo_scenes(cache_folder(), quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute())
+    cache = cache_folder()
+    with disk_errors(cache, "data"):
+        folder = demo_scenes(cache, quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute()
+        data = open_coco(folder, cache)
     if detector == "mask-rcnn":
         data.require_masks()
     return data

@@ -95,6 +95,8 @@ def detections(
             for (x1, y1, x2, y2), score, label in zip(
                 image.boxes_back(own).tolist(), sure.tolist(), kind.tolist(), strict=True
             ):
+                if x2 <= x1 or y2 <= y1:  # on what the picture does not cover
+                    continue
                 result.append({
                     "image_id": image.image_id, "category_id": category_ids[label],
                     "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score,

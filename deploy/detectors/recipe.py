@@ -33,7 +33,8 @@ class DetectRecipe(BaseModel):
     size: tuple[int, int] | None = None
     fpn_channels: int | None = Field(None, ge=8)
     stacked_convs: int | None = Field(None, ge=1)
-    warmup: int | None = Field(None, ge=0)
+    warmup: int | None = Field(None, ge=1)
+    grad_clip: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=0)
     amp: bool = False
     tensorboard: bool = False
@@ -52,6 +53,7 @@ PUBLISHED = {
 SHORT = {
     "epochs": 8, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-2, "scale": (128, 128), "fpn_channels": 96,
     "stacked_convs": 2, "warmup": 50, "workers": 0,
+    "grad_clip": 10.0,
 }  # fmt: skip
 """For the drawn scenes: minutes on a CPU. `lr` is for 16 images per step, like the other."""
 
@@ -79,6 +81,8 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
     known = SHORT if recipe.coco == "demo" else PUBLISHED
     filled = {name: value for name, value in known.items() if getattr(recipe, name) is None}
     found = recipe.model_copy(update=filled)
+    if found.size is not None and (found.size[0] % 32 or found.size[1] % 32):
+        raise UserError(f"Images of {found.size[0]} x {found.size[1]} pixels do not fit.", fix="Give multiples of 32.")
     if found.size is None:
         assert found.scale is not None
         found = found.model_copy(update={"size": size_for(found.scale)})
@@ -87,7 +91,7 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
 
 def size_for(scale: tuple[int, int]) -> tuple[int, int]:
     """(height, width) that images fit into which are scaled to (long, short): multiples of 32."""
-    long, short = scale
+    long, short = max(scale), min(scale)
     return -(-short // 32) * 32, -(-long // 32) * 32
 
 
@@ -99,7 +103,16 @@ def size_of(recipe: DetectRecipe) -> tuple[int, int]:
 
 def schedule_of(recipe: DetectRecipe) -> Schedule:
     """The schedule of a resolved recipe."""
-    names = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "workers", "amp", "tensorboard")
-    return Schedule(
-        **{name: getattr(recipe, name) for name in names}, grad_clip=10.0 if recipe.coco == "demo" else None
+    names = (
+        "epochs",
+        "batch_size",
+        "lr",
+        "weight_decay",
+        "scale",
+        "warmup",
+        "workers",
+        "amp",
+        "tensorboard",
+        "grad_clip",
     )
+    return Schedule(**{name: getattr(recipe, name) for name in names})

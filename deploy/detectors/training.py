@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,15 +18,13 @@ from deploy.detectors.recipe import DetectRecipe, schedule_of, size_of
 from deploy.graphs.files import load_model
 from deploy.job import Job, read_json, stage, write_json
 from deploy.runtimes import open_model
-from detection import configs
+from detection import configs, openmm
 from detection.average_precision import average_precision
-from detection.backbone import UPPVTv2
 from detection.coco import CocoData, Split
 from detection.crew import Crew
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
 from detection.pictures import Fitted, fitted
-from detection.simple_pyramid import UPViT
 from detection.training import ALONE, train_detector
 from toolchain.families import FAMILIES, family_of
 from toolchain.macs import count_macs, count_params
@@ -89,20 +88,25 @@ def _train(
     assert wanted.scale is not None
     info = DetectorInfo(found.config, data.classes, data.category_ids, wanted.scale)
     save_detector(found.detector, info, folder / "detector")
+    for scratch in ("work", "backbone"):  # checkpoints and logs; the detector holds all that is needed
+        shutil.rmtree(folder / scratch)
 
 
 def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe) -> configs.Config:
     """The detector's configuration around a backbone."""
     preprocess = toolchain.preprocess_of(backbone)
     pixels = {name: [255 * value for value in getattr(preprocess, name)] for name in ("mean", "std")}
-    pyramid = family_of(backbone) is FAMILIES["pvt_v2"]
-    made = UPPVTv2(folder) if pyramid else UPViT(folder)
-    own = {"type": type(made).__name__, "model": str(folder)}
+    own: configs.Config = {"type": "UPPVTv2", "model": str(folder)}
+    if family_of(backbone) is not FAMILIES["pvt_v2"]:
+        own["type"] = "UPViT"
+        if wanted.detector == "retinanet":  # does not use the finest level, and unused weights get no gradients
+            own["out_indices"] = [1, 2, 3]
+    channels = openmm.channels_of(own)
     width = wanted.fpn_channels or 256
     if wanted.detector == "mask-rcnn":
-        return configs.mask_rcnn(own, made.channels, len(data.classes), fpn_channels=width, **pixels)
+        return configs.mask_rcnn(own, channels, len(data.classes), fpn_channels=width, **pixels)
     return configs.retinanet(
-        own, made.channels, len(data.classes), fpn_channels=width, stacked_convs=wanted.stacked_convs or 4, **pixels
+        own, channels, len(data.classes), fpn_channels=width, stacked_convs=wanted.stacked_convs or 4, **pixels
     )
 
 

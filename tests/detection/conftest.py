@@ -40,8 +40,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(scenes: Path) -> CocoData:
-    return open_coco(scenes)
+def data(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> CocoData:
+    return open_coco(scenes, tmp_path_factory.mktemp("cache"))
 
 
 def small_pvt(seed: int = 0) -> nn.Module:

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from calib_data.errors import UserError
+from detection.average_precision import average_precision
 from detection.coco import open_coco
 from detection.pictures import fitted
 from tests.detection.conftest import Document, changed
 
 
-def test_drawn_scenes(scenes: Path) -> None:
-    data = open_coco(scenes)
+def test_drawn_scenes(scenes: Path, tmp_path: Path) -> None:
+    data = open_coco(scenes, tmp_path / "cache")
     assert (data.train.count, data.val.count, len(data.classes)) == (12, 4, 12)
     assert data.train.boxes == len(json.loads(data.train.annotations.read_text())["annotations"])
     assert data.notes == ()
@@ -27,14 +28,14 @@ def test_the_official_layout(scenes: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         shutil.copytree(scenes / split / "images", tmp_path / f"{split}2017")
         shutil.copy(scenes / split / "annotations.json", tmp_path / "annotations" / f"instances_{split}2017.json")
-    assert open_coco(tmp_path).train.images == tmp_path / "train2017"
+    assert open_coco(tmp_path, tmp_path / "cache").train.images == tmp_path / "train2017"
     shutil.rmtree(tmp_path / "val2017")
     with pytest.raises(UserError, match=r"not complete: .*val2017 not found"):
-        open_coco(tmp_path)
+        open_coco(tmp_path, tmp_path / "cache")
 
 
-def test_one_set_for_both_is_said(shared_data: Path) -> None:
-    data = open_coco(shared_data / "coco128")
+def test_one_set_for_both_is_said(shared_data: Path, tmp_path: Path) -> None:
+    data = open_coco(shared_data / "coco128", tmp_path / "cache")
     assert (data.train.count, len(data.classes)) == (128, 80)
     assert data.train == data.val
     assert any("same images" in note for note in data.notes)
@@ -56,15 +57,32 @@ def test_one_set_for_both_is_said(shared_data: Path) -> None:
         (lambda d: [a.update(bbox=[0, 0, 0.5, 8]) for a in d["annotations"]], "no usable box"),
         (lambda d: [a.update(bbox=[70, 0, 8, 8]) for a in d["annotations"]], "no usable box"),
         (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "no usable box"),
+        (lambda d: d["images"][0].pop("width"), "images.0.width: Field required"),
+        (lambda d: d["images"][0].update(id=d["images"][1]["id"]), "lists images twice"),
+        (lambda d: d["categories"][0].pop("name"), "categories.0.name"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "annotations.0.bbox"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, None, 3]), "annotations.0.bbox.2"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, float("nan"), 3]), "not in COCO's format"),
+        (lambda d: [c.update(id=c["id"] + 1) for c in d["categories"][-1:]], "categories"),
     ],
 )
 def test_what_cannot_be_learnt_from(
     change: Callable[[Document], object], message: str, scenes: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        open_coco(changed(scenes, tmp_path / "c", change))
+        open_coco(changed(scenes, tmp_path / "c", change), tmp_path / "cache")
     assert caught.value.exit_code == 2
     assert caught.value.fix
+
+
+def gaps(document: Document) -> None:
+    """Ids of categories with gaps, and in another order than their list."""
+    for category in document["categories"]:
+        category["id"] *= 10
+    document["categories"].reverse()
+    for number, box in enumerate(document["annotations"]):
+        box.update(category_id=box["category_id"] * 10, id=number)
+        box.pop("area")
 
 
 def test_odd_boxes_are_counted(scenes: Path, tmp_path: Path) -> None:
@@ -73,25 +91,23 @@ def test_odd_boxes_are_counted(scenes: Path, tmp_path: Path) -> None:
         boxes[0].update(bbox=[5, 5, 0, 8])
         boxes[1].update(bbox=[64, 0, 9, 9])
         boxes[2].update(iscrowd=1)
-        for category in document["categories"]:  # ids with gaps
-            category["id"] *= 10
-        for box in boxes:
-            box["category_id"] *= 10
+        gaps(document)
 
-    folder = changed(scenes, tmp_path / "c", odd)
-    data = open_coco(folder)
-    assert data.train.boxes == open_coco(scenes).train.boxes - 3
+    both = changed(scenes, tmp_path / "b", gaps, "val")
+    folder = changed(both, tmp_path / "c", odd)
+    data = open_coco(folder, tmp_path / "cache")
+    assert data.train.boxes == open_coco(scenes, tmp_path / "cache").train.boxes - 3
     assert [note.partition(" ")[0] for note in data.train.notes] == ["1", "1", "1"]
-    assert data.classes == open_coco(scenes).classes
+    assert data.classes == open_coco(scenes, tmp_path / "cache").classes
 
 
 def test_no_data_set_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set in COCO's format"):
-        open_coco(tmp_path)
+        open_coco(tmp_path, tmp_path / "cache")
     (tmp_path / "annotations.json").write_text("{ not json")
     (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
-        open_coco(tmp_path)
+    with pytest.raises(UserError, match="Invalid JSON"):
+        open_coco(tmp_path, tmp_path / "cache")
 
 
 def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_path: Path) -> None:
@@ -102,7 +118,7 @@ def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_
             image.crop((0, 0, 37, 61)).save(path)
         first.update(width=37, height=61)
 
-    data = open_coco(changed(scenes, tmp_path / "c", upright, "val"))
+    data = open_coco(changed(scenes, tmp_path / "c", upright, "val"), tmp_path / "cache")
     assert all("outside" in note for note in data.notes)
     size, mean, std = (64, 96), (0.0,) * 3, (255.0,) * 3
     first, *others = fitted(data.val, size, mean, std)
@@ -116,3 +132,29 @@ def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_
     assert [one.image_id for one in fitted(data.val, size, mean, std, upright=True)] == [first.image_id]
     assert len(list(fitted(data.val, size, mean, std, upright=False))) == len(others)
     assert [one.image_id for one in fitted(data.val, size, mean, std, 2)] == [first.image_id, others[1].image_id]
+
+
+@pytest.mark.usefixtures("mmdet")
+def test_what_is_judged_by_is_in_one_form(scenes: Path, tmp_path: Path) -> None:
+    both = changed(scenes, tmp_path / "b", gaps, "val")
+    data = open_coco(changed(both, tmp_path / "c", gaps), tmp_path / "cache")
+    assert data.category_ids == tuple(range(10, 130, 10))
+    assert data.classes == open_coco(scenes, tmp_path / "cache").classes
+    document = json.loads(data.val.annotations.read_text())
+    assert [category["id"] for category in document["categories"]] == list(data.category_ids)
+    perfect = [
+        {**{k: box[k] for k in ("image_id", "category_id", "bbox")}, "score": 1.0} for box in document["annotations"]
+    ]
+    assert document["annotations"][0]["id"] == 1
+    assert average_precision(data.val.annotations, perfect).ap == pytest.approx(1.0)
+    wrong = [{**box, "category_id": 10 if box["category_id"] != 10 else 20} for box in perfect]
+    assert average_precision(data.val.annotations, wrong).ap < 0.1
+
+
+@pytest.mark.parametrize("content", [b"no image", b""])
+def test_images_that_cannot_be_read(content: bytes, scenes: Path, tmp_path: Path) -> None:
+    folder = changed(scenes, tmp_path / "c", lambda d: None)
+    path = next((folder / "train/images").iterdir())
+    path.write_bytes(content or path.read_bytes()[:200])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_coco(folder, tmp_path / "cache")

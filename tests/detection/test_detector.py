@@ -1,21 +1,25 @@
 """A small RetinaNet: its graph gives mmdet's own boxes, its folder gives it back, its AP is COCO's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
+import toolchain
 from calib_data.errors import UserError
-from detection import openmm
+from detection import configs, openmm
 from detection.average_precision import average_precision
 from detection.coco import CocoData
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
 from detection.pictures import fit, fitted
+from detection.training import train_detector
 from tests.detection.conftest import small_retinanet
 
 pytestmark = pytest.mark.usefixtures("mmdet")
@@ -94,3 +98,27 @@ def test_boxes_of_fitted_images_come_back(data: CocoData) -> None:
         [10, 10, 20, 20],
     ]
     assert [image.image_id for image in fitted(data.val, (64, 64), (0.0,) * 3, (1.0,) * 3)] == [1, 2, 3, 4]
+
+
+def test_a_vit_serves_a_detector_that_needs_no_other_folder(tmp_path: Path, data: CocoData) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
+    toolchain.save(vit, tmp_path / "vit")
+    backbone = {"type": "UPViT", "model": str(tmp_path / "vit"), "out_indices": [1, 2, 3], "out_channels": 32}
+    model = configs.retinanet(backbone, (32, 32, 32), 12, fpn_channels=16, stacked_convs=1)
+    schedule = configs.Schedule(epochs=1, batch_size=4, lr=1e-3, scale=(64, 64), warmup=1, workers=0)
+    trained = train_detector(model, data, schedule, tmp_path / "work")
+    trained.detector.zero_grad()
+    sum(level.square().sum() for level in Levels(trained.detector)(torch.randn(1, 3, 64, 64))).backward()  # type: ignore[union-attr]
+    without = [name for name, parameter in trained.detector.named_parameters() if parameter.grad is None]
+    assert without == []  # DistributedDataParallel refuses such
+    save_detector(
+        trained.detector, DetectorInfo(trained.config, data.classes, data.category_ids, (64, 64)), tmp_path / "d"
+    )
+    shutil.rmtree(tmp_path / "vit")
+    (tmp_path / "d").rename(tmp_path / "moved")
+    loaded, _ = load_detector(tmp_path / "moved")
+    images = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        found, wanted = (DecodedBoxes(own, (64, 96)).eval()(images) for own in (loaded, trained.detector))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

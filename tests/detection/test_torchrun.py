@@ -28,7 +28,7 @@ from detection.training import train_along, train_detector
 model, scenes, out, batch = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 with gathered() as crew:
     if crew.is_leader:
-        data = open_coco(scenes)
+        data = open_coco(scenes, out)
         schedule = Schedule(epochs=2, batch_size=batch, lr=4e-3, scale=(64, 64), warmup=2, workers=0)
         still = {"train_dataloader.dataset.pipeline.3.prob": 0.0}  # flips are each process's own
         trained = train_detector(model, data, schedule, out / "work", options=still, crew=crew)

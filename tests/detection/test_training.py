@@ -13,7 +13,7 @@ from detection.training import imitation, train_detector
 from tests.detection.conftest import small_config
 
 pytestmark = pytest.mark.usefixtures("mmdet")
-SCHEDULE = configs.Schedule(epochs=3, batch_size=4, lr=1e-3, scale=(64, 64), warmup=2, workers=0)
+SCHEDULE = configs.Schedule(epochs=3, batch_size=4, lr=5e-3, scale=(64, 64), warmup=2, workers=0)
 
 
 def test_stopped_training_goes_on(
@@ -52,9 +52,9 @@ def test_stopped_training_goes_on(
 def test_the_pyramid_can_be_imitated(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
     teacher = openmm.build_detector(small_config(folders["dense"], len(data.classes)))
     images = torch.randn(2, 3, 64, 64)
-    assert float(imitation(teacher, 1.0)(teacher, images)["loss_imitation"]) < 1e-6
+    assert float(imitation(teacher, 1.0)(teacher.extract_feat(images), images)["loss_imitation"]) < 1e-6
     student = openmm.build_detector(small_config(folders["uniform"], len(data.classes)))
-    gap = imitation(teacher, 1.0)(student, images)["loss_imitation"]
+    gap = imitation(teacher, 1.0)(student.extract_feat(images), images)["loss_imitation"]
     assert 0.1 < float(gap) < 2
     info = DetectorInfo(small_config(folders["dense"], 12), data.classes, data.category_ids, (64, 64))
     save_detector(teacher, info, tmp_path / "teacher")
@@ -65,3 +65,29 @@ def test_the_pyramid_can_be_imitated(folders: dict[str, Path], data: CocoData, t
     assert set(trained.history) == {1, 2}
     assert trained.history[2]["loss_imitation"] < trained.history[1]["loss_imitation"]
     assert not any("teacher" in name for name in trained.detector.state_dict())
+    assert "loss" not in vars(trained.detector)
+    assert not trained.detector.get_submodule("neck")._forward_hooks
+
+
+def test_fine_tuning_starts_from_the_detector_that_is_given(
+    folders: dict[str, Path], data: CocoData, tmp_path: Path
+) -> None:
+    model = small_config(folders["uniform"], len(data.classes))
+    torch.manual_seed(5)
+    start = openmm.build_detector(model)
+    save_detector(start, DetectorInfo(model, data.classes, data.category_ids, (64, 64)), tmp_path / "start")
+    still = configs.Schedule(epochs=1, batch_size=4, lr=1e-12, scale=(64, 64), warmup=1, workers=0)
+    trained = train_detector(model, data, still, tmp_path / "w", start=tmp_path / "start")
+    for name, weights in trained.detector.state_dict().items():
+        assert torch.allclose(weights, start.state_dict()[name], atol=1e-6), name
+
+
+def test_a_torn_checkpoint_is_passed_over(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
+    model = small_config(folders["uniform"], len(data.classes))
+    train_detector(model, data, SCHEDULE, tmp_path / "w", options={"train_cfg.max_epochs": 2})
+    newest = openmm.last_checkpoint(tmp_path / "w")
+    assert newest is not None
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "w").rename(tmp_path / "moved")
+    assert openmm.last_checkpoint(tmp_path / "moved") == tmp_path / "moved/epoch_1.pth"
+    assert set(train_detector(model, data, SCHEDULE, tmp_path / "moved").history) == {2, 3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -73,7 +73,7 @@ def mask_fisher(
     sizes: Mapping[str, int],
     masked_by: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
     batches: Sequence[Tensor],
-    probes_of_outputs: Callable[[Tensor], Tensor],
+    probes_of_outputs: Callable[[Tensor], Iterable[Tensor]],
     quiet: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """1/2 (probe . d output / d mask)^2 of every unit, summed over the probes; for every batch, name -> [B, size].
@@ -83,7 +83,7 @@ def mask_fisher(
         sizes: units by name of their group.
         masked_by: makes the network run with masks [B, size] by name.
         batches: images.
-        probes_of_outputs: directions [K, B, C] for outputs [B, C], on the CPU.
+        probes_of_outputs: directions [B, C] for outputs [B, C], on the CPU.
         quiet: no progress bar.
     """
     # detached weights: nothing is kept for weight gradients, which halves time and memory
@@ -93,14 +93,13 @@ def mask_fisher(
         masks = {name: torch.ones(len(batch), size, device=device, requires_grad=True) for name, size in sizes.items()}
         with torch.enable_grad(), masked_by(masks):
             outputs = functional_call(network, weights, batch.to(device)).float()
-        probes = probes_of_outputs(outputs.detach().cpu()).to(outputs.device)
         found = {name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()}
-        for index, probe in enumerate(probes):
-            gradients = torch.autograd.grad(
-                (probe * outputs).sum(), list(masks.values()), retain_graph=index + 1 < len(probes)
-            )
+        for probe in probes_of_outputs(outputs.detach().cpu()):
+            along = (probe.to(device) * outputs).sum()
+            gradients = torch.autograd.grad(along, list(masks.values()), retain_graph=True)
             for name, gradient in zip(masks, gradients, strict=True):
                 found[name] += gradient.double().square() / 2
+        del outputs, along  # and what they were computed from
         yield found
 
 
