@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory with a fine-tuned network.")]
-Coco = Annotated[str, typer.Option("--coco", help="Folder in COCO's layout, or demo.")]
+Coco = Annotated[str | None, typer.Option("--coco", help="Folder in COCO's layout, or demo. \\[default: demo]")]
 Detector = Annotated[str | None, typer.Option(help="retinanet or mask-rcnn. \\[default: retinanet]")]
 Backbones = Annotated[str | None, typer.Option(help="both, dense or pruned. \\[default: both]")]
 Epochs = Annotated[int | None, typer.Option(help="\\[default: 8 on the demo, else 12]")]
@@ -46,7 +46,7 @@ Batches = Annotated[str | None, typer.Option("--bench-batches", help="Batch size
 @app.command()
 def train(
     run: Run,
-    coco: Coco = "demo",
+    coco: Coco = None,
     detector: Detector = None,
     backbones: Backbones = None,
     epochs: Epochs = None,
@@ -75,7 +75,7 @@ def train(
 @app.command()
 def compare(
     run: Run,
-    coco: Coco = "demo",
+    coco: Coco = None,
     detector: Detector = None,
     backbones: Backbones = None,
     epochs: Epochs = None,
@@ -110,7 +110,7 @@ def compare(
 def prune(
     detector: Annotated[Path, typer.Argument(help="Detector folder, e.g. RUN/7-detect/dense/detector.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")],
-    coco: Coco = "demo",
+    coco: Coco = None,
     ratio: opt.Ratio = None,
     target_macs: opt.TargetMacs = None,
     head_ratio: Annotated[
@@ -161,7 +161,7 @@ def prune(
 @app.command("eval")
 def evaluate(
     target: Annotated[Path, typer.Argument(help="Run, detector folder, or exported ONNX file (decode).")],
-    coco: Coco = "demo",
+    coco: Coco = None,
     images: Annotated[int | None, typer.Option(min=1, help="So many validation images. \\[default: all]")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for detections in COCO's result format.")
@@ -174,7 +174,7 @@ def evaluate(
     from deploy.detectors.tables import judged_table
 
     targets = judging.targets_of(target)
-    data = open_data(coco, quiet=quiet)
+    data = open_data(coco or judging.coco_of(target), quiet=quiet)
     found = [judging.evaluate(path, data, images) for path in targets]
     if output is not None:
         judging.write(output, found)
@@ -216,6 +216,9 @@ def _detect(run: Path, given: dict[str, Any], *, engines: bool, quiet: bool) -> 
         _print_notes(console, comparison.notes)
         console.print(comparison_parts(comparison))
     console.print(f"Everything is in {run / '7-detect'}", soft_wrap=True, highlight=False, markup=False)
+    if comparison is not None and not (run / "report.json").exists():
+        console.print(f"{run} has no report yet: `upvits-deploy build --recipe {run} --output {run}` writes it.",
+                      soft_wrap=True, highlight=False, markup=False)  # fmt: skip
 
 
 def _print_notes(console: Console, notes: Any) -> None:

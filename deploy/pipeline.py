@@ -34,7 +34,6 @@ from deploy.runtimes import resolve_runtimes
 from deploy.speed.search import LatencyRecord
 from deploy.speed.table import tables_folder
 from deploy.summary import Artifacts, summarise
-from detection import openmm
 from toolchain.checkpoints import weights_digest
 from toolchain.depth import last_blocks_first
 from toolchain.processes import pick_device
@@ -168,7 +167,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     recipe = with_names(recipe)
     coco = None
     if recipe.detect is not None:
-        openmm.require()
+        flow.check_request(recipe.detect)
         coco = flow.open_data(recipe.detect.coco, recipe.detect.detector, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe, runtimes.runtimes)

@@ -1,6 +1,4 @@
-"""Does it still detect: a pruned backbone in an object detector.
+"""Does it still detect: mmdet with our networks as backbones, training, AP, and pruning of detectors themselves.
 
-Empty in this version. Planned: MMDetection integration (the pruned model as a backbone, training, COCO evaluation),
-with one file here that imports mmdet, mmcv and mmengine. Until then the package holds the place in the import order
-(`deploy` > `detection` > `toolchain` > `calib_data`) and the `[detection]` extra names the versions known to work.
+Importing this needs none of the optional packages; `detection/openmm.py` alone imports mmdet.
 """

@@ -153,6 +153,12 @@ def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = Non
     """
     _loaded()
     config = importlib.import_module("mmengine.config").Config(dict(values))
+    unknown = sorted({name.partition(".")[0] for name in options or ()} - values.keys())
+    if unknown:
+        raise UserError(
+            f"--cfg-options: there is no {', '.join(unknown)}.",
+            fix=f"Keys start with one of {', '.join(sorted(values))}.",
+        )
     if options:
         try:
             config.merge_from_dict(dict(options))
@@ -174,7 +180,10 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--cfg-options {text!r} is not valid.", fix="Give key=value.")
-    return key, importlib.import_module("mmengine.config").DictAction._parse_iterable(value)
+    try:
+        return key, importlib.import_module("mmengine.config").DictAction._parse_iterable(value)
+    except AssertionError as error:
+        raise UserError(f"--cfg-options {text!r} is not valid: {error}.", fix="Close every bracket.") from error
 
 
 def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:

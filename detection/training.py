@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from calib_data.errors import UserError
 from detection import openmm
 from detection.coco import CocoData
 from detection.configs import Config, Schedule, training
@@ -70,7 +71,7 @@ def train_detector(
 
     Raises:
         MissingDependencyError: mmdet is not there.
-        UserError: an option names nothing.
+        UserError: an option names nothing, or nothing that can be built.
     """
     if crew.is_leader:
         crew.tell({
@@ -93,12 +94,20 @@ def train_detector(
                 task, completed=done, total=config.train_cfg.max_epochs * steps, description=f"epoch {epoch + 1}"
             )
 
-        runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
-        if teacher is not None:
-            openmm.add_loss(runner, imitation(load_detector(teacher)[0], distill_weight))
-        if start is not None and last is None:
-            openmm.set_weights(runner, read_weights(start))
-        openmm.train(runner)
+        try:
+            runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
+            if teacher is not None:
+                openmm.add_loss(runner, imitation(load_detector(teacher)[0], distill_weight))
+            if start is not None and last is None:
+                openmm.set_weights(runner, read_weights(start))
+            openmm.train(runner)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if not options or sums:  # the first step was made: what was asked for can be built
+                raise
+            raise UserError(
+                f"mmengine cannot build what --cfg-options asks for: {str(error).strip().splitlines()[-1]}",
+                fix=f"Check {', '.join(options)}.",
+            ) from error
     crew.finish()
     history = {epoch: {name: sum(v) / len(v) for name, v in own.items()} for epoch, own in sums.items()}
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)

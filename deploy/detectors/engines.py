@@ -15,6 +15,7 @@ from deploy.artifacts import Artifact
 from deploy.detectors import judge
 from deploy.detectors.graph import network_of, with_network
 from deploy.detectors.recipe import DetectRecipe
+from deploy.detectors.suppression import limits_of
 from deploy.detectors.training import DETECT, figures_of, images_of
 from deploy.engine_stages import runs_here, timing_cache
 from deploy.environment import builder_facts
@@ -164,7 +165,9 @@ def _cost(work: Work, detector: Artifact, session: Session) -> dict[str, Any]:
     split, info = work.data.val, read_info(detector.folder / "detector")
     images = images_of(split, info, work.wanted, work.wanted.ap_images)
     seen: list[int] = []
-    found = judge.detections(judge.by_session(session), judge.noting(images, seen), info.category_ids)
+    found = judge.detections(
+        judge.by_session(session), judge.noting(images, seen), info.category_ids, limits_of(info.config)
+    )
     own = average_precision(split.annotations, found, seen).ap
     return {"ap": 100 * own, "drop": 100 * (_reference(detector, split, seen) - own), "images": len(seen)}
 

@@ -15,7 +15,9 @@ from calib_data.errors import UserError
 from deploy.artifacts import disk_errors
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
+from deploy.detectors.flow import RECIPE
 from deploy.detectors.recipe import size_for
+from deploy.detectors.suppression import USUAL, Limits, limits_of
 from deploy.detectors.training import DETECT
 from deploy.graphs.files import load_model
 from deploy.job import write_json
@@ -64,6 +66,12 @@ def targets_of(path: Path) -> list[Path]:
     return found
 
 
+def coco_of(path: Path) -> str:
+    """The data that the detectors of a run were trained on; the demo for anything else."""
+    recipe = path / DETECT / RECIPE
+    return str(json.loads(recipe.read_text())["coco"]) if recipe.is_file() else "demo"
+
+
 def evaluate(path: Path, data: CocoData, most: int | None = None) -> Judged:
     """AP of a detector folder (by PyTorch) or of an exported ONNX file (by ONNX Runtime's CPU provider).
 
@@ -79,7 +87,7 @@ def evaluate(path: Path, data: CocoData, most: int | None = None) -> Judged:
     _check_classes(path, takes.classes, data)
     seen: list[int] = []
     images = fitted(data.val, takes.size, takes.mean, takes.std, most)
-    found = judge.detections(run, judge.noting(images, seen), data.category_ids)
+    found = judge.detections(run, judge.noting(images, seen), data.category_ids, takes.limits)
     return Judged(str(path), run_by, average_precision(data.val.annotations, found, seen), found)
 
 
@@ -110,6 +118,7 @@ class _Takes:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    limits: Limits = USUAL
 
 
 def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
@@ -117,7 +126,8 @@ def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
     detector, info = load_detector(path)
     detector.to(pick_device("auto"))
     pixels, size = info.config["data_preprocessor"], size_for(info.scale)
-    return _Takes(info.classes, size, tuple(pixels["mean"]), tuple(pixels["std"])), by_torch(detector, size), "PyTorch"
+    takes = _Takes(info.classes, size, tuple(pixels["mean"]), tuple(pixels["std"]), limits_of(info.config))
+    return takes, by_torch(detector, size), "PyTorch"
 
 
 def _file(path: Path) -> tuple[_Takes, judge.Run, str]:

@@ -12,7 +12,7 @@ from torch import nn
 from calib_data import Preprocess
 from calib_data.errors import UserError
 from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
-from deploy.detectors.suppression import with_suppression
+from deploy.detectors.suppression import limits_of, with_suppression
 from deploy.graphs.export import export_onnx
 from deploy.graphs.files import load_model, save_model
 from detection.decode import BOXES, DecodedBoxes
@@ -72,4 +72,4 @@ def export_detector(
         )  # fmt: skip
         model = load_model(draft)
     model = with_outputs(model, LEVEL_OUTPUTS if shape == "raw" else BOX_OUTPUTS)
-    save_model(with_suppression(model, size) if shape == "decode+nms" else model, path)
+    save_model(with_suppression(model, size, limits_of(info.config)) if shape == "decode+nms" else model, path)

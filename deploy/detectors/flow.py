@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 import toolchain
+from calib_data.errors import MissingDependencyError, UserError
 from calib_data.scenes import demo_scenes
 from deploy.artifacts import Artifact, disk_errors
 from deploy.detectors.compare import compare
 from deploy.detectors.engines import Work, engines
-from deploy.detectors.recipe import DetectRecipe
-from deploy.detectors.training import trained
-from deploy.job import Job
+from deploy.detectors.recipe import DetectRecipe, make_detect_recipe, resolved
+from deploy.detectors.training import DETECT, trained
+from deploy.job import Job, write_json
 from deploy.speed.table import cache_folder
+from detection import openmm
 from detection.coco import CocoData, open_coco
 from detection.crew import Crew
 from detection.training import ALONE
+
+RECIPE = "recipe.json"
 
 
 def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoData:
@@ -35,6 +43,37 @@ def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoDat
     return data
 
 
+def check_request(wanted: DetectRecipe) -> None:
+    """What can be said before anything is trained.
+
+    Raises:
+        UserError: mixed precision without a GPU.
+        MissingDependencyError: mmdet, or TensorBoard where it is asked for, is not there.
+    """
+    openmm.require()
+    if wanted.amp and not torch.cuda.is_available():
+        raise UserError("--amp needs an NVIDIA GPU.", fix="Leave it out: on CPUs training runs in fp32.")
+    if wanted.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise MissingDependencyError("--tensorboard needs TensorBoard.", fix="Run: pip install tensorboard")
+
+
+def remembered(folder: Path, wanted: DetectRecipe) -> DetectRecipe:
+    """The resolved recipe: what was not given is as in the run's last training on the same data.
+
+    Args:
+        folder: of the run.
+        wanted: with the values that were given.
+    """
+    given = wanted.model_dump(include=wanted.model_fields_set)
+    path = folder / DETECT / RECIPE
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if given.get("coco", known.get("coco")) != known.get("coco"):
+        known = {}
+    if "scale" in given:
+        known.pop("size", None)
+    return resolved(make_detect_recipe({**known, **given}))
+
+
 def detectors_of(
     job: Job, tuned: Artifact, data: CocoData, wanted: DetectRecipe, crew: Crew = ALONE
 ) -> dict[str, Artifact]:
@@ -47,6 +86,8 @@ def detectors_of(
         wanted: resolved.
         crew: processes that train on a share each.
     """
+    (job.folder / DETECT).mkdir(exist_ok=True)
+    write_json(job.folder / DETECT / RECIPE, wanted.model_dump(mode="json", exclude_none=True))
     found: dict[str, Artifact] = {}
     if wanted.backbones != "pruned" or wanted.imitation:
         found["dense"] = trained(job, "dense", job.dense, job.dense_digest, data, wanted, crew=crew)

@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torchvision.ops import box_iou
 
-from deploy.detectors.suppression import suppress
+from calib_data.errors import GateError
+from deploy.detectors.suppression import USUAL, Limits, suppress
 from deploy.runtimes import Session
 from detection import openmm
 from detection.pictures import Fitted
 from toolchain.scores.divergence import device_of
+
+SAME_IOU, SAME_SCORE, SAME_SHARE = 0.99, 1e-3, 0.99
+"""Two boxes are the same from this overlap on and up to this difference of scores; so many have to be."""
 
 PREDICTIONS = "predictions.json"
 
@@ -77,7 +81,7 @@ BATCH = 4
 
 
 def detections(
-    run: Run, images: Iterable[Fitted], category_ids: Sequence[int], batch_size: int = BATCH
+    run: Run, images: Iterable[Fitted], category_ids: Sequence[int], limits: Limits = USUAL
 ) -> list[dict[str, Any]]:
     """Everything that a detector finds on images, with overlaps suppressed, in COCO's result format.
 
@@ -85,13 +89,13 @@ def detections(
         run: the detector.
         images: as `detection.pictures` makes them.
         category_ids: of every label.
-        batch_size: images per call; the last call may have fewer.
+        limits: which boxes stay.
     """
     result = []
-    for batch in batched(images, batch_size):
+    for batch in batched(images, BATCH):
         found = run(np.stack([one.pixels.numpy() for one in batch]))
         for image, boxes, scores, labels in zip(batch, *found, strict=True):
-            own, sure, kind = suppress(boxes, scores, labels)
+            own, sure, kind = suppress(boxes, scores, labels, limits)
             for (x1, y1, x2, y2), score, label in zip(
                 image.boxes_back(own).tolist(), sure.tolist(), kind.tolist(), strict=True
             ):
@@ -143,13 +147,30 @@ class Agreement:
     matched: int
     max_score_difference: float
 
+    def require(self) -> None:
+        """The gate.
 
-def agreement(first: Run, second: Run, images: Iterable[Fitted], iou: float = 0.99) -> Agreement:
+        Raises:
+            GateError: an exported detector finds other boxes than mmdet.
+        """
+        if self.matched < SAME_SHARE * self.boxes or self.max_score_difference > SAME_SCORE:
+            raise GateError(
+                f"The exported detector finds {self.matched} of {self.boxes} boxes, scores differ by up to "
+                f"{self.max_score_difference:.2g}.",
+                why=f"{SAME_SHARE:.0%} of mmdet's own boxes are wanted, with IoU >= {SAME_IOU} and scores within "
+                f"{SAME_SCORE:g}.",
+                fix="Crowded images may have more than 1,000 candidates; otherwise, please report it.",
+            )
+
+
+def agreement(first: Run, second: Run, images: Iterable[Fitted], limits: Limits = USUAL) -> Agreement:
     """Match what two detectors find on images box by box."""
     count, matched, worst = 0, 0, 0.0
     fed = (np.stack([one.pixels.numpy() for one in batch]) for batch in batched(images, BATCH))
     for one, other in (
-        pair for batch in fed for pair in zip(_single(first(batch)), _single(second(batch)), strict=True)
+        pair
+        for batch in fed
+        for pair in zip(_single(first(batch), limits), _single(second(batch), limits), strict=True)
     ):
         count += len(one[0])
         if not len(one[0]) or not len(other[0]):
@@ -157,12 +178,12 @@ def agreement(first: Run, second: Run, images: Iterable[Fitted], iou: float = 0.
         overlap = box_iou(torch.from_numpy(one[0]), torch.from_numpy(other[0])).numpy()
         overlap[one[2][:, None] != other[2][None]] = 0
         partner = overlap.argmax(axis=1)
-        same = overlap.max(axis=1) >= iou
+        same = overlap.max(axis=1) >= SAME_IOU
         matched += int(same.sum())
         gaps = np.abs(one[1] - other[1][partner])[same]
         worst = max(worst, float(gaps.max(initial=0.0)))
     return Agreement(count, matched, worst)
 
 
-def _single(found: Found) -> list[Found]:
-    return [suppress(*own) for own in zip(*found, strict=True)]
+def _single(found: Found, limits: Limits) -> list[Found]:
+    return [suppress(*own, limits) for own in zip(*found, strict=True)]

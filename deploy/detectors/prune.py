@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 import toolchain
 from calib_data.errors import UserError
-from deploy.artifacts import Artifact, file_digest, run_stage
-from deploy.detectors.flow import open_data
+from deploy.artifacts import Artifact, canonical_digest, file_digest, run_stage
+from deploy.detectors.flow import check_request, open_data
 from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_for, size_of
 from deploy.detectors.training import images_of, judged
 from deploy.job import write_json
 from deploy.run_dir import open_run
-from detection import openmm
 from detection.coco import CocoData
 from detection.crew import Crew, gathered
 from detection.detector import DetectorInfo, load_detector, read_info, save_detector
@@ -92,9 +91,8 @@ def prune_detector(
         UserError: it is no RetinaNet with a timm backbone, or the request cannot be met.
         MissingDependencyError: mmdet is not there.
     """
-    openmm.require()
+    training = _schedule(folder, wanted, training)
     info = read_info(folder)
-    training = _schedule(info, training)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)
@@ -104,7 +102,7 @@ def prune_detector(
             raise UserError(
                 f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
             )
-        recipe = {"detector": file_digest(folder / "model.safetensors"), "prune": wanted.model_dump(),
+        recipe = {"detector": _digest(folder), "prune": wanted.model_dump(),
                   "training": training.model_dump()}  # fmt: skip
         with open_run(out, recipe, _IDENTITY):
             cut = _cut_stages(folder, info, wanted, training, out, data, quiet)
@@ -113,9 +111,27 @@ def prune_detector(
             )
 
 
-def _schedule(info: DetectorInfo, wanted: DetectRecipe) -> DetectRecipe:
+def _digest(folder: Path) -> str:
+    """sha256 of a detector, structure and weights."""
+    return canonical_digest([file_digest(folder / name) for name in ("detector.json", "model.safetensors")])
+
+
+def _schedule(folder: Path, cut: PruneRecipe, wanted: DetectRecipe) -> DetectRecipe:
     """Fine-tuning: images of the size that the detector was trained with, a part of the epochs, smaller steps."""
     usual = resolved(wanted)
+    check_request(usual)
+    info = read_info(folder)
+    kinds = info.config["type"], info.config["backbone"]["type"]
+    if kinds != ("RetinaNet", "UPPVTv2"):
+        raise UserError(
+            f"A {kinds[0]} on {kinds[1]} cannot be pruned.", fix="RetinaNet on a PVTv2 can: see `detect train`."
+        )
+    if wanted.imitation and cut.head_ratio:
+        raise UserError(
+            "--imitation and --head-ratio exclude each other.",
+            why="The features of a narrower pyramid are other ones.",
+            fix="Leave one of them out.",
+        )
     assert usual.epochs is not None
     assert usual.lr is not None
     filled = {
@@ -137,7 +153,7 @@ def _cut_stages(
     quiet: bool,
 ) -> dict[str, Artifact]:
     """The dense detector judged, scores, and the cut detector judged."""
-    source = {"detector": file_digest(folder / "model.safetensors"), "coco": data.digest}
+    source = {"detector": _digest(folder), "coco": data.digest}
     cutting = wanted.model_dump()
 
     def dense(place: Path) -> None:
@@ -175,7 +191,9 @@ def _cut_stages(
 
     judging = {"size": training.size}
     before = _stage(out, "0-dense", judging, source, dense, quiet)
-    scored = _stage(out, "1-score", {key: cutting[key] for key in ("task", "images", "seed")}, source, score, quiet)
+    scored = _stage(
+        out, "1-score", judging | {key: cutting[key] for key in ("task", "images", "seed")}, source, score, quiet
+    )
     pruned = _stage(out, "2-prune", cutting | judging, {**source, "scores": scored.digest}, cut, quiet)
     return {"0-dense": before, "1-score": scored, "2-prune": pruned}
 

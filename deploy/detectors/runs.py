@@ -8,14 +8,13 @@ from calib_data.errors import UserError
 from deploy.artifacts import Artifact, disk_errors, open_artifact
 from deploy.detectors.compare import read_comparison
 from deploy.detectors.document import DetectionReport
-from deploy.detectors.flow import compared, detectors_of, open_data
-from deploy.detectors.recipe import DetectRecipe, resolved
+from deploy.detectors.flow import check_request, compared, detectors_of, open_data, remembered
+from deploy.detectors.recipe import DetectRecipe
 from deploy.pipeline import prepare
 from deploy.recipe import IDENTITY, make_recipe
 from deploy.report.document import REPORT, load_report
 from deploy.report.views import save_report
 from deploy.run_dir import open_run, read_recipe
-from detection import openmm
 from detection.crew import gathered
 from detection.training import train_along
 
@@ -29,7 +28,7 @@ def detect_in_run(
 
     Args:
         run: with a fine-tuned network.
-        wanted: what is trained on what, and how.
+        wanted: what is trained on what, and how; what is not given is as in the last training of this run.
         engines: compare them; without, they are trained and judged only.
         quiet: no progress.
 
@@ -40,8 +39,8 @@ def detect_in_run(
         UserError: the run has no fine-tuned network yet, or nothing can be learnt from the data.
         MissingDependencyError: mmdet is not there.
     """
-    openmm.require()
-    wanted = resolved(wanted)
+    wanted = remembered(run, wanted)
+    check_request(wanted)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,42 +15,52 @@ from torchvision.ops import batched_nms
 
 Boxes = NDArray[np.float32]
 
-SCORE_THRESHOLD, IOU_THRESHOLD, MAX_BOXES = 0.05, 0.5, 100
-"""As mmdet's RetinaNet is tested."""
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which boxes stay; the values are those that mmdet's detectors are tested with.
+
+    Attributes:
+        score: boxes have to be above it.
+        iou: boxes that overlap a better one of their class by more than this go.
+        boxes: so many stay in an image, the best first.
+    """
+
+    score: float = 0.05
+    iou: float = 0.5
+    boxes: int = 100
+
+
+USUAL = Limits()
+
+
+def limits_of(config: Mapping[str, Any]) -> Limits:
+    """What a detector's configuration says of it."""
+    test = config["test_cfg"]
+    test = test.get("rcnn", test)
+    return Limits(test["score_thr"], test["nms"]["iou_threshold"], test["max_per_img"])
 
 
 def suppress(
     boxes: Boxes,
     scores: NDArray[np.float32],
     labels: NDArray[np.int64],
-    *,
-    score_threshold: float = SCORE_THRESHOLD,
-    iou_threshold: float = IOU_THRESHOLD,
-    most: int = MAX_BOXES,
+    limits: Limits = USUAL,
 ) -> tuple[Boxes, NDArray[np.float32], NDArray[np.int64]]:
     """The best boxes of one image that overlap no better one of their class.
 
     Args:
         boxes: [K, 4] as x1, y1, x2, y2; scores [K]; labels [K].
-        score_threshold: boxes have to be above it.
-        iou_threshold: boxes that overlap a better one by more than this go.
-        most: boxes that are returned, the best first.
+        limits: which stay.
     """
-    sure = (scores > score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # mmdet drops empty boxes
+    sure = (scores > limits.score) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # mmdet drops empty boxes
     boxes, scores, labels = boxes[sure], scores[sure], labels[sure]
-    found = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), iou_threshold)
-    kept = found[:most].numpy()
+    found = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), limits.iou)
+    kept = found[: limits.boxes].numpy()
     return boxes[kept], scores[kept], labels[kept]
 
 
-def with_suppression(
-    model: onnx.ModelProto,
-    size: tuple[int, int],
-    *,
-    score_threshold: float = SCORE_THRESHOLD,
-    iou_threshold: float = IOU_THRESHOLD,
-    most: int = MAX_BOXES,
-) -> onnx.ModelProto:
+def with_suppression(model: onnx.ModelProto, size: tuple[int, int], limits: Limits = USUAL) -> onnx.ModelProto:
     """A graph that gives boxes, scores and labels, continued by ONNX's NonMaxSuppression.
 
     Classes are kept apart by moving the boxes of each to a place of their own, as mmdet does. Outputs are then those of
@@ -57,16 +69,16 @@ def with_suppression(
     Args:
         model: with outputs `boxes` [B, K, 4], `scores` [B, K] and `labels` [B, K].
         size: (height, width) of the images in pixels.
-        score_threshold, iou_threshold, most: see `suppress`; `most` is per image.
+        limits: which boxes stay.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
     constants: dict[str, NDArray[Any]] = {
         "nms_apart": np.array(float(max(size) + 1), np.float32),
-        "nms_most": np.array(most, np.int64),
-        "nms_iou": np.array(iou_threshold, np.float32),
-        "nms_score": np.array(score_threshold, np.float32),
+        "nms_most": np.array(limits.boxes, np.int64),
+        "nms_iou": np.array(limits.iou, np.float32),
+        "nms_score": np.array(limits.score, np.float32),
         "nms_axis_1": np.array([1], np.int64),
         "nms_axis_2": np.array([2], np.int64),
         "nms_columns": np.array([0, 2], np.int64),

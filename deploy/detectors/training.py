@@ -15,6 +15,7 @@ from deploy.artifacts import Artifact
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
 from deploy.detectors.recipe import DetectRecipe, schedule_of, size_of
+from deploy.detectors.suppression import limits_of
 from deploy.graphs.files import load_model
 from deploy.job import Job, read_json, stage, write_json
 from deploy.runtimes import open_model
@@ -114,7 +115,7 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
     """AP in PyTorch of the detector in a folder, its ONNX file, and what the two find box by box."""
     detector, info = load_detector(folder / "detector")
     detector.to(pick_device("auto"))
-    size = size_of(wanted)
+    size, limits = size_of(wanted), limits_of(info.config)
     figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None, "turned": None}
     if wanted.detector == "retinanet":
         decoded = DecodedBoxes(detector, size).eval()
@@ -122,14 +123,16 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
         export_detector(detector, info, folder / "model.onnx", size)
         with open_model(load_model(folder / "model.onnx")) as session:
             some = images_of(data.val, info, wanted, _AGREEMENT_IMAGES)
-            figures["agreement"] = asdict(judge.agreement(run, judge.by_session(session), some))
+            agreement = judge.agreement(judge.by_mmdet(detector), judge.by_session(session), some, limits)
+        agreement.require()
+        figures["agreement"] = asdict(agreement)
         if size[0] < size[1]:
             figures["turned"] = _turned(detector, info, data, size)
         figures["macs"] = count_macs(Levels(detector), (3, *size))
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
     else:
         run = judge.by_mmdet(detector)
-    found = judge.detections(run, images_of(data.val, info, wanted), info.category_ids)
+    found = judge.detections(run, images_of(data.val, info, wanted), info.category_ids, limits)
     write_json(folder / judge.PREDICTIONS, found)
     figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),
@@ -149,7 +152,7 @@ def _turned(detector: nn.Module, info: DetectorInfo, data: CocoData, size: tuple
     for upright, own in ((False, size), (True, size[::-1])):
         images = fitted(data.val, own, tuple(pixels["mean"]), tuple(pixels["std"]), upright=upright)
         run = judge.by_torch(DecodedBoxes(detector, own).eval())
-        found += judge.detections(run, images, info.category_ids)
+        found += judge.detections(run, images, info.category_ids, limits_of(info.config))
     return asdict(average_precision(data.val.annotations, found))
 
 

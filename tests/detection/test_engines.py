@@ -15,6 +15,7 @@ from calib_data.errors import UserError
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
 from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
+from deploy.detectors.suppression import Limits
 from deploy.graphs.files import load_model
 from deploy.precision import convert
 from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
@@ -156,7 +157,7 @@ def test_the_example_of_a_package_draws_what_the_detector_finds(
         image = fit(opened, 0, SIZE, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     with open_model(load_model(files["decode"])) as session:
         boxes, scores, labels = (own[0] for own in judge.by_session(session)(image.pixels.numpy()[None]))
-    _, sure, kind = judge.suppress(boxes, scores, labels, score_threshold=0.3, most=10_000)
+    _, sure, kind = judge.suppress(boxes, scores, labels, Limits(score=0.3, boxes=10_000))
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines
     assert [line[1] for line in lines] == ["abc"[label] for label in kind]
