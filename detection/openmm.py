@@ -89,14 +89,14 @@ def _loaded() -> Any:
             utils = importlib.import_module("mmdet.utils")
             registry = importlib.import_module("mmdet.registry")
             utils.register_all_modules(init_default_scope=True)
+            # mmengine logs every initialised tensor to whichever logger was made last
+            importlib.import_module("mmengine.logging").MMLogger.get_instance("upvits-deploy", log_level=SILENT)
         except (AssertionError, ImportError) as error:
             raise MissingDependencyError(
                 f"mmdet cannot be imported: {error}.",
                 why="Its versions of mmcv and mmengine have to fit.",
                 fix=f"Run: {_INSTALL}",
             ) from error
-    # mmengine logs every initialised tensor to whichever logger was made last
-    importlib.import_module("mmengine.logging").MMLogger.get_instance("upvits-deploy", log_level=SILENT)
     for backbone in (UPPVTv2, UPViT):
         registry.MODELS.register_module(name=backbone.__name__, module=backbone, force=True)
     return mmdet
