@@ -31,7 +31,7 @@ test: $(READY)
 
 # Detection has an environment of its own, so that the other tests prove that nothing else needs it.
 test-detection:
-	$(MAKE) test VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection TESTS=tests/detection
+	DETECTION=1 $(MAKE) test VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection TESTS=tests/detection
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torchvision.ops import nms as torchvision_nms
+from torchvision.ops import roi_align as torchvision_roi_align
 
 from calib_data.errors import MissingDependencyError
 
@@ -53,6 +54,22 @@ def sigmoid_focal_loss_backward(
     gradient.copy_(torch.where(positive, rises, falls) * _of_rows(weight, target, logits))
 
 
+def roi_align_forward(
+    features: Tensor, rois: Tensor, output: Tensor, *_: Tensor, aligned_height: int, aligned_width: int,
+    spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool,
+) -> None:  # fmt: skip
+    """RoIAlign (He et al., arXiv 1703.06870, section 3) of rois [K, 5] (image, x1, y1, x2, y2), into `output`.
+
+    mmdet crops masks with it, which needs no gradient; for features it is told to use torchvision itself.
+    """
+    if pool_mode != 1:
+        raise MissingDependencyError(
+            "RoIAlign by maximum needs mmcv's compiled operators.", fix="Use pool_mode='avg', or a full build of mmcv."
+        )
+    size = (aligned_height, aligned_width)
+    output.copy_(torchvision_roi_align(features, rois, size, spatial_scale, sampling_ratio, aligned))
+
+
 def _one_hot(logits: Tensor, target: Tensor) -> Tensor:
     return target.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
 
@@ -68,6 +85,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "nms": nms,
     "sigmoid_focal_loss_forward": sigmoid_focal_loss_forward,
     "sigmoid_focal_loss_backward": sigmoid_focal_loss_backward,
+    "roi_align_forward": roi_align_forward,
 }
 
 

@@ -86,8 +86,6 @@ def detectors_of(
         wanted: resolved.
         crew: processes that train on a share each.
     """
-    (job.folder / DETECT).mkdir(exist_ok=True)
-    write_json(job.folder / DETECT / RECIPE, wanted.model_dump(mode="json", exclude_none=True))
     found: dict[str, Artifact] = {}
     if wanted.backbones != "pruned" or wanted.imitation:
         found["dense"] = trained(job, "dense", job.dense, job.dense_digest, data, wanted, crew=crew)
@@ -95,6 +93,7 @@ def detectors_of(
         teacher = found["dense"] if wanted.imitation else None
         pruned: nn.Module = toolchain.load(tuned.folder / "model")
         found["pruned"] = trained(job, "pruned", pruned, tuned.digest, data, wanted, teacher, crew)
+    write_json(job.folder / DETECT / RECIPE, wanted.model_dump(mode="json", exclude_none=True))
     return found
 
 

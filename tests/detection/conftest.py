@@ -1,6 +1,7 @@
 """Small backbones and drawn scenes; mmdet is optional, and tests that need it say so."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ def mmdet() -> None:
     """Skips where the optional packages are absent."""
     gone = openmm.missing()
     if gone is not None:
+        assert "DETECTION" not in os.environ, gone.what  # `make test-detection` sets it
         pytest.skip(gone.what)
 
 

@@ -44,3 +44,16 @@ def test_every_other_operator_says_what_to_install() -> None:
     with pytest.raises(MissingDependencyError, match="deform_conv_forward") as caught:
         module.deform_conv_forward(1, 2)
     assert "mmcv" in caught.value.fix
+
+
+def test_cropped_masks_are_those_of_torchvision() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    rois = torch.tensor([[0.0, 4, 4, 12, 12], [0, 0, 0, 8, 8]])
+    found = torch.empty(2, 1, 4, 4)
+    how = {"aligned_height": 4, "aligned_width": 4, "spatial_scale": 1.0, "sampling_ratio": 0, "aligned": True}
+    operators.roi_align_forward(mask, rois, found, torch.empty(0), torch.empty(0), pool_mode=1, **how)
+    assert torch.allclose(found[0], torch.ones(4, 4))
+    assert found[1, 0].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    with pytest.raises(MissingDependencyError, match="by maximum"):
+        operators.roi_align_forward(mask, rois, found, torch.empty(0), torch.empty(0), pool_mode=0, **how)
