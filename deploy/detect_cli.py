@@ -175,7 +175,7 @@ def evaluate(
 
     targets = judging.targets_of(target)
     data = open_data(coco or judging.coco_of(target), quiet=quiet)
-    found = [judging.evaluate(path, data, images) for path in targets]
+    found = [judging.evaluate(path, data, images, quiet=quiet) for path in targets]
     if output is not None:
         judging.write(output, found)
     console = Console(quiet=quiet)

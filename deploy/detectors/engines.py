@@ -166,7 +166,10 @@ def _cost(work: Work, detector: Artifact, session: Session) -> dict[str, Any]:
     images = images_of(split, info, work.wanted, work.wanted.ap_images)
     seen: list[int] = []
     found = judge.detections(
-        judge.by_session(session), judge.noting(images, seen), info.category_ids, limits_of(info.config)
+        judge.by_session(session),
+        judge.noting(judge.watched_images(images, min(work.wanted.ap_images, split.count), work.job.quiet), seen),
+        info.category_ids,
+        limits_of(info.config),
     )
     own = average_precision(split.annotations, found, seen).ap
     return {"ap": 100 * own, "drop": 100 * (_reference(detector, split, seen) - own), "images": len(seen)}

@@ -72,13 +72,14 @@ def coco_of(path: Path) -> str:
     return str(json.loads(recipe.read_text())["coco"]) if recipe.is_file() else "demo"
 
 
-def evaluate(path: Path, data: CocoData, most: int | None = None) -> Judged:
+def evaluate(path: Path, data: CocoData, most: int | None = None, *, quiet: bool = True) -> Judged:
     """AP of a detector folder (by PyTorch) or of an exported ONNX file (by ONNX Runtime's CPU provider).
 
     Args:
         path: of `targets_of`.
         data: whose validation images are used; categories have to be those that the detector knows.
         most: images, evenly spread; all by default.
+        quiet: no progress bar.
 
     Raises:
         UserError: it is no detector, or one of other categories.
@@ -87,7 +88,12 @@ def evaluate(path: Path, data: CocoData, most: int | None = None) -> Judged:
     _check_classes(path, takes.classes, data)
     seen: list[int] = []
     images = fitted(data.val, takes.size, takes.mean, takes.std, most)
-    found = judge.detections(run, judge.noting(images, seen), data.category_ids, takes.limits)
+    found = judge.detections(
+        run,
+        judge.noting(judge.watched_images(images, most or data.val.count, quiet), seen),
+        data.category_ids,
+        takes.limits,
+    )
     return Judged(str(path), run_by, average_precision(data.val.annotations, found, seen), found)
 
 

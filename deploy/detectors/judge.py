@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from calib_data.errors import GateError
+from calib_data.progress import watched
 from deploy.detectors.suppression import USUAL, Limits, suppress
 from deploy.runtimes import Session
 from detection import openmm
@@ -118,6 +119,11 @@ def batched(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:
             batch = []
     if batch:
         yield batch
+
+
+def watched_images(images: Iterable[Fitted], total: int, quiet: bool) -> Iterable[Fitted]:
+    """The same images with a progress bar."""
+    return watched(images, "judging", quiet=quiet, total=total)
 
 
 def noting(images: Iterable[Fitted], seen: list[int]) -> Iterator[Fitted]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import toolchain
 from calib_data.errors import UserError
-from deploy.artifacts import Artifact, canonical_digest, file_digest, run_stage
+from deploy.artifacts import Artifact, run_stage
 from deploy.detectors.flow import check_request, open_data
 from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_for, size_of
-from deploy.detectors.training import images_of, judged
+from deploy.detectors.training import detector_digest, images_of, judged
 from deploy.job import write_json
 from deploy.run_dir import open_run
 from detection.coco import CocoData
@@ -102,18 +102,13 @@ def prune_detector(
             raise UserError(
                 f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
             )
-        recipe = {"detector": _digest(folder), "prune": wanted.model_dump(),
+        recipe = {"detector": detector_digest(folder), "prune": wanted.model_dump(),
                   "training": training.model_dump()}  # fmt: skip
         with open_run(out, recipe, _IDENTITY):
             cut = _cut_stages(folder, info, wanted, training, out, data, quiet)
             return cut | (
                 _train_stage(folder, cut["2-prune"], wanted, training, data, crew, quiet) if fine_tune else {}
             )
-
-
-def _digest(folder: Path) -> str:
-    """sha256 of a detector, structure and weights."""
-    return canonical_digest([file_digest(folder / name) for name in ("detector.json", "model.safetensors")])
 
 
 def _schedule(folder: Path, cut: PruneRecipe, wanted: DetectRecipe) -> DetectRecipe:
@@ -153,12 +148,12 @@ def _cut_stages(
     quiet: bool,
 ) -> dict[str, Artifact]:
     """The dense detector judged, scores, and the cut detector judged."""
-    source = {"detector": _digest(folder), "coco": data.digest}
+    source = {"detector": detector_digest(folder), "coco": data.digest}
     cutting = wanted.model_dump()
 
     def dense(place: Path) -> None:
         shutil.copytree(folder, place / "detector")
-        judged(place, data, training)
+        judged(place, data, training, quiet=quiet)
 
     def score(place: Path) -> None:
         detector = load_detector(folder)[0].to(pick_device("auto"))
@@ -187,7 +182,7 @@ def _cut_stages(
             "divergence_cut": found.divergence_cut, "divergence": found.divergence, "refitted": found.refitted,
             "kept": kept,
         })  # fmt: skip
-        judged(place, data, training)
+        judged(place, data, training, quiet=quiet)
 
     judging = {"size": training.size}
     before = _stage(out, "0-dense", judging, source, dense, quiet)
@@ -213,7 +208,7 @@ def _train_stage(
             )  # fmt: skip
             write_json(place / "history.json", found.history)
             save_detector(found.detector, own, place / "detector")
-        judged(place, data, training)
+        judged(place, data, training, quiet=quiet)
 
     settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})
     inputs = {"pruned": pruned.digest, "coco": data.digest}

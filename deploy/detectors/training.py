@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import toolchain
-from deploy.artifacts import Artifact
+from deploy.artifacts import Artifact, canonical_digest, file_digest, open_artifact
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
 from deploy.detectors.recipe import DetectRecipe, schedule_of, size_of
@@ -32,6 +32,10 @@ from toolchain.macs import count_macs, count_params
 from toolchain.processes import pick_device
 
 DETECT = "7-detect"
+TRAINING = 1
+"""Raise it when training gives another detector; the stage's version alone has it judged and exported again."""
+
+_TRAINING = "training.json"
 _AGREEMENT_IMAGES = 16
 """Images on which the exported detector is held against PyTorch, box by box."""
 
@@ -40,7 +44,7 @@ def trained(
     job: Job, name: str, backbone: nn.Module, digest: str, data: CocoData, wanted: DetectRecipe,
     teacher: Artifact | None = None, crew: Crew = ALONE,
 ) -> Artifact:  # fmt: skip
-    """Train, judge and export a detector.
+    """Train, judge and export a detector. One that was trained so before is only judged and exported again.
 
     Args:
         job: of the run.
@@ -53,17 +57,36 @@ def trained(
         crew: processes that train on a share each.
     """
 
+    apart = {"coco", "backbones", "workers", "tensorboard", "batches", "ap_images", "size"}
+    settings = {**wanted.model_dump(mode="json", exclude=apart), "seed": job.recipe.seed}
+    inputs = {"backbone": digest, "train": file_digest(data.train.annotations)}
+    if teacher is not None:
+        inputs["teacher"] = detector_digest(teacher.folder / "detector")
+    training = {"version": TRAINING, "settings": settings, "inputs": inputs}
+    before = job.folder / DETECT / name
+
     def work(folder: Path) -> None:
+        if not (folder / "detector").exists() and _training_of(before) == training:
+            shutil.copyfile(before / "history.json", folder / "history.json")
+            shutil.copytree(before / "detector", folder / "detector")
         if not (folder / "detector").exists():
             _train(folder, backbone, data, wanted, teacher, crew, seed=job.recipe.seed, quiet=job.quiet)
-        judged(folder, data, wanted)
+        write_json(folder / _TRAINING, training)
+        judged(folder, data, wanted, quiet=job.quiet)
 
-    apart = {"coco", "backbones", "workers", "tensorboard", "batches", "ap_images"}
-    settings = {**wanted.model_dump(mode="json", exclude=apart), "seed": job.recipe.seed}
-    inputs = {"backbone": digest, "coco": data.digest}
-    if teacher is not None:
-        inputs["teacher"] = teacher.digest
-    return stage(job, f"{DETECT}/{name}", settings, inputs, work, resumable=True)
+    judging = {"size": list(size_of(wanted))}
+    return stage(job, f"{DETECT}/{name}", settings | judging, inputs | {"coco": data.digest}, work, resumable=True)
+
+
+def _training_of(folder: Path) -> object:
+    """How the detector in a stage's folder was trained, or None."""
+    found = open_artifact(folder)
+    return read_json(folder / _TRAINING) if found is not None and _TRAINING in found.manifest.files else None
+
+
+def detector_digest(folder: Path) -> str:
+    """sha256 of a detector, structure and weights."""
+    return canonical_digest([file_digest(folder / name) for name in ("detector.json", "model.safetensors")])
 
 
 def _train(
@@ -111,7 +134,7 @@ def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: Dete
     )
 
 
-def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
+def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = True) -> None:
     """AP in PyTorch of the detector in a folder, its ONNX file, and what the two find box by box."""
     detector, info = load_detector(folder / "detector")
     detector.to(pick_device("auto"))
@@ -132,7 +155,9 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe) -> None:
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
     else:
         run = judge.by_mmdet(detector)
-    found = judge.detections(run, images_of(data.val, info, wanted), info.category_ids, limits)
+    found = judge.detections(
+        run, judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet), info.category_ids, limits
+    )
     write_json(folder / judge.PREDICTIONS, found)
     figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),

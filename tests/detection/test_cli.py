@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,20 @@ def test_what_is_refused(run: Path, scenes: Path, tmp_path: Path, folders: dict[
         call("eval", folders["dense"], "--coco", scenes)
     with refused("holds no detector"):
         call("prune", folders["dense"], "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5)
+
+
+def test_another_size_of_the_export_trains_nothing_again(compared: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(compared, run)
+    weights = run / "7-detect/pruned/detector/model.safetensors"
+    before = weights.read_bytes()
+    recipe = json.loads((run / "7-detect/recipe.json").read_text())
+    (run / "7-detect/recipe.json").write_text(json.dumps({**recipe, "size": [64, 96]}))
+    result = call("train", "--run", run, "--backbones", "pruned", "-q")
+    assert result.exit_code == 0
+    assert weights.read_bytes() == before
+    assert json.loads((run / "7-detect/pruned/ap.json").read_text())["size"] == [64, 96]
+    assert json.loads((run / "7-detect/pruned/ap.json").read_text())["turned"] is not None
 
 
 def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path) -> None:
