@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,tensorrt-rtx,openvino
+DIST ?= worksteal
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Named after the Python version, so that another interpreter gets an environment of its own.
@@ -27,11 +28,11 @@ demo: $(READY)
 	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist $(DIST) $(TESTS)
 
 # Detection has an environment of its own, so that the other tests prove that nothing else needs it.
 test-detection:
-	DETECTION=1 $(MAKE) test VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection TESTS=tests/detection
+	DETECTION=1 $(MAKE) test VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection TESTS=tests/detection DIST=loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

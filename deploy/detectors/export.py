@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
+from onnx import ModelProto
 from torch import nn
 
 from calib_data import Preprocess
@@ -55,21 +56,33 @@ def export_detector(
     """
     if shape not in get_args(Shape):
         raise UserError(f"Unknown shape {shape!r}.", fix=f"Choose one of {', '.join(get_args(Shape))}.")
+    whole = whole_graph(detector, info, size, boxes=boxes, opset=opset, uint8_input=uint8_input)
+    save_model(in_shape(whole, shape, size, info), path)
+
+
+def whole_graph(
+    detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, boxes: int = BOXES, opset: int = 20,
+    uint8_input: bool = False,
+) -> ModelProto:  # fmt: skip
+    """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
     pixels = info.config["data_preprocessor"]
     mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (pixels["mean"], pixels["std"]))
     preprocess = Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
-    about = {
-        "labels": json.dumps(list(info.classes)),
-        "category_ids": json.dumps(list(info.category_ids)),
-        "shape": shape,
-    }
-    whole = DecodedBoxes(detector, size, boxes, with_levels=True)
+    about = {"labels": json.dumps(list(info.classes)), "category_ids": json.dumps(list(info.category_ids))}
     with tempfile.TemporaryDirectory() as scratch:
-        draft = Path(scratch) / path.name
+        path = Path(scratch) / "model.onnx"
         export_onnx(
-            whole, draft, preprocess, opset=opset, uint8_input=uint8_input, metadata=about,
-            outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),
+            DecodedBoxes(detector, size, boxes, with_levels=True), path, preprocess, opset=opset,
+            uint8_input=uint8_input, metadata=about, outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),
         )  # fmt: skip
-        model = load_model(draft)
-    model = with_outputs(model, LEVEL_OUTPUTS if shape == "raw" else BOX_OUTPUTS)
-    save_model(with_suppression(model, size, limits_of(info.config)) if shape == "decode+nms" else model, path)
+        return load_model(path)
+
+
+def in_shape(whole: ModelProto, shape: Shape, size: tuple[int, int], info: DetectorInfo) -> ModelProto:
+    """A graph of `whole_graph` in one of the shapes."""
+    model = with_outputs(whole, LEVEL_OUTPUTS if shape == "raw" else BOX_OUTPUTS)
+    if shape == "decode+nms":
+        model = with_suppression(model, size, limits_of(info.config))
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "shape", shape
+    return model

@@ -153,7 +153,7 @@ def _cut_stages(
 
     def dense(place: Path) -> None:
         shutil.copytree(folder, place / "detector")
-        judged(place, data, training, quiet=quiet)
+        judged(place, data, training, quiet=quiet, export=False)
 
     def score(place: Path) -> None:
         detector = load_detector(folder)[0].to(pick_device("auto"))

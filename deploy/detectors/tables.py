@@ -25,11 +25,11 @@ def trained_table(detectors: Mapping[str, Artifact]) -> Table:
         table.add_row(title, *(f"{100 * own['pytorch'][key]:.1f}" for own in figures.values()))
     table.add_row("validation images", *(str(own["pytorch"]["images"]) for own in figures.values()))
     table.add_row("parameters, M", *(f"{own['params'] / 1e6:.2f}" for own in figures.values()))
-    if all(own["agreement"] for own in figures.values()):
-        table.add_row(
-            "boxes that the ONNX file finds too",
-            *(f"{own['agreement']['matched']} of {own['agreement']['boxes']}" for own in figures.values()),
-        )
+    found = [own["agreement"] for own in figures.values()]
+    if any(found):
+        boxes = (f"{one['matched']} of {one['boxes']}" if one else "" for one in found)
+        table.add_row("boxes that the ONNX file finds too", *boxes)
+    if all(own["macs_800x1344"] for own in figures.values()):
         table.add_row("GMACs at 800 x 1344", *(f"{own['macs_800x1344'] / 1e9:.1f}" for own in figures.values()))
     return table
 

@@ -134,8 +134,8 @@ def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: Dete
     )
 
 
-def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = True) -> None:
-    """AP in PyTorch of the detector in a folder, its ONNX file, and what the two find box by box."""
+def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = True, export: bool = True) -> None:
+    """AP in PyTorch of the detector in a folder; its ONNX file, and what the two find box by box."""
     detector, info = load_detector(folder / "detector")
     detector.to(pick_device("auto"))
     size, limits = size_of(wanted), limits_of(info.config)
@@ -143,12 +143,9 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
     if wanted.detector == "retinanet":
         decoded = DecodedBoxes(detector, size).eval()
         run = judge.by_torch(decoded)
-        export_detector(detector, info, folder / "model.onnx", size)
-        with open_model(load_model(folder / "model.onnx")) as session:
-            some = images_of(data.val, info, wanted, _AGREEMENT_IMAGES)
-            agreement = judge.agreement(judge.by_mmdet(detector), judge.by_session(session), some, limits)
-        agreement.require()
-        figures["agreement"] = asdict(agreement)
+        if export:
+            export_detector(detector, info, folder / "model.onnx", size)
+            figures["agreement"] = asdict(_agreement(folder, detector, info, data, wanted))
         if size[0] < size[1]:
             figures["turned"] = _turned(detector, info, data, size)
         figures["macs"] = count_macs(Levels(detector), (3, *size))
@@ -166,6 +163,18 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
         "backbone_params": count_params(detector.get_submodule("backbone")),
     }
     write_json(folder / "ap.json", figures)
+
+
+def _agreement(
+    folder: Path, detector: nn.Module, info: DetectorInfo, data: CocoData, wanted: DetectRecipe
+) -> judge.Agreement:
+    """The gate: the exported file finds what mmdet's own `predict` does."""
+    some = images_of(data.val, info, wanted, _AGREEMENT_IMAGES)
+    with open_model(load_model(folder / "model.onnx")) as session:
+        engine, limits = judge.by_session(session), limits_of(info.config)
+        found = judge.agreement(judge.by_mmdet(detector), engine, some, limits)
+    found.require()
+    return found
 
 
 def _turned(detector: nn.Module, info: DetectorInfo, data: CocoData, size: tuple[int, int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from PIL import Image
 
 from calib_data.errors import UserError
 from deploy.detectors import judge
-from deploy.detectors.export import export_detector
+from deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
 from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
 from deploy.detectors.suppression import Limits
 from deploy.graphs.files import load_model
@@ -47,9 +48,10 @@ def files(mmdet: None, folders: dict[str, Path], tmp_path_factory: pytest.TempPa
     detector, model = small_retinanet(folders["uniform"], 3)
     info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
     place = tmp_path_factory.mktemp("onnx")
-    for shape in ("raw", "decode", "decode+nms"):
-        export_detector(detector, info, place / f"{shape}.onnx", SIZE, shape=shape)  # type: ignore[arg-type]
-    return {shape: place / f"{shape}.onnx" for shape in ("raw", "decode", "decode+nms")}
+    whole = whole_graph(detector, info, SIZE)
+    for shape in get_args(Shape):
+        onnx.save(in_shape(whole, shape, SIZE, info), place / f"{shape}.onnx")
+    return {shape: place / f"{shape}.onnx" for shape in get_args(Shape)}
 
 
 def test_raw_gives_the_levels(files: dict[str, Path], folders: dict[str, Path]) -> None:
