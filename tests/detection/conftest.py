@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from typer.testing import CliRunner, Result
 
 import toolchain
+from calib_data.errors import UserError
 from calib_data.writing import write_coco
+from deploy.cli import app
 from detection import configs, openmm
 from detection.backbone import UPPVTv2
 from detection.coco import CocoData, open_coco
@@ -98,3 +103,15 @@ def changed(scenes: Path, place: Path, change: Callable[[Document], object], spl
     change(document)
     path.write_text(json.dumps(document))
     return place
+
+
+def detect(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["detect", *map(str, arguments)], catch_exceptions=False)
+
+
+@contextmanager
+def refused(text: str, exit_code: int = 2) -> Iterator[None]:
+    with pytest.raises(UserError, match=re.escape(text)) as caught:
+        yield
+    assert caught.value.exit_code == exit_code
+    assert caught.value.fix

@@ -1,21 +1,15 @@
 """`upvits-deploy detect` from end to end on a few small pictures, and what it says when something is wrong."""
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from calib_data.errors import UserError
-from deploy.cli import app
 from deploy.pipeline import build
-from tests.detection.conftest import changed
+from tests.detection.conftest import changed, detect, refused
 
 pytestmark = [pytest.mark.usefixtures("mmdet"), pytest.mark.slow]
 
@@ -36,13 +30,9 @@ def run(mmdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["detect", *map(str, arguments)], catch_exceptions=False)
-
-
 @pytest.fixture(scope="module")
 def compared(run: Path, scenes: Path) -> Path:
-    assert call("compare", "--run", run, "--coco", scenes, *SMALL).exit_code == 0
+    assert detect("compare", "--run", run, "--coco", scenes, *SMALL).exit_code == 0
     return run
 
 
@@ -63,12 +53,12 @@ def test_compare_measures_both_detectors(compared: Path) -> None:
     assert all(picture["data"].startswith("data:image/") for picture in document["pictures"])
     manifests = {path: path.read_bytes() for path in compared.glob("7-detect/*/manifest.json")}
     assert len(manifests) == 2 + 1 + 2 + 1  # detectors, the int8 graph, engines, the comparison
-    assert call("compare", "--run", compared, "-q").exit_code == 0  # settings are remembered
+    assert detect("compare", "--run", compared, "-q").exit_code == 0  # settings are remembered
     assert all(path.read_bytes() == content for path, content in manifests.items())
 
 
 def test_eval_judges_folders_and_files(compared: Path, scenes: Path, tmp_path: Path) -> None:
-    result = call("eval", compared, "--coco", scenes, "-o", tmp_path / "out")
+    result = detect("eval", compared, "--coco", scenes, "-o", tmp_path / "out")
     assert result.exit_code == 0
     figures = json.loads((tmp_path / "out/ap.json").read_text())
     assert sorted(own["run_by"] for own in figures.values()) == ["ONNX Runtime"] * 2 + ["PyTorch"] * 2
@@ -82,75 +72,40 @@ def test_eval_judges_folders_and_files(compared: Path, scenes: Path, tmp_path: P
     assert all(len(line) <= 80 for line in result.output.splitlines()[:-1])
 
 
-def test_a_detector_is_pruned_itself(compared: Path, scenes: Path, tmp_path: Path) -> None:
-    dense = compared / "7-detect/dense/detector"
-    result = call(
-        "prune", dense, "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5, "--head-ratio", 0.5, "--images", 10,
-        "--epochs", 1, "--batch-size", 4, "--workers", 0,
-    )  # fmt: skip
-    assert result.exit_code == 0
-    figures = {
-        stage: json.loads((tmp_path / "out" / stage / "ap.json").read_text()) for stage in ("0-dense", "3-train")
-    }
-    assert figures["3-train"]["macs"] < 0.4 * figures["0-dense"]["macs"]
-    with refused("--imitation and --head-ratio exclude each other"):
-        call(
-            "prune",
-            dense,
-            "-o",
-            tmp_path / "o",
-            "--coco",
-            scenes,
-            "--ratio",
-            0.5,
-            "--head-ratio",
-            0.5,
-            "--imitation",
-            1,
-        )
-    assert "fine-tuned" in result.output
-
-
 def test_shapes_are_exported(compared: Path, tmp_path: Path) -> None:
     folder = compared / "7-detect/pruned/detector"
-    assert call("export", folder, "-o", tmp_path / "n.onnx", "--shape", "decode+nms", "--size", "64x96").exit_code == 0
+    assert (
+        detect("export", folder, "-o", tmp_path / "n.onnx", "--shape", "decode+nms", "--size", "64x96").exit_code == 0
+    )
     with refused("exists"):
-        call("export", folder, "-o", tmp_path / "n.onnx")
+        detect("export", folder, "-o", tmp_path / "n.onnx")
     with refused("not of the shape"):
-        call("eval", tmp_path / "n.onnx")
-
-
-@contextmanager
-def refused(text: str, exit_code: int = 2) -> Iterator[None]:
-    with pytest.raises(UserError, match=re.escape(text)) as caught:
-        yield
-    assert caught.value.exit_code == exit_code
-    assert caught.value.fix
+        detect("eval", tmp_path / "n.onnx")
 
 
 def test_what_is_refused(run: Path, scenes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     with refused("holds no data set in COCO's format"):
-        call("train", "--run", run, "--coco", tmp_path)
+        detect("train", "--run", run, "--coco", tmp_path)
     with refused("has no fine-tuned network"):
-        call("train", "--run", tmp_path / "none", "--coco", scenes)
+        detect("train", "--run", tmp_path / "none", "--coco", scenes)
     with refused("detector: Input should be"):
-        call("train", "--run", run, "--coco", scenes, "--detector", "yolo")
+        detect("train", "--run", run, "--coco", scenes, "--detector", "yolo")
     with refused("--cfg-options 'lr' is not valid"):
-        call("train", "--run", run, "--coco", scenes, "--cfg-options", "lr")
+        detect("train", "--run", run, "--coco", scenes, "--cfg-options", "lr")
     for wrong in ("optim_wrapper.optimizer.type=AdamV", "model.bbox_head.nclasses=3", "optim_wrapper.optimiser.lr=1"):
         with refused("--cfg-options"):
-            call("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", wrong)
+            detect("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", wrong)
     with refused("--cfg-options: there is no no_such"):
-        call("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", "no_such.key=3")
+        detect("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", "no_such.key=3")
     if not torch.cuda.is_available():
         with refused("--amp needs an NVIDIA GPU"):
-            call("train", "--run", run, "--coco", scenes, "--amp")
+            detect("train", "--run", run, "--coco", scenes, "--amp")
     with refused("--scale '64' is not valid"):
-        call("train", "--run", run, "--coco", scenes, "--scale", "64")
+        detect("train", "--run", run, "--coco", scenes, "--scale", "64")
     with refused("holds no detector"):
-        call("eval", folders["dense"], "--coco", scenes)
+        detect("eval", folders["dense"], "--coco", scenes)
     with refused("holds no detector"):
-        call("prune", folders["dense"], "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5)
+        detect("prune", folders["dense"], "-o", tmp_path / "out", "--coco", scenes, "--ratio", 0.5)
 
 
 def test_another_size_of_the_export_trains_nothing_again(compared: Path, scenes: Path, tmp_path: Path) -> None:
@@ -160,7 +115,7 @@ def test_another_size_of_the_export_trains_nothing_again(compared: Path, scenes:
     before = weights.read_bytes()
     recipe = json.loads((run / "7-detect/recipe.json").read_text())
     (run / "7-detect/recipe.json").write_text(json.dumps({**recipe, "size": [64, 96]}))
-    result = call("train", "--run", run, "--backbones", "pruned", "-q")
+    result = detect("train", "--run", run, "--backbones", "pruned", "-q")
     assert result.exit_code == 0
     assert weights.read_bytes() == before
     assert json.loads((run / "7-detect/pruned/ap.json").read_text())["size"] == [64, 96]
@@ -168,7 +123,7 @@ def test_another_size_of_the_export_trains_nothing_again(compared: Path, scenes:
 
 
 def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path) -> None:
-    result = call("train", "--run", run, "--coco", scenes, "--detector", "mask-rcnn", "--backbones", "pruned", *SMALL)
+    result = detect("train", "--run", run, "--coco", scenes, "--detector", "mask-rcnn", "--backbones", "pruned", *SMALL)
     assert result.exit_code == 0
     figures = json.loads((run / "7-detect/pruned/ap.json").read_text())
     assert figures["macs"] is None
@@ -177,4 +132,4 @@ def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path
     assert "loss_mask" in history["1"]
     without = changed(scenes, tmp_path / "c", lambda d: [box.pop("segmentation") for box in d["annotations"]])
     with refused("has boxes without masks"):
-        call("train", "--run", run, "--coco", without, "--detector", "mask-rcnn", *SMALL)
+        detect("train", "--run", run, "--coco", without, "--detector", "mask-rcnn", *SMALL)
