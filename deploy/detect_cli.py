@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,67 +44,50 @@ ApImages = Annotated[int | None, typer.Option(help="Validation images that engin
 Batches = Annotated[str | None, typer.Option("--bench-batches", help="Batch sizes to time. \\[default: 1]")]
 
 
-@app.command()
-def train(
-    run: Run,
-    coco: Coco = None,
-    detector: Detector = None,
-    backbones: Backbones = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    scale: Scale = None,
-    imitation: Imitation = None,
-    fpn_channels: FpnChannels = None,
-    stacked_convs: StackedConvs = None,
-    amp: Amp = None,
-    tensorboard: Tensorboard = None,
-    workers: Workers = None,
-    cfg_options: CfgOptions = None,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Train detectors on the dense and the pruned network of a run, or continue; judge and export them."""
-    wanted = {
-        "coco": coco, "detector": detector, "backbones": backbones, "epochs": epochs, "batch_size": batch_size,
-        "lr": lr, "scale": _scale(scale), "imitation": imitation, "amp": amp, "workers": workers,
-        "fpn_channels": fpn_channels, "stacked_convs": stacked_convs, "tensorboard": tensorboard,
-        "cfg_options": _options(cfg_options),
-    }  # fmt: skip
-    _detect(run, wanted, engines=False, quiet=quiet)
+def _run_command(engines: bool) -> Callable[..., None]:
+    """A command that trains detectors on a run's networks, and with `engines` compares them; both take one schedule."""
+
+    def command(
+        run: Run,
+        coco: Coco = None,
+        detector: Detector = None,
+        backbones: Backbones = None,
+        epochs: Epochs = None,
+        batch_size: BatchSize = None,
+        lr: Lr = None,
+        scale: Scale = None,
+        imitation: Imitation = None,
+        fpn_channels: FpnChannels = None,
+        stacked_convs: StackedConvs = None,
+        amp: Amp = None,
+        tensorboard: Tensorboard = None,
+        workers: Workers = None,
+        cfg_options: CfgOptions = None,
+        ap_images: ApImages = None,
+        bench_batches: Batches = None,
+        quiet: opt.Quiet = False,
+    ) -> None:
+        from deploy.option_values import whole_numbers
+
+        wanted = {
+            "coco": coco, "detector": detector, "backbones": backbones, "epochs": epochs, "batch_size": batch_size,
+            "lr": lr, "scale": _scale(scale), "imitation": imitation, "amp": amp, "workers": workers,
+            "fpn_channels": fpn_channels, "stacked_convs": stacked_convs, "tensorboard": tensorboard,
+            "cfg_options": _options(cfg_options), "ap_images": ap_images,
+            "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"),
+        }  # fmt: skip
+        _detect(run, wanted, engines=engines, quiet=quiet)
+
+    return command
 
 
-@app.command()
-def compare(
-    run: Run,
-    coco: Coco = None,
-    detector: Detector = None,
-    backbones: Backbones = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    scale: Scale = None,
-    imitation: Imitation = None,
-    fpn_channels: FpnChannels = None,
-    stacked_convs: StackedConvs = None,
-    amp: Amp = None,
-    tensorboard: Tensorboard = None,
-    workers: Workers = None,
-    cfg_options: CfgOptions = None,
-    ap_images: ApImages = None,
-    bench_batches: Batches = None,
-    quiet: opt.Quiet = False,
-) -> None:
-    """The same, then build engines of both, measure them in turns, and put all of it into the run's report."""
-    from deploy.option_values import whole_numbers
-
-    wanted = {
-        "coco": coco, "detector": detector, "backbones": backbones, "epochs": epochs, "batch_size": batch_size,
-        "lr": lr, "scale": _scale(scale), "imitation": imitation, "amp": amp, "workers": workers,
-        "fpn_channels": fpn_channels, "stacked_convs": stacked_convs, "tensorboard": tensorboard,
-        "cfg_options": _options(cfg_options), "ap_images": ap_images,
-        "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"),
-    }  # fmt: skip
-    _detect(run, wanted, engines=True, quiet=quiet)
+app.command(
+    "train", help="Train detectors on the dense and the pruned network of a run, or continue; judge and export them."
+)(_run_command(engines=False))
+app.command(
+    "compare",
+    help="The same, then build engines of both, measure them in turns, and put all of it into the run's report.",
+)(_run_command(engines=True))
 
 
 @app.command()
