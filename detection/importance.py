@@ -24,6 +24,7 @@ from toolchain.checkpoints import weights_digest
 from toolchain.families import groups_of
 from toolchain.masks import masked
 from toolchain.scores import Scores
+from toolchain.scores.divergence import half_sums
 from toolchain.scores.fisher import DRAWS, mask_fisher
 from toolchain.scores.measure import check_finite, images_digest
 from toolchain.scores.stability import stability_of
@@ -135,8 +136,7 @@ def score_detector(
     batches = torch.split(images, batch_size)
     for found in mask_fisher(maps, sizes, masked_by, batches, lambda out: maps.probes(out, generator), quiet):
         for name, values in found.items():
-            for image, own in enumerate(values.cpu()):
-                halves[name][(number + image) % 2] += own
+            halves[name] += half_sums(values, number).cpu()
         number += len(next(iter(found.values())))
     means = {name: sums.sum(dim=0) / len(images) for name, sums in halves.items()}
     check_finite(means)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from calib_data.errors import UserError
+from calib_data.progress import progress_bar
 from detection import openmm
 from detection.coco import CocoData
 from detection.configs import Config, Schedule, training
@@ -83,7 +82,7 @@ def train_detector(
     where = {} if last is None else {"resume": True, "load_from": str(last)}
     config = openmm.config_of(values | where, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with _bar(quiet) as bar:
+    with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=None)
 
         def advance(epoch: int, step: int, steps: int, losses: Losses) -> None:
@@ -141,15 +140,3 @@ def _standard(features: Tensor) -> Tensor:
     """Features [B, C, H, W] with mean 0 and deviation 1 in every channel."""
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), keepdim=True, correction=0)
     return (features - mean) / (deviation + 1e-6)
-
-
-def _bar(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, quiet=quiet),
-        disable=quiet,
-        transient=True,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from deploy.engine_stages import engine_of, runs_here
 from deploy.environment import environment
 from deploy.job import Pixels, read_json, stage
 from deploy.measure.bench import BenchSettings, LatencyReport, interleave
-from deploy.runtimes import read_engine, runtime_named
+from deploy.runtimes import Engine, read_engine, runtime_named
 from detection.detector import read_info
 
 DOCUMENT = "detection.json"
@@ -143,14 +143,14 @@ def _latencies(work: Work, engines: Sequence[Artifact], measured: LatencyReport 
     if measured is None:
         return []
     return [
-        _latency(read_engine(next(artifact.folder.glob("*/build.json")).parent), artifact.folder.name, batch, measured)
+        _latency(engine_of(artifact, next(iter(work.detectors))), artifact.folder.name, batch, measured)
         for artifact in engines
         if f"{artifact.folder.name}/{next(iter(work.detectors))}" in measured.stats
         for batch in work.wanted.batches
     ]
 
 
-def _latency(engine: Any, name: str, batch: int, measured: LatencyReport) -> DetectorLatency:
+def _latency(engine: Engine, name: str, batch: int, measured: LatencyReport) -> DetectorLatency:
     medians: Mapping[str, float] = {
         model: measured.stats[f"{name}/{model}"][batch].median
         for model in ("dense", "pruned")

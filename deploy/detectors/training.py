@@ -146,8 +146,6 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
         if export:
             export_detector(detector, info, folder / "model.onnx", size)
             figures["agreement"] = asdict(_agreement(folder, detector, info, data, wanted))
-        if size[0] < size[1]:
-            figures["turned"] = _turned(detector, info, data, size)
         figures["macs"] = count_macs(Levels(detector), (3, *size))
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
     else:
@@ -156,6 +154,8 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
         run, judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet), info.category_ids, limits
     )
     write_json(folder / judge.PREDICTIONS, found)
+    if wanted.detector == "retinanet" and size[0] < size[1]:
+        figures["turned"] = _turned(detector, info, data, size, found)
     figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),
         "size": list(size),
@@ -177,17 +177,20 @@ def _agreement(
     return found
 
 
-def _turned(detector: nn.Module, info: DetectorInfo, data: CocoData, size: tuple[int, int]) -> dict[str, Any]:
+def _turned(
+    detector: nn.Module, info: DetectorInfo, data: CocoData, size: tuple[int, int], found: list[dict[str, Any]]
+) -> dict[str, Any]:
     """AP where upright images are fitted into the turned size, as tables of detectors have it: no graph of one size
-    does that.
+    does that. `found` is what was found at `size`, and holds for all other images.
     """
-    pixels = info.config["data_preprocessor"]
-    found = []
-    for upright, own in ((False, size), (True, size[::-1])):
-        images = fitted(data.val, own, tuple(pixels["mean"]), tuple(pixels["std"]), upright=upright)
-        run = judge.by_torch(DecodedBoxes(detector, own).eval())
-        found += judge.detections(run, images, info.category_ids, limits_of(info.config))
-    return asdict(average_precision(data.val.annotations, found))
+    pixels, turned = info.config["data_preprocessor"], (size[1], size[0])
+    seen: list[int] = []
+    images = fitted(data.val, turned, tuple(pixels["mean"]), tuple(pixels["std"]), upright=True)
+    run = judge.by_torch(DecodedBoxes(detector, turned).eval())
+    upright = judge.detections(run, judge.noting(images, seen), info.category_ids, limits_of(info.config))
+    known = set(seen)
+    others = [box for box in found if box["image_id"] not in known]
+    return asdict(average_precision(data.val.annotations, [*others, *upright]))
 
 
 def images_of(split: Split, info: DetectorInfo, wanted: DetectRecipe, most: int | None = None) -> Iterator[Fitted]:
