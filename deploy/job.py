@@ -96,9 +96,14 @@ def stage(
     if not artifact.skipped and not name.startswith("7-"):  # a report of what was there before would now be wrong
         for report in ("report.json", "report.md", "report.html"):
             (job.folder / report).unlink(missing_ok=True)
-    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
-    Console(stderr=True, quiet=job.quiet).print(f"{name}: {took}", highlight=False)
+    announce(name, artifact, quiet=job.quiet)
     return artifact
+
+
+def announce(name: str, artifact: Artifact, *, quiet: bool) -> None:
+    """A line about a stage that is whole."""
+    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
+    Console(stderr=True, quiet=quiet).print(f"{name}: {took}", highlight=False)
 
 
 def write_json(path: Path, document: object) -> None:

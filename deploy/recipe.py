@@ -9,18 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from calib_data import DataSource
-from calib_data.errors import UserError
 from deploy.detectors.recipe import DetectRecipe
 from deploy.detectors.recipe import resolved as resolved_detection
 from deploy.environment import usable_cores
 from deploy.measure.bench import MAX_STREAMS
 from deploy.run_dir import read_recipe, read_toml
+from deploy.validation import validated
 from toolchain.distillation import DistillSettings
 from toolchain.families import FAMILIES, family_of
 from toolchain.planning import Component
@@ -159,15 +158,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    try:
-        return Recipe.model_validate(values)
-    except pydantic.ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4]
-        )
-        raise UserError(
-            f"The recipe is not valid: {faults}.", fix="`upvits-deploy build --help` explains the options."
-        ) from error
+    return validated(Recipe, values, "The recipe is not valid", "upvits-deploy build")
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

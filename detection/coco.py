@@ -270,10 +270,9 @@ def _in_one_form(document: _Document, boxes: Sequence[_Box], cache: Path) -> Pat
     path = cache / "coco" / f"{hashlib.sha256(content).hexdigest()[:20]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(draft, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as draft:
+            (Path(draft) / path.name).write_bytes(content)
+            os.replace(Path(draft) / path.name, path)
     return path
 
 

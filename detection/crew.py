@@ -56,6 +56,9 @@ class Crew:
             yield heard[0]
 
 
+ALONE = Crew()
+
+
 def _slurm_places() -> dict[str, str]:
     """What torchrun would say, from what slurm says to a process of `srun`."""
     slurm = os.environ

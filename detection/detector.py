@@ -45,6 +45,18 @@ class DetectorInfo:
     category_ids: tuple[int, ...]
     scale: tuple[int, int]
 
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of red, green and blue, for pixels from 0 to 255."""
+        red, green, blue = self.config["data_preprocessor"]["mean"]
+        return red, green, blue
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Of red, green and blue, for pixels from 0 to 255."""
+        red, green, blue = self.config["data_preprocessor"]["std"]
+        return red, green, blue
+
 
 def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None:
     """Write a detector as a folder that is whole or not there.

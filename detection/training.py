@@ -16,12 +16,10 @@ from calib_data.progress import progress_bar
 from detection import openmm
 from detection.coco import CocoData
 from detection.configs import Config, Schedule, training
-from detection.crew import Crew
+from detection.crew import ALONE, Crew
 from detection.detector import load_detector, read_weights
 
 Losses = dict[str, float]
-
-ALONE = Crew()
 
 
 @dataclass(frozen=True, slots=True)

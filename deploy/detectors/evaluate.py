@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from onnx import TensorProto
-from torch import nn
 
 from calib_data.errors import UserError
 from deploy.artifacts import disk_errors
@@ -25,7 +24,6 @@ from deploy.runtimes import open_model
 from detection import openmm
 from detection.average_precision import AveragePrecision, average_precision
 from detection.coco import CocoData
-from detection.decode import DecodedBoxes
 from detection.detector import load_detector
 from detection.pictures import fitted
 from toolchain.processes import pick_device
@@ -97,13 +95,6 @@ def evaluate(path: Path, data: CocoData, most: int | None = None, *, quiet: bool
     return Judged(str(path), run_by, average_precision(data.val.annotations, found, seen), found)
 
 
-def by_torch(detector: nn.Module, size: tuple[int, int]) -> judge.Run:
-    """A detector in PyTorch, decoded as its graph does it where it has one."""
-    if type(detector).__name__ == "RetinaNet":
-        return judge.by_torch(DecodedBoxes(detector, size).eval())
-    return judge.by_mmdet(detector)
-
-
 def export(folder: Path, out: Path, shape: str, *, size: tuple[int, int] | None = None, uint8: bool = False) -> None:
     """Write a detector folder as ONNX in one of its shapes.
 
@@ -131,9 +122,9 @@ def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
     openmm.require()
     detector, info = load_detector(path)
     detector.to(pick_device("auto"))
-    pixels, size = info.config["data_preprocessor"], size_for(info.scale)
-    takes = _Takes(info.classes, size, tuple(pixels["mean"]), tuple(pixels["std"]), limits_of(info.config))
-    return takes, by_torch(detector, size), "PyTorch"
+    size = size_for(info.scale)
+    takes = _Takes(info.classes, size, info.mean, info.std, limits_of(info.config))
+    return takes, judge.run_of(detector, size), "PyTorch"
 
 
 def _file(path: Path) -> tuple[_Takes, judge.Run, str]:

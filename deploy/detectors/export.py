@@ -65,8 +65,7 @@ def whole_graph(
     uint8_input: bool = False,
 ) -> ModelProto:  # fmt: skip
     """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
-    pixels = info.config["data_preprocessor"]
-    mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (pixels["mean"], pixels["std"]))
+    mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (info.mean, info.std))
     preprocess = Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
     about = {"labels": json.dumps(list(info.classes)), "category_ids": json.dumps(list(info.category_ids))}
     with tempfile.TemporaryDirectory() as scratch:

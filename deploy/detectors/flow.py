@@ -22,8 +22,7 @@ from deploy.job import Job, write_json
 from deploy.speed.table import cache_folder
 from detection import openmm
 from detection.coco import CocoData, open_coco
-from detection.crew import Crew
-from detection.training import ALONE
+from detection.crew import ALONE, Crew
 
 RECIPE = "recipe.json"
 

@@ -19,6 +19,7 @@ from calib_data.progress import watched
 from deploy.detectors.suppression import USUAL, Limits, suppress
 from deploy.runtimes import Session
 from detection import openmm
+from detection.decode import DecodedBoxes
 from detection.pictures import Fitted
 from toolchain.scores.divergence import device_of
 
@@ -58,6 +59,13 @@ def by_torch(decoded: nn.Module) -> Run:
         return boxes.numpy(), scores.numpy(), labels.numpy()
 
     return run
+
+
+def run_of(detector: nn.Module, size: tuple[int, int]) -> Run:
+    """A detector in PyTorch, decoded as its graph does it where it has one."""
+    if type(detector).__name__ == "RetinaNet":
+        return by_torch(DecodedBoxes(detector, size).eval())
+    return by_mmdet(detector)
 
 
 def by_mmdet(detector: nn.Module) -> Run:

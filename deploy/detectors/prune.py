@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,16 +16,17 @@ import toolchain
 from calib_data.errors import UserError
 from deploy.artifacts import Artifact, run_stage
 from deploy.detectors.flow import check_request, open_data
-from deploy.detectors.recipe import DetectRecipe, invalid, resolved, schedule_of, size_for, size_of
-from deploy.detectors.training import detector_digest, images_of, judged
-from deploy.job import write_json
+from deploy.detectors.recipe import DetectRecipe, resolved, size_for, size_of
+from deploy.detectors.training import detector_digest, images_of, judged, train_into
+from deploy.job import announce, write_json
 from deploy.run_dir import open_run
+from deploy.validation import validated
 from detection.coco import CocoData
 from detection.crew import Crew, gathered
 from detection.detector import DetectorInfo, load_detector, read_info, save_detector
 from detection.importance import DetectorScores, neck_and_head, score_detector
 from detection.shrink import kept_channels, shrink
-from detection.training import train_along, train_detector
+from detection.training import train_along
 from toolchain.processes import pick_device
 from toolchain.scores import Scores
 
@@ -65,10 +65,7 @@ def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    try:
-        return PruneRecipe.model_validate(values)
-    except ValidationError as error:
-        raise invalid(error, "upvits-deploy detect prune --help") from error
+    return validated(PruneRecipe, values, "This cannot be done", "upvits-deploy detect prune")
 
 
 def prune_detector(
@@ -200,14 +197,11 @@ def _train_stage(
 
     def train(place: Path) -> None:
         if not (place / "detector").exists():
-            own = read_info(pruned.folder / "detector")
-            found = train_detector(
-                own.config, data, schedule_of(training), place / "work", seed=wanted.seed, options=training.cfg_options,
-                start=pruned.folder / "detector", teacher=folder if training.imitation else None,
-                distill_weight=training.imitation, crew=crew, quiet=quiet,
+            start = pruned.folder / "detector"
+            train_into(
+                place, read_info(start).config, data, training, seed=wanted.seed, crew=crew, start=start,
+                teacher=folder if training.imitation else None, quiet=quiet,
             )  # fmt: skip
-            write_json(place / "history.json", found.history)
-            save_detector(found.detector, own, place / "detector")
         judged(place, data, training, quiet=quiet)
 
     settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})
@@ -220,8 +214,7 @@ def _stage(
     quiet: bool, *, resumable: bool = False,
 ) -> Artifact:  # fmt: skip
     artifact = run_stage(out, name, settings, inputs, work, version=VERSION, resumable=resumable)
-    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
-    Console(stderr=True, quiet=quiet).print(f"{name}: {took}", highlight=False)
+    announce(name, artifact, quiet=quiet)
     return artifact
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from calib_data.errors import UserError
+from deploy.validation import validated
 from detection.configs import Detector, Schedule
 
 Backbones = Literal["both", "dense", "pruned"]
@@ -64,16 +65,7 @@ def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    try:
-        return DetectRecipe.model_validate(values)
-    except ValidationError as error:
-        raise invalid(error, "upvits-deploy detect train --help") from error
-
-
-def invalid(error: ValidationError, help_command: str) -> UserError:
-    """What is wrong with values that were given, in words."""
-    faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4])
-    return UserError(f"This cannot be done: {faults}.", fix=f"`{help_command}` explains the options.")
+    return validated(DetectRecipe, values, "This cannot be done", "upvits-deploy detect train")
 
 
 def resolved(recipe: DetectRecipe) -> DetectRecipe:

@@ -22,11 +22,11 @@ from deploy.runtimes import open_model
 from detection import configs, openmm
 from detection.average_precision import average_precision
 from detection.coco import CocoData, Split
-from detection.crew import Crew
+from detection.crew import ALONE, Crew
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
 from detection.pictures import Fitted, fitted
-from detection.training import ALONE, train_detector
+from detection.training import train_detector
 from toolchain.families import FAMILIES, family_of
 from toolchain.macs import count_macs, count_params
 from toolchain.processes import pick_device
@@ -96,14 +96,37 @@ def _train(
     if not (folder / "backbone").exists():
         toolchain.save(backbone.cpu(), folder / "backbone")
     model = model_config(folder / "backbone", backbone, data, wanted)
+    before = None if teacher is None else teacher.folder / "detector"
+    train_into(folder, model, data, wanted, seed=seed, teacher=before, crew=crew, quiet=quiet)
+    shutil.rmtree(folder / "backbone")  # the detector holds all that is needed
+
+
+def train_into(
+    folder: Path, config: configs.Config, data: CocoData, wanted: DetectRecipe, *, seed: int, crew: Crew,
+    start: Path | None = None, teacher: Path | None = None, quiet: bool = True,
+) -> None:  # fmt: skip
+    """Train, or continue, what a configuration describes; leaves `detector/` and `history.json` in `folder`.
+
+    Args:
+        folder: checkpoints and logs are kept there meanwhile.
+        config: of the model.
+        data: what it is trained on.
+        wanted: resolved.
+        seed: of the order of the images.
+        crew: processes that train on a share each.
+        start: folder of a detector whose weights it starts with.
+        teacher: folder of a detector whose pyramid is imitated.
+        quiet: no progress bar.
+    """
     found = train_detector(
-        model,
+        config,
         data,
         schedule_of(wanted),
         folder / "work",
         seed=seed,
         options=wanted.cfg_options,
-        teacher=None if teacher is None else teacher.folder / "detector",
+        start=start,
+        teacher=teacher,
         distill_weight=wanted.imitation,
         crew=crew,
         quiet=quiet,
@@ -112,8 +135,7 @@ def _train(
     assert wanted.scale is not None
     info = DetectorInfo(found.config, data.classes, data.category_ids, wanted.scale)
     save_detector(found.detector, info, folder / "detector")
-    for scratch in ("work", "backbone"):  # checkpoints and logs; the detector holds all that is needed
-        shutil.rmtree(folder / scratch)
+    shutil.rmtree(folder / "work")
 
 
 def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe) -> configs.Config:
@@ -141,18 +163,13 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
     size, limits = size_of(wanted), limits_of(info.config)
     figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None, "turned": None}
     if wanted.detector == "retinanet":
-        decoded = DecodedBoxes(detector, size).eval()
-        run = judge.by_torch(decoded)
         if export:
             export_detector(detector, info, folder / "model.onnx", size)
             figures["agreement"] = asdict(_agreement(folder, detector, info, data, wanted))
         figures["macs"] = count_macs(Levels(detector), (3, *size))
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
-    else:
-        run = judge.by_mmdet(detector)
-    found = judge.detections(
-        run, judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet), info.category_ids, limits
-    )
+    images = judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet)
+    found = judge.detections(judge.run_of(detector, size), images, info.category_ids, limits)
     write_json(folder / judge.PREDICTIONS, found)
     if wanted.detector == "retinanet" and size[0] < size[1]:
         figures["turned"] = _turned(detector, info, data, size, found)
@@ -183,9 +200,9 @@ def _turned(
     """AP where upright images are fitted into the turned size, as tables of detectors have it: no graph of one size
     does that. `found` is what was found at `size`, and holds for all other images.
     """
-    pixels, turned = info.config["data_preprocessor"], (size[1], size[0])
+    turned = (size[1], size[0])
     seen: list[int] = []
-    images = fitted(data.val, turned, tuple(pixels["mean"]), tuple(pixels["std"]), upright=True)
+    images = fitted(data.val, turned, info.mean, info.std, upright=True)
     run = judge.by_torch(DecodedBoxes(detector, turned).eval())
     upright = judge.detections(run, judge.noting(images, seen), info.category_ids, limits_of(info.config))
     known = set(seen)
@@ -195,8 +212,7 @@ def _turned(
 
 def images_of(split: Split, info: DetectorInfo, wanted: DetectRecipe, most: int | None = None) -> Iterator[Fitted]:
     """Images of a split as a detector takes them, one at a time; evenly spread ones where `most` are fewer."""
-    pixels = info.config["data_preprocessor"]
-    return fitted(split, size_of(wanted), tuple(pixels["mean"]), tuple(pixels["std"]), most)
+    return fitted(split, size_of(wanted), info.mean, info.std, most)
 
 
 def figures_of(artifact: Artifact) -> dict[str, Any]:
