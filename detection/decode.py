@@ -19,9 +19,6 @@ from calib_data.errors import UserError
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 """Predicted widths and heights stay within this factor of their anchor's (mmdet's `wh_ratio_clip`)."""
 
-BOXES = 1000
-"""Boxes per image that the decoded graph gives, the best first."""
-
 
 class Levels(nn.Module):
     """Images [B, 3, H, W] (normalised) to class logits [B, A * C, h, w] and deltas [B, A * 4, h, w] of every level.
@@ -57,12 +54,13 @@ class DecodedBoxes(nn.Module):
     Args:
         detector: mmdet's RetinaNet, in eval mode.
         size: (height, width) of the images, multiples of 32.
-        boxes: K, at most; small images have fewer candidates.
+        boxes: K, the best first. By default all candidates, level by level: up to 1,000 of each (`nms_pre`), as many as
+            mmdet looks at, so that suppression finds the same in crowded images.
         with_levels: give what `Levels` gives first.
     """
 
     def __init__(
-        self, detector: nn.Module, size: tuple[int, int], boxes: int = BOXES, *, with_levels: bool = False
+        self, detector: nn.Module, size: tuple[int, int], boxes: int | None = None, *, with_levels: bool = False
     ) -> None:
         super().__init__()
         if size[0] % 32 or size[1] % 32:
@@ -82,7 +80,7 @@ class DecodedBoxes(nn.Module):
         self.register_buffer("stds", torch.tensor(coder.stds, device=example.device).float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Boxes, scores and labels, the best first; overlapping ones are all still there."""
+        """Boxes, scores and labels; overlapping ones are all still there."""
         found = self.levels(images)
         count = len(found) // 2
         parts = [self._level(i, found[i], found[count + i]) for i in range(count)]
@@ -90,9 +88,10 @@ class DecodedBoxes(nn.Module):
         # boxes that were clipped to nothing are dropped by mmdet; here their score becomes 0
         extents = boxes[..., 2:] - boxes[..., :2]
         scores = scores * (extents.amin(dim=-1) > 0)
-        best, order = scores.topk(min(self.boxes, scores.shape[1]), dim=1)
-        result = (boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), best, labels.gather(1, order))
-        return (*found, *result) if self.with_levels else result
+        if self.boxes is not None:
+            scores, order = scores.topk(min(self.boxes, scores.shape[1]), dim=1)
+            boxes, labels = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), labels.gather(1, order)
+        return (*found, boxes, scores, labels) if self.with_levels else (boxes, scores, labels)
 
     def _level(self, index: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         anchors = cast(Tensor, getattr(self, f"anchors_{index}"))

@@ -16,7 +16,7 @@ from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
 from deploy.detectors.suppression import limits_of, with_suppression
 from deploy.graphs.export import export_onnx
 from deploy.graphs.files import load_model, save_model
-from detection.decode import BOXES, DecodedBoxes
+from detection.decode import DecodedBoxes
 from detection.detector import DetectorInfo
 
 Shape = Literal["raw", "decode", "decode+nms"]
@@ -31,7 +31,7 @@ def export_detector(
     size: tuple[int, int],
     *,
     shape: Shape = "decode",
-    boxes: int = BOXES,
+    boxes: int | None = None,
     opset: int = 20,
     uint8_input: bool = False,
 ) -> None:
@@ -46,7 +46,7 @@ def export_detector(
         path: the file to write; it appears whole or not at all.
         size: (height, width) in pixels, multiples of 32.
         shape: what comes out.
-        boxes: of `decode`: so many per image, the best first.
+        boxes: so many candidates per image, the best first; by default all that mmdet looks at.
         opset: 18 to 23.
         uint8_input: take raw pixels.
 
@@ -61,7 +61,7 @@ def export_detector(
 
 
 def whole_graph(
-    detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, boxes: int = BOXES, opset: int = 20,
+    detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, boxes: int | None = None, opset: int = 20,
     uint8_input: bool = False,
 ) -> ModelProto:  # fmt: skip
     """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""

@@ -173,7 +173,7 @@ class Agreement:
                 f"{self.max_score_difference:.2g}.",
                 why=f"{SAME_SHARE:.0%} of mmdet's own boxes are wanted, with IoU >= {SAME_IOU} and scores within "
                 f"{SAME_SCORE:g}.",
-                fix="Crowded images may have more than 1,000 candidates; otherwise, please report it.",
+                fix="Please report it, with the data if they may be seen.",
             )
 
 
