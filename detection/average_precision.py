@@ -9,14 +9,17 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calib_data.errors import MissingDependencyError, UserError
 
 Detection = Mapping[str, Any]
-"""One box in COCO's result format: image_id, category_id, bbox [x, y, width, height] in pixels, score."""
+"""In COCO's result format: image_id, category_id, score, and bbox [x, y, width, height] in pixels or segmentation."""
+
+Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,9 @@ class AveragePrecision:
 
 
 def average_precision(
-    annotations: Path, detections: Sequence[Detection], image_ids: Collection[int] | None = None
+    annotations: Path, detections: Sequence[Detection], image_ids: Collection[int] | None = None, kind: Kind = "bbox"
 ) -> AveragePrecision:
-    """Judge detections on all images of an annotation file, or on some; at most the best 100 of an image count.
+    """Judge boxes (or masks) on all images of an annotation file, or on some; at most the best 100 of an image count.
 
     The file has areas, crowd marks, and boxes numbered from 1, as `detection.coco` writes them: pycocotools takes a
     match with the box 0 for none.
@@ -73,7 +76,7 @@ def average_precision(
         truth.dataset = document
         truth.createIndex()
         evaluation = COCOeval(
-            truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), "bbox"
+            truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), kind
         )
         evaluation.params.imgIds = sorted(known)
         evaluation.evaluate()
@@ -97,6 +100,14 @@ def average_precision(
         images=len(known),
         detections=len(detections),
     )
+
+
+def run_length(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask [h, w] as COCO's result format has it."""
+    from pycocotools import mask as coder
+
+    found: dict[str, Any] = coder.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode("ascii")}
 
 
 def _empty(truth: Any) -> Any:

@@ -302,12 +302,37 @@ def last_checkpoint(work_dir: Path) -> Path | None:
 
 def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Boxes [N, 4], scores [N] and labels [N] of each image [B, 3, H, W] (normalised), as mmdet itself finds them."""
+    shape, scale = tuple(images.shape[2:]), (1.0, 1.0)
+    found = _instances(detector, images, [(shape, shape, scale)] * len(images), rescale=False)
+    return [(own.bboxes.cpu(), own.scores.cpu(), own.labels.cpu()) for own in found]
+
+
+def predict_masks(
+    detector: nn.Module, image: Tensor, inside: tuple[int, int], original: tuple[int, int], scale: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks [N, h, w] (bool), scores [N] and labels [N] of one image [3, H, W], in pixels of the original.
+
+    Args:
+        detector: Mask R-CNN.
+        image: normalised, padded at the right and at the bottom.
+        inside: (height, width) that it covers.
+        original: (h, w).
+        scale: pixels of the image per pixel of the original, (x, y).
+    """
+    (found,) = _instances(detector, image.unsqueeze(0), [(inside, original, scale)], rescale=True)
+    return found.masks.cpu(), found.scores.cpu(), found.labels.cpu()
+
+
+def _instances(
+    detector: nn.Module, images: Tensor, about: Sequence[tuple[Any, Any, Any]], *, rescale: bool
+) -> list[Any]:
+    """What mmdet finds on images of which (img_shape, ori_shape, scale_factor) are given."""
     _loaded()
     sample_class = importlib.import_module("mmdet.structures").DetDataSample
-    shape = tuple(images.shape[2:])
-    about = {"img_shape": shape, "ori_shape": shape, "pad_shape": shape, "batch_input_shape": shape}
-    samples = [sample_class(metainfo={**about, "scale_factor": (1.0, 1.0)}) for _ in images]
+    shape, samples = tuple(images.shape[2:]), []
+    for inside, original, scale in about:
+        known = {"img_shape": inside, "ori_shape": original, "scale_factor": scale}
+        samples.append(sample_class(metainfo={**known, "pad_shape": shape, "batch_input_shape": shape}))
     with _quietly():
-        found = detector.predict(images, samples, rescale=False)  # type: ignore[operator]
-    instances = [sample.pred_instances for sample in found]
-    return [(own.bboxes.cpu(), own.scores.cpu(), own.labels.cpu()) for own in instances]
+        found = detector.predict(images, samples, rescale=rescale)  # type: ignore[operator]
+    return [sample.pred_instances for sample in found]

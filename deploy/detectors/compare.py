@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -83,19 +83,23 @@ def read_comparison(artifact: Artifact) -> DetectionReport:
 
 def _figures(name: str, detector: Artifact) -> DetectorFigures:
     figures = figures_of(detector)
-    own = figures["pytorch"]
+    return DetectorFigures(
+        model=cast(Name, name),
+        **{key: figures[key] for key in ("params", "backbone_params", "macs", "macs_800x1344")},
+        pytorch=_in_percent(figures["pytorch"]),
+        turned_ap=figures["turned"] and 100 * figures["turned"]["ap"],
+        masks=None if figures["masks"] is None else _in_percent(figures["masks"]),
+        agreement=None if figures["agreement"] is None else BoxAgreement(**figures["agreement"]),
+    )
+
+
+def _in_percent(own: Mapping[str, Any]) -> ApFigures:
     in_percent = {
         key: None if own[key] is None else 100 * own[key]
         for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     }
     classes = {kind: None if value is None else 100 * value for kind, value in own["per_class"].items()}
-    return DetectorFigures(
-        model=cast(Name, name),
-        **{key: figures[key] for key in ("params", "backbone_params", "macs", "macs_800x1344")},
-        pytorch=ApFigures.model_validate({**in_percent, "per_class": classes, "images": own["images"]}),
-        turned_ap=figures["turned"] and 100 * figures["turned"]["ap"],
-        agreement=None if figures["agreement"] is None else BoxAgreement(**figures["agreement"]),
-    )
+    return ApFigures.model_validate({**in_percent, "per_class": classes, "images": own["images"]})
 
 
 def _engines(work: Work, artifact: Artifact) -> list[DetectorEngine]:

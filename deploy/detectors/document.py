@@ -41,7 +41,7 @@ class DetectorFigures(_Document):
     """A trained detector on one backbone. `macs_800x1344` is what tables of detectors give; `macs` is at `size`.
 
     `pytorch` is AP on images of `size`; `turned_ap` where upright images are fitted into the turned size, as published
-    tables have it. Detectors that cannot be exported (Mask R-CNN) have no count of MACs and no agreement.
+    tables have it. Mask R-CNN, which cannot be exported, has no count of MACs and no agreement, but AP of its `masks`.
     """
 
     model: Name
@@ -51,6 +51,7 @@ class DetectorFigures(_Document):
     macs_800x1344: int | None
     pytorch: ApFigures
     turned_ap: float | None = None
+    masks: ApFigures | None = None
     agreement: BoxAgreement | None
 
 

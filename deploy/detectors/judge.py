@@ -19,6 +19,7 @@ from calib_data.progress import watched
 from deploy.detectors.suppression import USUAL, Limits, suppress
 from deploy.runtimes import Session
 from detection import openmm
+from detection.average_precision import run_length
 from detection.decode import DecodedBoxes
 from detection.pictures import Fitted
 from toolchain.scores.divergence import device_of
@@ -115,6 +116,20 @@ def detections(
                     "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score,
                 })  # fmt: skip
     return result
+
+
+def masks(detector: nn.Module, images: Iterable[Fitted], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Every mask that a Mask R-CNN finds on images, in COCO's result format."""
+    for image in images:
+        (width, height), (right, below) = image.original, image.inside
+        with torch.inference_mode():
+            pixels = image.pixels.to(device_of(detector))
+            found = openmm.predict_masks(detector, pixels, (below, right), (height, width), image.scale)
+        for mask, score, label in zip(*found, strict=True):
+            yield {
+                "image_id": image.image_id, "category_id": category_ids[int(label)], "score": float(score),
+                "segmentation": run_length(mask.numpy()),
+            }  # fmt: skip
 
 
 def batched(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:

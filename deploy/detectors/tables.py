@@ -23,6 +23,8 @@ def trained_table(detectors: Mapping[str, Artifact]) -> Table:
     table = _table("", *figures)
     for title, key in (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75")):
         table.add_row(title, *(f"{100 * own['pytorch'][key]:.1f}" for own in figures.values()))
+    if all(own["masks"] for own in figures.values()):
+        table.add_row("AP of masks", *(f"{100 * own['masks']['ap']:.1f}" for own in figures.values()))
     table.add_row("validation images", *(str(own["pytorch"]["images"]) for own in figures.values()))
     table.add_row("parameters, M", *(f"{own['params'] / 1e6:.2f}" for own in figures.values()))
     found = [own["agreement"] for own in figures.values()]

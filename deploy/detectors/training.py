@@ -161,7 +161,8 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
     detector, info = load_detector(folder / "detector")
     detector.to(pick_device("auto"))
     size, limits = size_of(wanted), limits_of(info.config)
-    figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None, "turned": None}
+    figures: dict[str, Any] = {"macs": None, "macs_800x1344": None, "agreement": None, "turned": None,
+                               "masks": None}  # fmt: skip
     if wanted.detector == "retinanet":
         if export:
             export_detector(detector, info, folder / "model.onnx", size)
@@ -173,6 +174,10 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
     write_json(folder / judge.PREDICTIONS, found)
     if wanted.detector == "retinanet" and size[0] < size[1]:
         figures["turned"] = _turned(detector, info, data, size, found)
+    if wanted.detector == "mask-rcnn":
+        images = judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet)
+        drawn = list(judge.masks(detector, images, info.category_ids))
+        figures["masks"] = asdict(average_precision(data.val.annotations, drawn, kind="segm"))
     figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),
         "size": list(size),

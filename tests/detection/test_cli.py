@@ -130,6 +130,8 @@ def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path
     assert figures["pytorch"]["images"] == 4
     history = json.loads((run / "7-detect/pruned/history.json").read_text())
     assert "loss_mask" in history["1"]
+    assert figures["masks"]["images"] == 4
+    assert figures["masks"]["detections"] == figures["pytorch"]["detections"]
     without = changed(scenes, tmp_path / "c", lambda d: [box.pop("segmentation") for box in d["annotations"]])
     with refused("has boxes without masks"):
         detect("train", "--run", run, "--coco", without, "--detector", "mask-rcnn", *SMALL)

@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 import toolchain
 from calib_data.errors import UserError
 from detection import configs, openmm
-from detection.average_precision import average_precision
+from detection.average_precision import average_precision, run_length
 from detection.coco import CocoData
 from detection.decode import DecodedBoxes, Levels
 from detection.detector import DetectorInfo, load_detector, save_detector
@@ -86,6 +86,34 @@ def test_perfect_detections_have_an_ap_of_one(data: CocoData) -> None:
     assert average_precision(data.val.annotations, []).ap == 0
     with pytest.raises(UserError, match="does not list"):
         average_precision(data.val.annotations, [{**found[0], "image_id": 12345}])
+
+
+def test_perfect_masks_have_an_ap_of_one(data: CocoData) -> None:
+    truth = json.loads(data.val.annotations.read_text())
+    found = []
+    for box in truth["annotations"]:
+        runs = box["segmentation"]
+        mask = np.repeat(np.arange(len(runs["counts"])) % 2 == 1, runs["counts"]).reshape(runs["size"], order="F")
+        known = {key: box[key] for key in ("image_id", "category_id")}
+        found.append({**known, "segmentation": run_length(mask), "score": 0.9})
+    assert average_precision(data.val.annotations, found, kind="segm").ap == pytest.approx(1.0)
+    empty = run_length(np.zeros((8, 8), np.bool_))
+    assert average_precision(data.val.annotations, [{**found[0], "segmentation": empty}], kind="segm").ap == 0
+
+
+def test_masks_are_in_pixels_of_the_original(folders: dict[str, Path]) -> None:
+    backbone = {"type": "UPPVTv2", "model": str(folders["dense"])}
+    model = configs.mask_rcnn(backbone, openmm.channels_of(backbone), 3, fpn_channels=16)
+    detector = openmm.build_detector(model)
+    image = torch.randn(3, 64, 64)
+    with torch.inference_mode():
+        masks, scores, _ = openmm.predict_masks(detector, image, (40, 64), (50, 80), (0.8, 0.8))
+    assert masks.shape == (len(scores), 50, 80)
+    assert masks.dtype == torch.bool
+    assert len(scores) > 5
+    covered = masks.any(dim=0)
+    assert covered[:, 64:].any()  # beyond the fitted image
+    assert covered[40:].any()
 
 
 def test_boxes_of_fitted_images_come_back(data: CocoData) -> None:

@@ -36,6 +36,7 @@ def _result(report: DetectionReport) -> Section:
         "AP small": lambda own: _ap(own.pytorch.ap_small),
         "AP medium": lambda own: _ap(own.pytorch.ap_medium),
         "AP large": lambda own: _ap(own.pytorch.ap_large),
+        "AP of masks": lambda own: _ap(own.masks.ap if own.masks else None),
         "parameters": lambda own: count(own.params),
         "parameters of the backbone": lambda own: count(own.backbone_params),
         f"MACs at {report.size[0]} x {report.size[1]}": lambda own: _large(own.macs),
