@@ -112,7 +112,7 @@ def prune(
         int | None, typer.Option(help="Of fine-tuning; 0 skips. \\[default: 3 on the demo, else 5]")
     ] = None,
     batch_size: BatchSize = None,
-    lr: Annotated[float | None, typer.Option(help="Peak rate. \\[default: a tenth of detect train's]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak rate. \\[default: 0.3 of detect train's]")] = None,
     imitation: Imitation = None,
     workers: Workers = None,
     cfg_options: CfgOptions = None,

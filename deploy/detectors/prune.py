@@ -32,9 +32,9 @@ from toolchain.scores import Scores
 
 Task = Literal["detection", "random"]
 VERSION = 1
-EPOCHS, LR = 0.4, 0.1
-"""Shares of the usual schedule for fine-tuning. On the drawn scenes a refitted detector of AP 70.5 fell to 60.0 within
-3 epochs at the full rate."""
+EPOCHS, LR = 0.4, 0.3
+"""Shares of the usual schedule for fine-tuning. On the drawn scenes, 3 epochs at 0.1, 0.3 and 1 of the rate brought a
+refitted detector from AP 72.4 to 80.0, 80.4 and 80.1 (dense 82.3; one seed each): it matters little."""
 _IDENTITY = ("detector", "prune")
 
 

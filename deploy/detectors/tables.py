@@ -37,14 +37,15 @@ def trained_table(detectors: Mapping[str, Artifact]) -> Table:
 
 
 def judged_table(found: Sequence[Judged]) -> Table:
-    """AP of detectors, a row each."""
-    table = _table("detector", "by", "AP", "AP50", "AP75", "S", "M", "L", "images")
+    """AP of detectors on the same images, a row each."""
+    table = _table("detector", "by", "AP", "AP50", "AP75", "S", "M", "L")
+    table.caption = f"on {found[0].precision.images} images"
     for one in found:
         own = one.precision
         values = (own.ap, own.ap50, own.ap75, own.ap_small, own.ap_medium, own.ap_large)
         table.add_row(
             "/".join(one.name.split("/")[-2:]), one.run_by,
-            *("-" if value is None else f"{100 * value:.1f}" for value in values), str(own.images),
+            *("-" if value is None else f"{100 * value:.1f}" for value in values),
         )  # fmt: skip
     return table
 
