@@ -1,4 +1,4 @@
-"""`python -m deploy`, which torchrun can start: `torchrun --nproc-per-node 8 -m deploy detect train --run RUN`."""
+"""`python -m deploy`, which torchrun can start: `torchrun --nproc-per-node 8 -m -- deploy detect train --run RUN`."""
 
 from deploy.cli import main
 

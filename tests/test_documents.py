@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import pytest
+from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from deploy.cli import app
@@ -68,6 +69,19 @@ def test_every_command_in_the_documents_can_be_typed() -> None:
             verb, rest = f"detect {rest[0]}", rest[1:]
         assert verb in VERBS
         assert {word for word in rest if word.startswith("-")} <= options(verb)
+
+
+def test_torchrun_starts_what_the_documents_tell_it_to() -> None:
+    text = "".join(text_of(document) for document in DOCUMENTS).replace("\\\n", " ")
+    lines = re.findall(r"^(torchrun .+)$", text, re.MULTILINE) + re.findall(r"`(torchrun [^`]+)`", text)
+    started = [get_args_parser().parse_args(shlex.split(line, comments=True)[1:]) for line in lines]
+    ours = [asked for asked in started if asked.training_script == "deploy"]
+    assert len(ours) >= 3
+    for asked in ours:
+        assert asked.module
+        words = [word for word in asked.training_script_args if word.startswith("-")]
+        assert words
+        assert set(words) <= options(" ".join(asked.training_script_args[:2]))
 
 
 def test_every_option_that_the_readme_names_exists() -> None:
