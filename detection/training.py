@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from detection.detector import load_detector, read_weights
 
 Losses = dict[str, float]
 
+_HISTORY = "history.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -29,7 +33,7 @@ class Trained:
     Attributes:
         detector: in eval mode on the CPU.
         config: of the model, as mmdet builds it; options are merged in.
-        history: means of all losses by epoch, of the epochs that this process ran.
+        history: means of all losses by epoch.
     """
 
     detector: nn.Module
@@ -80,6 +84,7 @@ def train_detector(
     where = {} if last is None else {"resume": True, "load_from": str(last)}
     config = openmm.config_of(values | where, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    history = {} if last is None else _history_until(work_dir, last)
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=None)
 
@@ -90,6 +95,10 @@ def train_detector(
             bar.update(
                 task, completed=done, total=config.train_cfg.max_epochs * steps, description=f"epoch {epoch + 1}"
             )
+            if step + 1 == steps:
+                history[epoch + 1] = {name: sum(own) / len(own) for name, own in sums[epoch + 1].items()}
+                if crew.is_leader:
+                    (work_dir / _HISTORY).write_text(json.dumps(history))
 
         try:
             runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
@@ -106,8 +115,15 @@ def train_detector(
                 fix=f"Check {', '.join(options)}.",
             ) from error
     crew.finish()
-    history = {epoch: {name: sum(v) / len(v) for name, v in own.items()} for epoch, own in sums.items()}
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
+
+
+def _history_until(work_dir: Path, checkpoint: Path) -> dict[int, Losses]:
+    """Losses of the epochs before a checkpoint, as far as they were written."""
+    with contextlib.suppress(OSError, ValueError):  # a kill may have torn it: the losses are for people to look at
+        known = {int(epoch): own for epoch, own in json.loads((work_dir / _HISTORY).read_text()).items()}
+        return {epoch: own for epoch, own in known.items() if epoch <= int(checkpoint.stem.removeprefix("epoch_"))}
+    return {}
 
 
 def train_along(crew: Crew) -> None:

@@ -1,5 +1,6 @@
 """Training goes on where it was stopped, and its checkpoints hold nothing but tensors and plain values."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def test_stopped_training_goes_on(
     state = torch.load(checkpoint, weights_only=True)
     assert state["meta"]["epoch"] == 2
     resumed = train_detector(model, data, SCHEDULE, tmp_path / "stopped")
-    assert set(resumed.history) == {3}
+    assert set(resumed.history) == {1, 2, 3}
+    assert resumed.history[1] == straight.history[1]
     ends = [torch.load(tmp_path / name / "epoch_3.pth", weights_only=True) for name in ("straight", "stopped")]
     assert ends[0]["param_schedulers"] == ends[1]["param_schedulers"]
     assert resumed.history[3]["loss"] == pytest.approx(straight.history[3]["loss"], rel=0.2)  # flips are drawn anew
@@ -88,6 +90,10 @@ def test_a_torn_checkpoint_is_passed_over(folders: dict[str, Path], data: CocoDa
     newest = openmm.last_checkpoint(tmp_path / "w")
     assert newest is not None
     newest.write_bytes(newest.read_bytes()[:1000])
+    history = json.loads((tmp_path / "w/history.json").read_text())
     (tmp_path / "w").rename(tmp_path / "moved")
     assert openmm.last_checkpoint(tmp_path / "moved") == tmp_path / "moved/epoch_1.pth"
-    assert set(train_detector(model, data, SCHEDULE, tmp_path / "moved").history) == {2, 3}
+    resumed = train_detector(model, data, SCHEDULE, tmp_path / "moved")
+    assert set(resumed.history) == {1, 2, 3}
+    assert resumed.history[1] == history["1"]
+    assert resumed.history[2] != history["2"]  # made again
