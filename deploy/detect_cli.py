@@ -159,6 +159,8 @@ def evaluate(
 
     targets = judging.targets_of(target)
     data = open_data(coco or judging.coco_of(target), quiet=quiet)
+    if output is not None:
+        judging.require_free(output, targets)
     found = [judging.evaluate(path, data, images, quiet=quiet) for path in targets]
     if output is not None:
         judging.write(output, found)

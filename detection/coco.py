@@ -24,6 +24,7 @@ from calib_data.errors import UserError
 
 _SHOWN = 3  # examples in a message
 _SIZES_READ = 500  # images that are read, at most
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +239,28 @@ def _checked(document: _Document, path: Path, images: Path, cache: Path) -> Spli
         images=images,
         count=len(known),
         boxes=len(to_train),
-        masks=all(box.segmentation for box in to_train),
+        masks=all(_is_mask(box.segmentation) for box in to_train),
         notes=tuple(f"{count} {text}" for text, count in counted.items() if count),
+    )
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether it is polygons or runs, as pycocotools takes them."""
+    if isinstance(value, list):
+        return bool(value) and all(_is_polygon(part) for part in value)
+    if not isinstance(value, dict):
+        return False
+    size, runs = value.get("size"), value.get("counts")
+    return isinstance(size, list) and len(size) == 2 and isinstance(runs, (list, str)) and bool(runs)
+
+
+def _is_polygon(value: Any) -> bool:
+    """x1, y1, x2, y2, ... of three corners or more."""
+    return (
+        isinstance(value, list)
+        and len(value) >= 6
+        and len(value) % 2 == 0
+        and all(isinstance(one, (int, float)) for one in value)
     )
 
 
@@ -256,9 +277,9 @@ def _in_one_form(document: _Document, boxes: Sequence[_Box], cache: Path) -> Pat
             "image_id": box.image_id,
             "category_id": box.category_id,
             "bbox": list(box.bbox),
-            "area": box.area or box.bbox[2] * box.bbox[3],
+            "area": box.area if box.area and box.area > 0 else box.bbox[2] * box.bbox[3],
             "iscrowd": int(box.iscrowd),
-            **({"segmentation": box.segmentation} if box.segmentation else {}),
+            **({"segmentation": box.segmentation} if _is_mask(box.segmentation) else {}),
         }
         for number, box in enumerate(boxes, 1)
     ]
@@ -289,11 +310,17 @@ def _require_files(images: Sequence[_Image], path: Path, folder: Path) -> None:
         try:
             with Image.open(folder / image.file_name) as opened:
                 opened.load()
-                size = opened.size
+                size, mode = opened.size, opened.mode
         except OSError as error:
             raise UserError(
                 f"{folder / image.file_name} cannot be read: {error}.", fix="Download it again, or remove it."
             ) from error
+        if mode in _DEEP:
+            raise UserError(
+                f"{folder / image.file_name} has more than 8 bits a channel (mode {mode}).",
+                why="Libraries read such images in different ways.",
+                fix="Convert the images to 8 bits a channel.",
+            )
         if size != (image.width, image.height):
             raise UserError(
                 f"{folder / image.file_name} has {size[0]} x {size[1]} pixels, and {path} says {image.width} x "

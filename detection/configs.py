@@ -32,7 +32,7 @@ class Schedule:
         batch_size: images per step and process.
         lr: peak learning rate for 16 images per step; scaled to what a step has.
         scale: images are scaled to fit (long side, short side) in pixels.
-        warmup: steps with a rising rate.
+        warmup: steps with a rising rate, a quarter of all at most.
         tensorboard: write curves for it, in the folder of the training.
     """
 
@@ -182,6 +182,8 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
     """
     masks = model["type"] == "MaskRCNN"
     backends = ["LocalVisBackend", *(["TensorboardVisBackend"] if schedule.tensorboard else [])]
+    steps = schedule.epochs * -(-data.train.count // schedule.batch_size)
+    warmup = max(1, min(schedule.warmup, steps // 4))
     ends = [round(schedule.epochs * share) for share in (2 / 3, 11 / 12)]
     optim: Config = {
         "type": "AmpOptimWrapper" if schedule.amp else "OptimWrapper",
@@ -205,7 +207,7 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
         },
         "optim_wrapper": optim,
         "param_scheduler": [
-            {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": schedule.warmup},
+            {"type": "LinearLR", "start_factor": 0.001, "by_epoch": False, "begin": 0, "end": warmup},
             {"type": "MultiStepLR", "begin": 0, "end": schedule.epochs, "milestones": ends, "gamma": 0.1},
         ],
         "auto_scale_lr": {"enable": True, "base_batch_size": 16},
@@ -267,11 +269,16 @@ def _loader(split: Split, classes: Sequence[str], schedule: Schedule, pipeline: 
 _LOAD: Config = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
 
 
+def _resize(scale: Sequence[int]) -> Config:
+    """By Pillow, as images are judged: OpenCV's bilinear filter gives other pixels where an image shrinks."""
+    return {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, "backend": "pillow"}
+
+
 def _train_pipeline(scale: Sequence[int], masks: bool) -> list[Config]:
     return [
         _LOAD,
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks},
-        {"type": "Resize", "scale": tuple(scale), "keep_ratio": True},
+        _resize(scale),
         {"type": "RandomFlip", "prob": 0.5},
         {"type": "PackDetInputs"},
     ]
@@ -281,7 +288,7 @@ def _test_pipeline(scale: Sequence[int], masks: bool) -> list[Config]:
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
     return [
         _LOAD,
-        {"type": "Resize", "scale": tuple(scale), "keep_ratio": True},
+        _resize(scale),
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks},
         {"type": "PackDetInputs", "meta_keys": keys},
     ]

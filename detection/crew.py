@@ -30,6 +30,11 @@ class Crew:
     group: Any = None
     busy: bool = False
 
+    @property
+    def size(self) -> int:
+        """Processes that train."""
+        return 1 if self.group is None else int(dist.get_world_size(self.group))
+
     def tell(self, order: dict[str, Any]) -> None:
         """What to train, arguments by name."""
         if self.group is not None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -288,6 +289,10 @@ def train(runner: Any) -> None:
     """Train, and go on where a checkpoint in the work folder ends if the configuration says so."""
     with _quietly(prints=_talks(runner.cfg)):
         runner.train()
+    runner.visualizer.close()
+    for handler in [one for one in runner.logger.handlers if isinstance(one, logging.FileHandler)]:
+        handler.close()  # what others log later in this process is not part of this training
+        runner.logger.removeHandler(handler)
 
 
 def last_checkpoint(work_dir: Path) -> Path | None:
@@ -298,6 +303,36 @@ def last_checkpoint(work_dir: Path) -> Path | None:
             torch.load(path, map_location="cpu", weights_only=True)
             return path
     return None
+
+
+def require_weights(path: Path, model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that a detector cannot start from.
+
+    Args:
+        path: of `load_from`.
+        model: the detector's configuration.
+
+    Raises:
+        UserError: it is not there, holds more than tensors and plain values, or is of another detector.
+    """
+    if not path.is_file():
+        raise UserError(f"load_from: there is no file {path}.", fix="Give a checkpoint of mmdet's.")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is none makes torch say
+        raise UserError(
+            f"load_from: {path} is no checkpoint of tensors and plain values.",
+            why="Objects in a file are code, which is never run.",
+            fix="Save its `state_dict` alone, by a tool that trusts the file.",
+        ) from error
+    given = found.get("state_dict", found) if isinstance(found, dict) else {}
+    own = build_detector(model).state_dict()
+    if not any(name in own and own[name].shape == getattr(value, "shape", None) for name, value in given.items()):
+        raise UserError(
+            f"load_from: none of the weights in {path} fits this detector.",
+            why=f"It has {', '.join(list(own)[:2])}, ...; the file {', '.join(list(given)[:2]) or 'nothing'}, ...",
+            fix="Give a checkpoint of the same detector and backbone.",
+        )
 
 
 def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from detection.detector import load_detector, read_weights
 
 Losses = dict[str, float]
 
-_HISTORY = "history.json"
+_HISTORY, _PROCESSES = "history.json", "processes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,17 @@ def train_detector(
         MissingDependencyError: mmdet is not there.
         UserError: an option names nothing, or nothing that can be built.
     """
+    last, options = openmm.last_checkpoint(work_dir), dict(options or {})
+    if last is not None:
+        options.pop("load_from", None)  # it was for the start
     if crew.is_leader:
+        _check_options(options, model)
+        _require_same_crew(work_dir, crew.size)
         crew.tell({
             "model": model, "data": data, "schedule": schedule, "work_dir": work_dir, "seed": seed, "options": options,
             "teacher": teacher, "distill_weight": distill_weight, "start": start,
         })  # fmt: skip
     values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available())
-    last = openmm.last_checkpoint(work_dir)
     where = {} if last is None else {"resume": True, "load_from": str(last)}
     config = openmm.config_of(values | where, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -99,6 +103,7 @@ def train_detector(
                 history[epoch + 1] = {name: sum(own) / len(own) for name, own in sums[epoch + 1].items()}
                 if crew.is_leader:
                     (work_dir / _HISTORY).write_text(json.dumps(history))
+                    (work_dir / _PROCESSES).write_text(str(crew.size))
 
         try:
             runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
@@ -116,6 +121,39 @@ def train_detector(
             ) from error
     crew.finish()
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
+
+
+def _check_options(options: Mapping[str, Any], model: Config) -> None:
+    """Refuse options that would take the training out of our hands, and a checkpoint that gives it nothing.
+
+    Raises:
+        UserError: says which.
+    """
+    taken = sorted({"work_dir", "resume"} & {name.partition(".")[0] for name in options})
+    if taken:
+        raise UserError(
+            f"--cfg-options cannot set {' and '.join(taken)}.",
+            why="Checkpoints lie in the run, and a training that was stopped goes on by itself.",
+            fix="Leave it out.",
+        )
+    if options.get("load_from") is not None:
+        openmm.require_weights(Path(str(options["load_from"])), model)
+
+
+def _require_same_crew(work_dir: Path, processes: int) -> None:
+    """The learning rate and the order of images are for so many processes as began.
+
+    Raises:
+        UserError: there are more or fewer now.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        before = int((work_dir / _PROCESSES).read_text())
+        if before != processes:
+            raise UserError(
+                f"This training was begun by {before} processes, and is continued by {processes}.",
+                why="The learning rate is for the images that a step has, and does not change on the way.",
+                fix=f"Continue with {before}, or delete {work_dir} to begin again.",
+            )
 
 
 def _history_until(work_dir: Path, checkpoint: Path) -> dict[int, Losses]:

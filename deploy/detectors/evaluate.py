@@ -16,7 +16,7 @@ from deploy.detectors import judge
 from deploy.detectors.export import export_detector
 from deploy.detectors.flow import RECIPE
 from deploy.detectors.recipe import size_for
-from deploy.detectors.suppression import USUAL, Limits, limits_of
+from deploy.detectors.suppression import Limits, limits_of
 from deploy.detectors.training import DETECT
 from deploy.graphs.files import load_model
 from deploy.job import write_json
@@ -115,7 +115,7 @@ class _Takes:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    limits: Limits = USUAL
+    limits: Limits
 
 
 def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
@@ -134,7 +134,8 @@ def _file(path: Path) -> tuple[_Takes, judge.Run, str]:
         shape, labels = metadata["shape"], json.loads(metadata["labels"])
         _, height, width = json.loads(metadata["input_size"])
         mean, std = (tuple(255 * value for value in json.loads(metadata[name])) for name in ("mean", "std"))
-    except (KeyError, ValueError) as error:
+        limits = Limits(**json.loads(metadata["limits"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is no detector of ours: its metadata lack {error}.",
             fix="Give a file of `detect train` or `detect export`.",
@@ -145,7 +146,11 @@ def _file(path: Path) -> tuple[_Takes, judge.Run, str]:
             f"{path} is not of the shape `decode` with normalised images.",
             fix="Export it so: `upvits-deploy detect export --shape decode`.",
         )
-    return _Takes(tuple(labels), (height, width), mean, std), judge.by_session(open_model(model)), "ONNX Runtime"
+    return (
+        _Takes(tuple(labels), (height, width), mean, std, limits),
+        judge.by_session(open_model(model)),
+        "ONNX Runtime",
+    )
 
 
 def _check_classes(path: Path, classes: tuple[str, ...], data: CocoData) -> None:
@@ -158,16 +163,24 @@ def _check_classes(path: Path, classes: tuple[str, ...], data: CocoData) -> None
         )
 
 
-def write(folder: Path, found: Sequence[Judged]) -> None:
-    """Detections of each, in COCO's result format, and AP of all; existing files are left alone.
+def require_free(folder: Path, targets: Sequence[Path]) -> None:
+    """Refuse a folder that holds results already, before hours of judging.
 
     Raises:
-        UserError: a file is there already.
+        UserError: a file is there.
     """
-    files = {f"{'-'.join(Path(one.name).parts[-2:])}.json": one for one in found}
-    there = [name for name in (*files, "ap.json") if (folder / name).exists()]
+    there = [name for name in (*map(_file_name, targets), "ap.json") if (folder / name).exists()]
     if there:
         raise UserError(f"{folder / there[0]} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
+
+
+def _file_name(target: Path) -> str:
+    return f"{'-'.join(target.parts[-2:])}.json"
+
+
+def write(folder: Path, found: Sequence[Judged]) -> None:
+    """Detections of each, in COCO's result format, and AP of all."""
+    files = {_file_name(Path(one.name)): one for one in found}
     with disk_errors(folder, "eval"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, one in files.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -67,7 +68,11 @@ def whole_graph(
     """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
     mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (info.mean, info.std))
     preprocess = Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
-    about = {"labels": json.dumps(list(info.classes)), "category_ids": json.dumps(list(info.category_ids))}
+    about = {
+        "labels": json.dumps(list(info.classes)),
+        "category_ids": json.dumps(list(info.category_ids)),
+        "limits": json.dumps(asdict(limits_of(info.config))),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"
         export_onnx(

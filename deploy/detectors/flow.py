@@ -16,8 +16,8 @@ from calib_data.scenes import demo_scenes
 from deploy.artifacts import Artifact, disk_errors
 from deploy.detectors.compare import compare
 from deploy.detectors.engines import Work, engines
-from deploy.detectors.recipe import DetectRecipe, make_detect_recipe, resolved
-from deploy.detectors.training import DETECT, trained
+from deploy.detectors.recipe import DetectRecipe, make_detect_recipe, place_of, resolved
+from deploy.detectors.training import DETECT, require_same_training, trained
 from deploy.job import Job, write_json
 from deploy.speed.table import cache_folder
 from detection import openmm
@@ -66,7 +66,7 @@ def remembered(folder: Path, wanted: DetectRecipe) -> DetectRecipe:
     given = wanted.model_dump(include=wanted.model_fields_set)
     path = folder / DETECT / RECIPE
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if given.get("coco", known.get("coco")) != known.get("coco"):
+    if "coco" in given and place_of(given["coco"]) != known.get("coco"):
         known = {}
     if "scale" in given:
         known.pop("size", None)
@@ -85,14 +85,17 @@ def detectors_of(
         wanted: resolved.
         crew: processes that train on a share each.
     """
-    found: dict[str, Artifact] = {}
-    if wanted.backbones != "pruned" or wanted.imitation:
-        found["dense"] = trained(job, "dense", job.dense, job.dense_digest, data, wanted, crew=crew)
-    if wanted.backbones != "dense":
-        teacher = found["dense"] if wanted.imitation else None
-        pruned: nn.Module = toolchain.load(tuned.folder / "model")
-        found["pruned"] = trained(job, "pruned", pruned, tuned.digest, data, wanted, teacher, crew)
+    digests = {"dense": job.dense_digest, "pruned": tuned.digest}
+    names = [name for name in digests if wanted.backbones in ("both", name) or (name == "dense" and wanted.imitation)]
+    for name in names:
+        require_same_training(job, name, digests[name], data, wanted)
+    (job.folder / DETECT).mkdir(exist_ok=True)
     write_json(job.folder / DETECT / RECIPE, wanted.model_dump(mode="json", exclude_none=True))
+    found: dict[str, Artifact] = {}
+    for name in names:
+        backbone: nn.Module = job.dense if name == "dense" else toolchain.load(tuned.folder / "model")
+        teacher = found["dense"] if name == "pruned" and wanted.imitation else None
+        found[name] = trained(job, name, backbone, digests[name], data, wanted, teacher, crew)
     return found
 
 

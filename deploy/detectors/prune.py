@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from detection.detector import DetectorInfo, load_detector, read_info, save_dete
 from detection.importance import DetectorScores, neck_and_head, score_detector
 from detection.shrink import kept_channels, shrink
 from detection.training import train_along
+from toolchain.planning import PruningPlan
 from toolchain.processes import pick_device
 from toolchain.scores import Scores
 
@@ -48,8 +49,8 @@ class PruneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    ratio: float | None = None
-    target_macs: float | None = None
+    ratio: float | None = Field(None, ge=0, lt=1)
+    target_macs: float | None = Field(None, gt=0, lt=1)
     head_ratio: float = Field(0.0, ge=0, lt=1)
     planner: Literal["uniform", "global"] = "uniform"
     task: Task = "detection"
@@ -57,6 +58,14 @@ class PruneRecipe(BaseModel):
     compensate: bool = True
     align: int = Field(8, ge=1)
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruneRecipe:
+        if self.ratio is not None and self.target_macs is not None:
+            raise ValueError("give ratio or target_macs, not both")
+        if self.ratio is None and self.target_macs is None and not self.head_ratio:
+            raise ValueError("give ratio or target_macs for the backbone, or head_ratio for pyramid and head")
+        return self
 
 
 def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
@@ -99,6 +108,8 @@ def prune_detector(
             raise UserError(
                 f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
             )
+        detector = load_detector(folder)[0]
+        _plan(detector, _random(detector, wanted).backbone, wanted, training)  # says now what cannot be met
         recipe = {"detector": detector_digest(folder), "prune": wanted.model_dump(),
                   "training": training.model_dump()}  # fmt: skip
         with open_run(out, recipe, _IDENTITY):
@@ -165,11 +176,7 @@ def _cut_stages(
     def cut(place: Path) -> None:
         detector = load_detector(folder)[0].to(pick_device("auto"))
         scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "rest.safetensors"))
-        plan = toolchain.plan(
-            detector.get_submodule("backbone.net"), scores.backbone, ratio=wanted.ratio,
-            target_macs=wanted.target_macs, planner=wanted.planner, align=wanted.align,
-            input_size=(3, *size_of(training)),
-        )  # fmt: skip
+        plan = _plan(detector, scores.backbone, wanted, training)
         (place / "plan.json").write_text(plan.to_json())
         kept = kept_channels(detector, scores, wanted.head_ratio, wanted.align)
         images = _images(data, info, training, wanted.images)
@@ -216,6 +223,19 @@ def _stage(
     artifact = run_stage(out, name, settings, inputs, work, version=VERSION, resumable=resumable)
     announce(name, artifact, quiet=quiet)
     return artifact
+
+
+def _plan(detector: nn.Module, scores: Scores, wanted: PruneRecipe, training: DetectRecipe) -> PruningPlan:
+    """For the backbone; nothing leaves it where only pyramid and head are asked for."""
+    return toolchain.plan(
+        detector.get_submodule("backbone.net"),
+        scores,
+        ratio=0.0 if wanted.target_macs is None and wanted.ratio is None else wanted.ratio,
+        target_macs=wanted.target_macs,
+        planner=wanted.planner,
+        align=wanted.align,
+        input_size=(3, *size_of(training)),
+    )
 
 
 def _images(data: CocoData, info: DetectorInfo, training: DetectRecipe, most: int) -> Tensor:

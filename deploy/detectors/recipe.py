@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,6 +60,10 @@ SHORT = {
 """For the drawn scenes: minutes on a CPU. `lr` is for 16 images per step, like the other."""
 
 
+_CLOSE = 1.02
+"""So much larger than in training may images be that a detector is judged on."""
+
+
 def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
     """Validate plain values.
 
@@ -72,19 +77,36 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
     """Every value filled in: the short schedule on the demo, the published one on all else."""
     known = SHORT if recipe.coco == "demo" else PUBLISHED
     filled = {name: value for name, value in known.items() if getattr(recipe, name) is None}
+    filled["coco"] = place_of(recipe.coco)
     found = recipe.model_copy(update=filled)
+    assert found.scale is not None
+    if any(_rounded(side) > _CLOSE * side for side in found.scale):
+        raise UserError(
+            f"--scale {found.scale[0]}x{found.scale[1]} does not fit.",
+            why="Detectors take sides that are multiples of 32, and have to see objects as large as in their training.",
+            fix=f"Give multiples of 32, e.g. {_rounded(found.scale[0])}x{_rounded(found.scale[1])}; 1333x800 is near "
+            "enough.",
+        )
     if found.size is not None and (found.size[0] % 32 or found.size[1] % 32):
         raise UserError(f"Images of {found.size[0]} x {found.size[1]} pixels do not fit.", fix="Give multiples of 32.")
     if found.size is None:
-        assert found.scale is not None
         found = found.model_copy(update={"size": size_for(found.scale)})
     return found
+
+
+def place_of(coco: str) -> str:
+    """A folder by its full name, however it was spelled; `demo` as it is."""
+    return coco if coco == "demo" else str(Path(coco).expanduser().resolve())
 
 
 def size_for(scale: tuple[int, int]) -> tuple[int, int]:
     """(height, width) that images fit into which are scaled to (long, short): multiples of 32."""
     long, short = max(scale), min(scale)
-    return -(-short // 32) * 32, -(-long // 32) * 32
+    return _rounded(short), _rounded(long)
+
+
+def _rounded(side: int) -> int:
+    return -(-side // 32) * 32
 
 
 def size_of(recipe: DetectRecipe) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torchvision.ops import batched_nms
 
+from calib_data.errors import UserError
+
 Boxes = NDArray[np.float32]
 
 
@@ -35,10 +37,22 @@ USUAL = Limits()
 
 
 def limits_of(config: Mapping[str, Any]) -> Limits:
-    """What a detector's configuration says of it."""
+    """What a detector's configuration says of it.
+
+    Raises:
+        UserError: it wants another way of suppression.
+    """
     test = config["test_cfg"]
     test = test.get("rcnn", test)
-    return Limits(test["score_thr"], test["nms"]["iou_threshold"], test["max_per_img"])
+    nms = dict(test["nms"])
+    overlap = nms.get("iou_threshold", nms.get("iou_thr"))
+    if nms.get("type", "nms") != "nms" or overlap is None or test.get("min_bbox_size", 0) > 0:
+        raise UserError(
+            "Of model.test_cfg only score_thr, nms_pre, nms.iou_threshold and max_per_img can be changed.",
+            why="Engines are judged by plain suppression of overlaps, as they will run.",
+            fix="Leave the others out.",
+        )
+    return Limits(test["score_thr"], overlap, test["max_per_img"])
 
 
 def suppress(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from torch import nn
 
 import toolchain
+from calib_data.errors import UserError
 from deploy.artifacts import Artifact, canonical_digest, file_digest, open_artifact
 from deploy.detectors import judge
 from deploy.detectors.export import export_detector
+from deploy.detectors.graph import LEVELS
 from deploy.detectors.recipe import DetectRecipe, schedule_of, size_of
 from deploy.detectors.suppression import limits_of
 from deploy.graphs.files import load_model
@@ -57,8 +60,7 @@ def trained(
         crew: processes that train on a share each.
     """
 
-    apart = {"coco", "backbones", "workers", "tensorboard", "batches", "ap_images", "size"}
-    settings = {**wanted.model_dump(mode="json", exclude=apart), "seed": job.recipe.seed}
+    settings = _settings(job, wanted)
     inputs = {"backbone": digest, "train": file_digest(data.train.annotations)}
     if teacher is not None:
         inputs["teacher"] = detector_digest(teacher.folder / "detector")
@@ -68,7 +70,8 @@ def trained(
     def work(folder: Path) -> None:
         if not (folder / "detector").exists() and _training_of(before) == training:
             shutil.copyfile(before / "history.json", folder / "history.json")
-            shutil.copytree(before / "detector", folder / "detector")
+            for part in ("log", "detector"):  # the detector last: it says that all is there
+                shutil.copytree(before / part, folder / part)
         if not (folder / "detector").exists():
             _train(folder, backbone, data, wanted, teacher, crew, seed=job.recipe.seed, quiet=job.quiet)
         write_json(folder / _TRAINING, training)
@@ -78,7 +81,39 @@ def trained(
     return stage(job, f"{DETECT}/{name}", settings | judging, inputs | {"coco": data.digest}, work, resumable=True)
 
 
-def _training_of(folder: Path) -> object:
+def _settings(job: Job, wanted: DetectRecipe) -> dict[str, Any]:
+    """What a training depends on beside its inputs."""
+    apart = {"coco", "backbones", "workers", "tensorboard", "batches", "ap_images", "size"}
+    return {**wanted.model_dump(mode="json", exclude=apart), "seed": job.recipe.seed}
+
+
+def require_same_training(job: Job, name: str, digest: str, data: CocoData, wanted: DetectRecipe) -> None:
+    """Hours of training are not replaced because a setting changed; a detector of an older network is. Args: `trained`.
+
+    Raises:
+        UserError: the detector that is there was trained on the same network with other settings.
+    """
+    folder = job.folder / DETECT / name
+    known = _training_of(folder)
+    if known is None or known["inputs"]["backbone"] != digest:
+        return
+    before, now = known["settings"], _settings(job, wanted)
+    changes = [
+        f"{key} is {before.get(key)}, {now.get(key)} was asked for"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if known["inputs"]["train"] != file_digest(data.train.annotations):
+        changes.append("the training images are others")
+    if changes:
+        raise UserError(
+            f"{folder} holds a detector that was trained otherwise: {'; '.join(changes)}.",
+            why="Training again would replace it.",
+            fix="Keep the settings, train in a copy of the run, or delete that folder.",
+        )
+
+
+def _training_of(folder: Path) -> dict[str, Any] | None:
     """How the detector in a stage's folder was trained, or None."""
     found = open_artifact(folder)
     return read_json(folder / _TRAINING) if found is not None and _TRAINING in found.manifest.files else None
@@ -118,6 +153,7 @@ def train_into(
         teacher: folder of a detector whose pyramid is imitated.
         quiet: no progress bar.
     """
+    _require_judgeable(config, wanted.cfg_options)
     found = train_detector(
         config,
         data,
@@ -135,7 +171,37 @@ def train_into(
     assert wanted.scale is not None
     info = DetectorInfo(found.config, data.classes, data.category_ids, wanted.scale)
     save_detector(found.detector, info, folder / "detector")
+    _keep_logs(folder / "work", folder / "log")
     shutil.rmtree(folder / "work")
+
+
+def _keep_logs(work: Path, kept: Path) -> None:
+    """mmengine's logs and curves, a folder for each time it was started; not its checkpoints."""
+    kept.mkdir(exist_ok=True)
+    for started in sorted(path for path in work.iterdir() if path.is_dir()):
+        started.rename(kept / started.name)
+
+
+def _require_judgeable(model: configs.Config, options: Mapping[str, Any]) -> None:
+    """Refuse before training what could be trained, but not be judged or exported afterwards.
+
+    Raises:
+        UserError: says which option.
+    """
+    own = {name: value for name, value in options.items() if name.startswith("model.")}
+    final = openmm.config_of({"model": model}, own).model
+    limits_of(final)
+    levels = final.neck.num_outs
+    if final.type == "RetinaNet" and levels != LEVELS:
+        raise UserError(
+            f"A RetinaNet of {levels} levels cannot be exported.",
+            why=f"The graph has {LEVELS}, from stride 8 to 128.",
+            fix="Leave model.neck.num_outs out of --cfg-options.",
+        )
+    if not final.data_preprocessor.bgr_to_rgb:
+        raise UserError(
+            "model.data_preprocessor.bgr_to_rgb cannot be switched off.", fix="Backbones take RGB, as timm's do."
+        )
 
 
 def model_config(folder: Path, backbone: nn.Module, data: CocoData, wanted: DetectRecipe) -> configs.Config:
@@ -194,7 +260,8 @@ def _agreement(
     some = images_of(data.val, info, wanted, _AGREEMENT_IMAGES)
     with open_model(load_model(folder / "model.onnx")) as session:
         engine, limits = judge.by_session(session), limits_of(info.config)
-        found = judge.agreement(judge.by_mmdet(detector), engine, some, limits)
+        there = copy.deepcopy(detector).cpu()  # where fp32 is fp32: GPUs may round convolutions to TF32
+        found = judge.agreement(judge.by_mmdet(there), engine, some, limits)
     found.require()
     return found
 

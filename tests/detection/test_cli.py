@@ -36,6 +36,13 @@ def compared(run: Path, scenes: Path) -> Path:
     return run
 
 
+@pytest.fixture
+def untrained(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run without detectors."""
+    shutil.copytree(run, tmp_path / "untrained", ignore=shutil.ignore_patterns("7-detect"))
+    return tmp_path / "untrained"
+
+
 def test_compare_measures_both_detectors(compared: Path) -> None:
     document = json.loads((compared / "7-detect/compare/detection.json").read_text())
     dense, pruned = document["detectors"]
@@ -83,7 +90,47 @@ def test_shapes_are_exported(compared: Path, tmp_path: Path) -> None:
         detect("eval", tmp_path / "n.onnx")
 
 
-def test_what_is_refused(run: Path, scenes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_finished_detector_is_not_replaced(compared: Path, scenes: Path) -> None:
+    weights = (compared / "7-detect/dense/detector/model.safetensors").read_bytes()
+    with refused("trained otherwise: epochs is 1, 2 was asked for"):
+        detect("train", "--run", compared, "--epochs", 2)
+    with refused("trained otherwise: detector is retinanet, mask-rcnn was asked for"):
+        detect("train", "--run", compared, "--detector", "mask-rcnn")
+    assert (compared / "7-detect/dense/detector/model.safetensors").read_bytes() == weights
+    assert json.loads((compared / "7-detect/recipe.json").read_text())["epochs"] == 1
+    manifest = (compared / "7-detect/pruned/manifest.json").read_bytes()
+    spelled = f"{scenes.parent}/./{scenes.name}/"
+    assert detect("train", "--run", compared, "--coco", spelled, "-q").exit_code == 0  # the same folder
+    assert (compared / "7-detect/pruned/manifest.json").read_bytes() == manifest
+
+
+def test_limits_of_a_detector_go_into_its_file(compared: Path, scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "detector"
+    shutil.copytree(compared / "7-detect/pruned/detector", folder)
+    document = json.loads((folder / "detector.json").read_text())
+    document["config"]["test_cfg"] |= {"score_thr": 1e-4, "max_per_img": 7}
+    (folder / "detector.json").write_text(json.dumps(document))
+    assert detect("export", folder, "-o", tmp_path / "n.onnx").exit_code == 0
+    for target in (folder, tmp_path / "n.onnx"):
+        out = tmp_path / f"found-{target.stem}"
+        assert detect("eval", target, "--coco", scenes, "-o", out, "-q").exit_code == 0
+        (found,) = (path for path in out.iterdir() if path.name != "ap.json")
+        assert len(json.loads(found.read_text())) == 4 * 7
+
+
+def test_what_is_refused(untrained: Path, scenes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    run = untrained
+    wanted = {
+        "model.neck.num_outs=4": "of 4 levels cannot be exported",
+        "model.test_cfg.nms.type=soft_nms": "Of model.test_cfg only",
+        "work_dir=elsewhere": "cannot set work_dir",
+        f"load_from={tmp_path}/none.pth": "load_from: there is no file",
+    }
+    for option, message in wanted.items():
+        with refused(message):
+            detect("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", option)
+    with refused("--scale 100x100 does not fit"):
+        detect("train", "--run", run, "--coco", scenes, "--scale", "100x100")
     with refused("holds no data set in COCO's format"):
         detect("train", "--run", run, "--coco", tmp_path)
     with refused("has no fine-tuned network"):
@@ -122,7 +169,8 @@ def test_another_size_of_the_export_trains_nothing_again(compared: Path, scenes:
     assert json.loads((run / "7-detect/pruned/ap.json").read_text())["turned"] is not None
 
 
-def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path) -> None:
+def test_mask_rcnn_is_trained_and_judged(untrained: Path, scenes: Path, tmp_path: Path) -> None:
+    run = untrained
     result = detect("train", "--run", run, "--coco", scenes, "--detector", "mask-rcnn", "--backbones", "pruned", *SMALL)
     assert result.exit_code == 0
     figures = json.loads((run / "7-detect/pruned/ap.json").read_text())
@@ -130,6 +178,7 @@ def test_mask_rcnn_is_trained_and_judged(run: Path, scenes: Path, tmp_path: Path
     assert figures["pytorch"]["images"] == 4
     history = json.loads((run / "7-detect/pruned/history.json").read_text())
     assert "loss_mask" in history["1"]
+    assert any((run / "7-detect/pruned/log").iterdir())
     assert figures["masks"]["images"] == 4
     assert figures["masks"]["detections"] == figures["pytorch"]["detections"]
     without = changed(scenes, tmp_path / "c", lambda d: [box.pop("segmentation") for box in d["annotations"]])

@@ -101,6 +101,29 @@ def test_odd_boxes_are_counted(scenes: Path, tmp_path: Path) -> None:
     assert data.classes == open_coco(scenes, tmp_path / "cache").classes
 
 
+@pytest.mark.parametrize("mask", [[[1, 2]], [[1, 2, 9, 9]], [[]], {"a": 1}, "x", [1, 2, 3, 4, 5, 6], None])
+def test_what_is_no_mask_is_not_taken_for_one(mask: object, scenes: Path, tmp_path: Path) -> None:
+    folder = changed(scenes, tmp_path / "c", lambda d: d["annotations"][0].update(segmentation=mask))
+    data = open_coco(folder, tmp_path / "cache")
+    assert open_coco(scenes, tmp_path / "cache").train.masks
+    assert not data.train.masks
+    with pytest.raises(UserError, match="boxes without masks"):
+        data.require_masks()
+
+
+def test_areas_that_cannot_be_are_those_of_the_boxes(scenes: Path, tmp_path: Path) -> None:
+    folder = changed(scenes, tmp_path / "c", lambda d: [box.update(area=-1) for box in d["annotations"]])
+    boxes = json.loads(open_coco(folder, tmp_path / "cache").train.annotations.read_text())["annotations"]
+    assert all(box["area"] == pytest.approx(box["bbox"][2] * box["bbox"][3]) for box in boxes)
+
+
+def test_pictures_of_16_bits_are_refused(scenes: Path, tmp_path: Path) -> None:
+    folder = changed(scenes, tmp_path / "c", lambda d: None)
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(next((folder / "train/images").iterdir()))
+    with pytest.raises(UserError, match="more than 8 bits"):
+        open_coco(folder, tmp_path / "cache")
+
+
 def test_no_data_set_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set in COCO's format"):
         open_coco(tmp_path, tmp_path / "cache")

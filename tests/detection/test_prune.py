@@ -29,6 +29,15 @@ def test_a_detector_is_pruned_itself(dense: Path, scenes: Path, tmp_path: Path) 
         stage: json.loads((tmp_path / "out" / stage / "ap.json").read_text()) for stage in ("0-dense", "3-train")
     }
     assert figures["3-train"]["macs"] < 0.4 * figures["0-dense"]["macs"]
+    for wrong, message in {
+        (): "give ratio or target_macs for the backbone",
+        ("--ratio", 1.5): "less than 1",
+        ("--ratio", 0.5, "--target-macs", 0.5): "not both",
+        ("--target-macs", 0.001): "",
+    }.items():
+        with refused(message):
+            detect("prune", dense, "-o", tmp_path / "none", "--coco", scenes, *wrong)
+        assert not (tmp_path / "none").exists()
     with refused("--imitation and --head-ratio exclude each other"):
         detect(
             "prune",

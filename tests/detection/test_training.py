@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from calib_data.errors import UserError
 from detection import configs, openmm
 from detection.coco import CocoData
 from detection.detector import DetectorInfo, save_detector
@@ -82,6 +83,28 @@ def test_fine_tuning_starts_from_the_detector_that_is_given(
     trained = train_detector(model, data, still, tmp_path / "w", start=tmp_path / "start")
     for name, weights in trained.detector.state_dict().items():
         assert torch.allclose(weights, start.state_dict()[name], atol=1e-6), name
+
+
+def test_a_training_goes_on_with_as_many_processes(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
+    model = small_config(folders["uniform"], len(data.classes))
+    train_detector(model, data, SCHEDULE, tmp_path / "w", options={"train_cfg.max_epochs": 1})
+    (tmp_path / "w/processes").write_text("8")
+    with pytest.raises(UserError, match="begun by 8 processes, and is continued by 1"):
+        train_detector(model, data, SCHEDULE, tmp_path / "w")
+
+
+def test_what_a_training_starts_from_has_to_fit(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
+    model = small_config(folders["uniform"], len(data.classes))
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
+    (tmp_path / "torn.pth").write_text("hello")
+    for name, message in {"other": "none of the weights", "torn": "no checkpoint of tensors"}.items():
+        with pytest.raises(UserError, match=message):
+            train_detector(model, data, SCHEDULE, tmp_path / "w", options={"load_from": str(tmp_path / f"{name}.pth")})
+    train_detector(model, data, SCHEDULE, tmp_path / "first", options={"train_cfg.max_epochs": 2})
+    start = {"load_from": str(tmp_path / "first/epoch_2.pth")}
+    train_detector(model, data, SCHEDULE, tmp_path / "w", options={**start, "train_cfg.max_epochs": 1})
+    resumed = train_detector(model, data, SCHEDULE, tmp_path / "w", options=start)
+    assert set(resumed.history) == {1, 2, 3}  # from its own checkpoint, not from the one it began with
 
 
 def test_a_torn_checkpoint_is_passed_over(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
