@@ -69,7 +69,13 @@ def plan_for(parent: nn.Module, data: DataSource, images: int, seed: int) -> Pru
     smaller = SMALLER.get(architecture_of(parent))
     if smaller is None:
         return toolchain.plan(parent, scores, ratio=0.5)
-    return toolchain.plan(parent, scores, like=toolchain.create_model(smaller))
+    like = toolchain.create_model(
+        smaller,
+        weights="random",
+        num_classes=num_classes_of(parent),
+        image_size=toolchain.preprocess_of(parent).input_size[1],
+    )
+    return toolchain.plan(parent, scores, like=like)
 
 
 def untrained(parent: nn.Module, plan: PruningPlan) -> nn.Module:
