@@ -27,7 +27,12 @@ def validated(document: type[Document], values: Mapping[str, Any], what: str, co
     try:
         return document.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()[:4]
-        )
+        faults = "; ".join(_fault(one["loc"], one["msg"], one["input"]) for one in error.errors()[:4])
         raise UserError(f"{what}: {faults}.", fix=f"`{command} --help` explains the options.") from error
+
+
+def _fault(place: tuple[int | str, ...], message: str, given: object) -> str:
+    """One fault in words; without a place it is about several values together, and our own sentence."""
+    if not place:
+        return message.removeprefix("Value error, ")
+    return f"{'.'.join(map(str, place))}: {message} (got {given!r})"

@@ -48,7 +48,11 @@ def test_absent_packages_end_with_exit_code_3(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(importlib.util, "find_spec", without_mmdet)
     openmm._loaded.cache_clear()
-    for command in (["train", "--run", str(tmp_path)], ["eval", str(tmp_path)], ["prune", str(tmp_path), "-o", "x"]):
+    for command in (
+        ["train", "--run", str(tmp_path)],
+        ["eval", str(tmp_path)],
+        ["prune", str(tmp_path), "-o", "x", "--ratio", "0.5"],
+    ):
         (tmp_path / "detector.json").write_text('{"config": {}, "classes": [], "category_ids": [], "scale": [64, 64]}')
         with pytest.raises(UserError) as caught:
             CliRunner().invoke(app, ["detect", *command], catch_exceptions=False)
