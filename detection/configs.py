@@ -169,7 +169,9 @@ def mask_rcnn(
     }  # fmt: skip
 
 
-def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str, seed: int, gpu: bool) -> Config:
+def training(
+    model: Config, data: CocoData, schedule: Schedule, *, work_dir: str, seed: int, gpu: bool, processes: int = 1
+) -> Config:
     """Everything that mmengine's Runner needs to train and validate a detector.
 
     Args:
@@ -179,11 +181,12 @@ def training(model: Config, data: CocoData, schedule: Schedule, *, work_dir: str
         work_dir: for logs and checkpoints.
         seed: of weights, order and flips.
         gpu: whether there is one: it decides how processes talk to each other.
+        processes: that share the steps.
     """
     masks = model["type"] == "MaskRCNN"
     backends = ["LocalVisBackend", *(["TensorboardVisBackend"] if schedule.tensorboard else [])]
-    steps = schedule.epochs * -(-data.train.count // schedule.batch_size)
-    warmup = max(1, min(schedule.warmup, steps // 4))
+    steps = schedule.epochs * -(-data.train.count // (schedule.batch_size * processes))
+    warmup = max(2, min(schedule.warmup, steps // 4))  # mmengine's warm-up of one step stays at its start for ever
     ends = [round(schedule.epochs * share) for share in (2 / 3, 11 / 12)]
     optim: Config = {
         "type": "AmpOptimWrapper" if schedule.amp else "OptimWrapper",

@@ -84,7 +84,8 @@ def train_detector(
             "model": model, "data": data, "schedule": schedule, "work_dir": work_dir, "seed": seed, "options": options,
             "teacher": teacher, "distill_weight": distill_weight, "start": start,
         })  # fmt: skip
-    values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available())
+    values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available(),
+                      processes=crew.size)  # fmt: skip
     where = {} if last is None else {"resume": True, "load_from": str(last)}
     config = openmm.config_of(values | where, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

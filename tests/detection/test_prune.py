@@ -33,7 +33,7 @@ def test_a_detector_is_pruned_itself(dense: Path, scenes: Path, tmp_path: Path) 
         (): "give ratio or target_macs for the backbone",
         ("--ratio", 1.5): "less than 1",
         ("--ratio", 0.5, "--target-macs", 0.5): "not both",
-        ("--target-macs", 0.001): "",
+        ("--target-macs", 0.001): "cannot be reached",
     }.items():
         with refused(message):
             detect("prune", dense, "-o", tmp_path / "none", "--coco", scenes, *wrong)

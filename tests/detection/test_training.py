@@ -120,3 +120,18 @@ def test_a_torn_checkpoint_is_passed_over(folders: dict[str, Path], data: CocoDa
     assert set(resumed.history) == {1, 2, 3}
     assert resumed.history[1] == history["1"]
     assert resumed.history[2] != history["2"]  # made again
+
+
+def test_the_warm_up_fits_the_training(folders: dict[str, Path], data: CocoData) -> None:
+    model = small_config(folders["uniform"], len(data.classes))
+
+    def warm_up(epochs: int, processes: int) -> int:
+        schedule = configs.Schedule(epochs=epochs, batch_size=2, lr=1e-3, scale=(64, 64), warmup=500)
+        values = configs.training(model, data, schedule, work_dir="w", seed=0, gpu=False, processes=processes)
+        return int(values["param_scheduler"][0]["end"])
+
+    assert data.train.count == 12
+    assert warm_up(8, 1) == 12  # a quarter of 48 steps
+    assert warm_up(8, 2) == 6
+    assert warm_up(1, 2) == 2  # one step of it would never end
+    assert warm_up(1000, 1) == 500
