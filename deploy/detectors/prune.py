@@ -17,7 +17,7 @@ from calib_data.errors import UserError
 from deploy.artifacts import Artifact, run_stage
 from deploy.detectors.flow import check_request, open_data
 from deploy.detectors.recipe import DetectRecipe, resolved, size_for, size_of
-from deploy.detectors.training import detector_digest, images_of, judged, train_into
+from deploy.detectors.training import detector_digest, images_of, judged, tidy, train_into
 from deploy.job import announce, write_json
 from deploy.run_dir import open_run
 from deploy.validation import validated
@@ -209,6 +209,7 @@ def _train_stage(
                 place, read_info(start).config, data, training, seed=wanted.seed, crew=crew, start=start,
                 teacher=folder if training.imitation else None, quiet=quiet,
             )  # fmt: skip
+        tidy(place)
         judged(place, data, training, quiet=quiet)
 
     settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})

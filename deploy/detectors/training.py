@@ -74,6 +74,7 @@ def trained(
                 shutil.copytree(before / part, folder / part)
         if not (folder / "detector").exists():
             _train(folder, backbone, data, wanted, teacher, crew, seed=job.recipe.seed, quiet=job.quiet)
+        tidy(folder)
         write_json(folder / _TRAINING, training)
         judged(folder, data, wanted, quiet=job.quiet)
 
@@ -133,7 +134,6 @@ def _train(
     model = model_config(folder / "backbone", backbone, data, wanted)
     before = None if teacher is None else teacher.folder / "detector"
     train_into(folder, model, data, wanted, seed=seed, teacher=before, crew=crew, quiet=quiet)
-    shutil.rmtree(folder / "backbone")  # the detector holds all that is needed
 
 
 def train_into(
@@ -170,9 +170,15 @@ def train_into(
     write_json(folder / "history.json", found.history)
     assert wanted.scale is not None
     info = DetectorInfo(found.config, data.classes, data.category_ids, wanted.scale)
-    save_detector(found.detector, info, folder / "detector")
     _keep_logs(folder / "work", folder / "log")
-    shutil.rmtree(folder / "work")
+    save_detector(found.detector, info, folder / "detector")
+
+
+def tidy(folder: Path) -> None:
+    """Remove checkpoints and the copy of the backbone, also those of a process that was killed before it could: the
+    detector holds all that is needed."""
+    for scratch in ("work", "backbone"):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
 
 
 def _keep_logs(work: Path, kept: Path) -> None:
