@@ -51,22 +51,21 @@ class Levels(nn.Module):
 class DecodedBoxes(nn.Module):
     """Images [B, 3, H, W] to boxes [B, K, 4] (x1, y1, x2, y2 in pixels), scores [B, K] and labels [B, K] (int64).
 
+    K is all candidates, level by level: up to 1,000 of each (`nms_pre`), as many as mmdet looks at, so that suppression
+    finds the same in crowded images.
+
     Args:
         detector: mmdet's RetinaNet, in eval mode.
         size: (height, width) of the images, multiples of 32.
-        boxes: K, the best first. By default all candidates, level by level: up to 1,000 of each (`nms_pre`), as many as
-            mmdet looks at, so that suppression finds the same in crowded images.
         with_levels: give what `Levels` gives first.
     """
 
-    def __init__(
-        self, detector: nn.Module, size: tuple[int, int], boxes: int | None = None, *, with_levels: bool = False
-    ) -> None:
+    def __init__(self, detector: nn.Module, size: tuple[int, int], *, with_levels: bool = False) -> None:
         super().__init__()
         if size[0] % 32 or size[1] % 32:
             raise UserError(f"Images of {size[0]} x {size[1]} pixels do not fit.", fix="Give multiples of 32.")
         self.levels = Levels(detector)
-        self.size, self.boxes, self.with_levels = size, boxes, with_levels
+        self.size, self.with_levels = size, with_levels
         head = self.levels.bbox_head
         self.num_classes, self.candidates = int(head.cls_out_channels), int(head.test_cfg["nms_pre"])
         with torch.no_grad():
@@ -88,9 +87,6 @@ class DecodedBoxes(nn.Module):
         # boxes that were clipped to nothing are dropped by mmdet; here their score becomes 0
         extents = boxes[..., 2:] - boxes[..., :2]
         scores = scores * (extents.amin(dim=-1) > 0)
-        if self.boxes is not None:
-            scores, order = scores.topk(min(self.boxes, scores.shape[1]), dim=1)
-            boxes, labels = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), labels.gather(1, order)
         return (*found, boxes, scores, labels) if self.with_levels else (boxes, scores, labels)
 
     def _level(self, index: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:

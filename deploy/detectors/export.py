@@ -32,7 +32,6 @@ def export_detector(
     size: tuple[int, int],
     *,
     shape: Shape = "decode",
-    boxes: int | None = None,
     opset: int = 20,
     uint8_input: bool = False,
 ) -> None:
@@ -47,7 +46,6 @@ def export_detector(
         path: the file to write; it appears whole or not at all.
         size: (height, width) in pixels, multiples of 32.
         shape: what comes out.
-        boxes: so many candidates per image, the best first; by default all that mmdet looks at.
         opset: 18 to 23.
         uint8_input: take raw pixels.
 
@@ -57,12 +55,12 @@ def export_detector(
     """
     if shape not in get_args(Shape):
         raise UserError(f"Unknown shape {shape!r}.", fix=f"Choose one of {', '.join(get_args(Shape))}.")
-    whole = whole_graph(detector, info, size, boxes=boxes, opset=opset, uint8_input=uint8_input)
+    whole = whole_graph(detector, info, size, opset=opset, uint8_input=uint8_input)
     save_model(in_shape(whole, shape, size, info), path)
 
 
 def whole_graph(
-    detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, boxes: int | None = None, opset: int = 20,
+    detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, opset: int = 20,
     uint8_input: bool = False,
 ) -> ModelProto:  # fmt: skip
     """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
@@ -76,7 +74,7 @@ def whole_graph(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"
         export_onnx(
-            DecodedBoxes(detector, size, boxes, with_levels=True), path, preprocess, opset=opset,
+            DecodedBoxes(detector, size, with_levels=True), path, preprocess, opset=opset,
             uint8_input=uint8_input, metadata=about, outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),
         )  # fmt: skip
         return load_model(path)
