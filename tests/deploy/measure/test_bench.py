@@ -247,11 +247,20 @@ def test_energy_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Sleeping("gpu", 5e-3, calls)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert joules_per_image(session, feeds(2)[2], seconds=0.01) is None
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    nvml, read_at = FakeNvml(), []
+
+    def energy(handle: str) -> int:  # 5 J between two readings
+        read_at.append(len(calls))
+        return 5_000 * len(read_at)
+
+    nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = energy
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     calls.clear()
     found = joules_per_image(session, feeds(2)[2], seconds=0.2)
-    timed = sum(count for _, _, count in calls if count == calls[-1][2])
-    assert found == pytest.approx(5.0 / (2 * timed), rel=0.8)  # 5 J by the counter; warm-up is apart
+    before, after = read_at
+    timed = sum(count for _, _, count in calls[before:after])
+    assert before > 0, "the warm-up spends none of the energy"
+    assert found == pytest.approx(5.0 / (2 * timed))
 
 
 def test_nothing_to_measure_is_refused() -> None:
