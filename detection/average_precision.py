@@ -75,9 +75,10 @@ def average_precision(
         truth = COCO()
         truth.dataset = document
         truth.createIndex()
-        evaluation = COCOeval(
-            truth, truth.loadRes([dict(d) for d in detections]) if detections else _empty(truth), kind
-        )
+        # pycocotools takes sizes of masks from boxes where both are given
+        left_out = "segmentation" if kind == "bbox" else "bbox"
+        own = [{key: value for key, value in one.items() if key != left_out} for one in detections]
+        evaluation = COCOeval(truth, truth.loadRes(own) if own else _empty(truth), kind)
         evaluation.params.imgIds = sorted(known)
         evaluation.evaluate()
         evaluation.accumulate()

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -342,10 +342,19 @@ def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, T
     return [(own.bboxes.cpu(), own.scores.cpu(), own.labels.cpu()) for own in found]
 
 
+class Instances(NamedTuple):
+    """What is found on one image: boxes [N, 4], masks [N, h, w] (bool), scores [N] and labels [N]."""
+
+    boxes: Tensor
+    masks: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
 def predict_masks(
     detector: nn.Module, image: Tensor, inside: tuple[int, int], original: tuple[int, int], scale: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks [N, h, w] (bool), scores [N] and labels [N] of one image [3, H, W], in pixels of the original.
+) -> Instances:
+    """Boxes and masks on one image [3, H, W], in pixels of the original.
 
     Args:
         detector: Mask R-CNN.
@@ -355,7 +364,7 @@ def predict_masks(
         scale: pixels of the image per pixel of the original, (x, y).
     """
     (found,) = _instances(detector, image.unsqueeze(0), [(inside, original, scale)], rescale=True)
-    return found.masks.cpu(), found.scores.cpu(), found.labels.cpu()
+    return Instances(found.bboxes.cpu(), found.masks.cpu(), found.scores.cpu(), found.labels.cpu())
 
 
 def _instances(

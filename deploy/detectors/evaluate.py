@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from detection import openmm
 from detection.average_precision import AveragePrecision, average_precision
 from detection.coco import CocoData
 from detection.detector import load_detector
-from detection.pictures import fitted
+from detection.pictures import Fitted, fitted
 from toolchain.processes import pick_device
 
 
@@ -36,12 +37,15 @@ class Judged:
     Attributes:
         name: the folder or file.
         run_by: PyTorch or ONNX Runtime.
+        precision: of boxes.
+        masks: of masks, where the detector finds them and the data have them.
         found: detections in COCO's result format.
     """
 
     name: str
     run_by: str
     precision: AveragePrecision
+    masks: AveragePrecision | None
     found: list[dict[str, Any]]
 
 
@@ -82,17 +86,16 @@ def evaluate(path: Path, data: CocoData, most: int | None = None, *, quiet: bool
     Raises:
         UserError: it is no detector, or one of other categories.
     """
-    takes, run, run_by = _folder(path) if path.is_dir() else _file(path)
+    takes, find, run_by = _folder(path) if path.is_dir() else _file(path)
     _check_classes(path, takes.classes, data)
     seen: list[int] = []
     images = fitted(data.val, takes.size, takes.mean, takes.std, most)
-    found = judge.detections(
-        run,
-        judge.noting(judge.watched_images(images, most or data.val.count, quiet), seen),
-        data.category_ids,
-        takes.limits,
+    found = find(
+        judge.noting(judge.watched_images(images, most or data.val.count, quiet), seen), data.category_ids, takes.limits
     )
-    return Judged(str(path), run_by, average_precision(data.val.annotations, found, seen), found)
+    boxes = average_precision(data.val.annotations, found, seen)
+    masks = average_precision(data.val.annotations, found, seen, "segm") if takes.masks and data.val.masks else None
+    return Judged(str(path), run_by, boxes, masks, found)
 
 
 def export(folder: Path, out: Path, shape: str, *, size: tuple[int, int] | None = None, uint8: bool = False) -> None:
@@ -116,18 +119,23 @@ class _Takes:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     limits: Limits
+    masks: bool = False
 
 
-def _folder(path: Path) -> tuple[_Takes, judge.Run, str]:
+_Find = Callable[[Iterable[Fitted], Sequence[int], Limits], list[dict[str, Any]]]
+"""From images, the category of every label, and limits to detections in COCO's result format."""
+
+
+def _folder(path: Path) -> tuple[_Takes, _Find, str]:
     openmm.require()
     detector, info = load_detector(path)
     detector.to(pick_device("auto"))
     size = size_for(info.scale)
-    takes = _Takes(info.classes, size, info.mean, info.std, limits_of(info.config))
-    return takes, judge.run_of(detector, size), "PyTorch"
+    takes = _Takes(info.classes, size, info.mean, info.std, limits_of(info.config), judge.has_masks(detector))
+    return takes, partial(judge.found_by, detector, size), "PyTorch"
 
 
-def _file(path: Path) -> tuple[_Takes, judge.Run, str]:
+def _file(path: Path) -> tuple[_Takes, _Find, str]:
     model = load_model(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
@@ -148,7 +156,7 @@ def _file(path: Path) -> tuple[_Takes, judge.Run, str]:
         )
     return (
         _Takes(tuple(labels), (height, width), mean, std, limits),
-        judge.by_session(open_model(model)),
+        partial(judge.detections, judge.by_session(open_model(model))),
         "ONNX Runtime",
     )
 
@@ -185,4 +193,9 @@ def write(folder: Path, found: Sequence[Judged]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, one in files.items():
             write_json(folder / name, one.found)
-        write_json(folder / "ap.json", {one.name: {"run_by": one.run_by, **asdict(one.precision)} for one in found})
+        figures = {one.name: {"run_by": one.run_by, **asdict(one.precision), "masks": _figures(one)} for one in found}
+        write_json(folder / "ap.json", figures)
+
+
+def _figures(one: Judged) -> dict[str, Any] | None:
+    return asdict(one.masks) if one.masks else None

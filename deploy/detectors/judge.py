@@ -62,15 +62,8 @@ def by_torch(decoded: nn.Module) -> Run:
     return run
 
 
-def run_of(detector: nn.Module, size: tuple[int, int]) -> Run:
-    """A detector in PyTorch, decoded as its graph does it where it has one."""
-    if type(detector).__name__ == "RetinaNet":
-        return by_torch(DecodedBoxes(detector, size).eval())
-    return by_mmdet(detector)
-
-
 def by_mmdet(detector: nn.Module) -> Run:
-    """Any detector of mmdet's by its own `predict`; overlapping boxes are suppressed already."""
+    """mmdet's own `predict`; overlapping boxes are suppressed already."""
 
     def run(images: NDArray[np.float32]) -> Found:
         with torch.inference_mode():
@@ -118,18 +111,45 @@ def detections(
     return result
 
 
-def masks(detector: nn.Module, images: Iterable[Fitted], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Every mask that a Mask R-CNN finds on images, in COCO's result format."""
-    for image in images:
-        (width, height), (right, below) = image.original, image.inside
-        with torch.inference_mode():
-            pixels = image.pixels.to(device_of(detector))
-            found = openmm.predict_masks(detector, pixels, (below, right), (height, width), image.scale)
-        for mask, score, label in zip(*found, strict=True):
-            yield {
-                "image_id": image.image_id, "category_id": category_ids[int(label)], "score": float(score),
-                "segmentation": run_length(mask.numpy()),
-            }  # fmt: skip
+def has_masks(detector: nn.Module) -> bool:
+    """Whether it finds masks, too."""
+    return type(detector).__name__ == "MaskRCNN"
+
+
+def found_by(
+    detector: nn.Module,
+    size: tuple[int, int],
+    images: Iterable[Fitted],
+    category_ids: Sequence[int],
+    limits: Limits = USUAL,
+) -> list[dict[str, Any]]:
+    """Everything that a detector in PyTorch finds, in COCO's result format: RetinaNet's boxes are decoded as its graph
+    does it; those of Mask R-CNN are mmdet's own and come with masks.
+
+    Args:
+        detector: of `detection.detector.load_detector`.
+        size: (height, width) of the images.
+        images: as `detection.pictures` makes them.
+        category_ids: of every label.
+        limits: which boxes of a RetinaNet stay.
+    """
+    if has_masks(detector):
+        return [found for image in images for found in _with_masks(detector, image, category_ids)]
+    return detections(by_torch(DecodedBoxes(detector, size).eval()), images, category_ids, limits)
+
+
+def _with_masks(detector: nn.Module, image: Fitted, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    (width, height), (right, below) = image.original, image.inside
+    with torch.inference_mode():
+        pixels = image.pixels.to(device_of(detector))
+        found = openmm.predict_masks(detector, pixels, (below, right), (height, width), image.scale)
+    for (x1, y1, x2, y2), mask, score, label in zip(
+        found.boxes.tolist(), found.masks.numpy(), found.scores.tolist(), found.labels.tolist(), strict=True
+    ):
+        yield {
+            "image_id": image.image_id, "category_id": category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": run_length(mask), "score": score,
+        }  # fmt: skip
 
 
 def batched(images: Iterable[Fitted], size: int) -> Iterator[list[Fitted]]:

@@ -38,11 +38,14 @@ def trained_table(detectors: Mapping[str, Artifact]) -> Table:
 
 def judged_table(found: Sequence[Judged]) -> Table:
     """AP of detectors on the same images, a row each."""
-    table = _table("detector", "by", "AP", "AP50", "AP75", "S", "M", "L")
+    masks = any(one.masks for one in found)
+    table = _table("detector", "by", "AP", "AP50", "AP75", "S", "M", "L", *(["masks"] if masks else []))
     table.caption = f"on {found[0].precision.images} images"
     for one in found:
         own = one.precision
-        values = (own.ap, own.ap50, own.ap75, own.ap_small, own.ap_medium, own.ap_large)
+        values = [own.ap, own.ap50, own.ap75, own.ap_small, own.ap_medium, own.ap_large]
+        if masks:
+            values.append(one.masks.ap if one.masks else None)
         table.add_row(
             "/".join(one.name.split("/")[-2:]), one.run_by,
             *("-" if value is None else f"{100 * value:.1f}" for value in values),

@@ -242,14 +242,12 @@ def judged(folder: Path, data: CocoData, wanted: DetectRecipe, *, quiet: bool = 
         figures["macs"] = count_macs(Levels(detector), (3, *size))
         figures["macs_800x1344"] = count_macs(Levels(detector), (3, 800, 1344))
     images = judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet)
-    found = judge.detections(judge.run_of(detector, size), images, info.category_ids, limits)
+    found = judge.found_by(detector, size, images, info.category_ids, limits)
     write_json(folder / judge.PREDICTIONS, found)
     if wanted.detector == "retinanet" and size[0] < size[1]:
         figures["turned"] = _turned(detector, info, data, size, found)
     if wanted.detector == "mask-rcnn":
-        images = judge.watched_images(images_of(data.val, info, wanted), data.val.count, quiet)
-        drawn = list(judge.masks(detector, images, info.category_ids))
-        figures["masks"] = asdict(average_precision(data.val.annotations, drawn, kind="segm"))
+        figures["masks"] = asdict(average_precision(data.val.annotations, found, kind="segm"))
     figures |= {
         "pytorch": asdict(average_precision(data.val.annotations, found)),
         "size": list(size),

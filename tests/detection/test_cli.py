@@ -181,6 +181,12 @@ def test_mask_rcnn_is_trained_and_judged(untrained: Path, scenes: Path, tmp_path
     assert any((run / "7-detect/pruned/log").iterdir())
     assert figures["masks"]["images"] == 4
     assert figures["masks"]["detections"] == figures["pytorch"]["detections"]
+    result = detect("eval", run / "7-detect/pruned/detector", "--coco", scenes, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "masks" in result.stdout
+    (again,) = json.loads((tmp_path / "out/ap.json").read_text()).values()
+    assert again["masks"] == figures["masks"]
+    assert again["ap"] == figures["pytorch"]["ap"]
     without = changed(scenes, tmp_path / "c", lambda d: [box.pop("segmentation") for box in d["annotations"]])
     with refused("has boxes without masks"):
         detect("train", "--run", run, "--coco", without, "--detector", "mask-rcnn", *SMALL)

@@ -97,6 +97,11 @@ def test_perfect_masks_have_an_ap_of_one(data: CocoData) -> None:
         known = {key: box[key] for key in ("image_id", "category_id")}
         found.append({**known, "segmentation": run_length(mask), "score": 0.9})
     assert average_precision(data.val.annotations, found, kind="segm").ap == pytest.approx(1.0)
+    corners = [{**one, "bbox": [0.0, 0.0, 1.0, 1.0]} for one in found]  # wrong boxes with right masks
+    masks = average_precision(data.val.annotations, corners, kind="segm")
+    assert masks.ap == pytest.approx(1.0)
+    assert masks.ap_large == average_precision(data.val.annotations, found, kind="segm").ap_large
+    assert average_precision(data.val.annotations, corners).ap == 0
     empty = run_length(np.zeros((8, 8), np.bool_))
     assert average_precision(data.val.annotations, [{**found[0], "segmentation": empty}], kind="segm").ap == 0
 
@@ -107,7 +112,10 @@ def test_masks_are_in_pixels_of_the_original(folders: dict[str, Path]) -> None:
     detector = openmm.build_detector(model)
     image = torch.randn(3, 64, 64)
     with torch.inference_mode():
-        masks, scores, _ = openmm.predict_masks(detector, image, (40, 64), (50, 80), (0.8, 0.8))
+        boxes, masks, scores, _ = openmm.predict_masks(detector, image, (40, 64), (50, 80), (0.8, 0.8))
+    assert boxes.shape == (len(scores), 4)
+    assert 64 < float(boxes[:, 2].max()) <= 80
+    assert 40 < float(boxes[:, 3].max()) <= 50
     assert masks.shape == (len(scores), 50, 80)
     assert masks.dtype == torch.bool
     assert len(scores) > 5
