@@ -27,6 +27,9 @@ def test_ranks_and_summary() -> None:
     assert len(found["rows"]) == 2 * len(groups)
     heads = [row for row in found["rows"] if row["kind"] == "heads" and row["method"] == "refined"]
     assert all(row["overlap"] == 1 and row["spearman"] == 1 for row in heads)  # measured whole
+    some = ranks_on("small", model, torch.cat([images]), groups, batch_size=8, quiet=True, every=2)
+    assert some["rows"] == [row for row in found["rows"] if row["group"] in {group.name for group in groups[::2]}]
+    assert some["seconds"]["kl"] > 0
     costs = [
         {"kl_speedup": 5.0, "fisher_speedup": 9.0, "network": "a"},
         {"kl_speedup": 4.5, "fisher_speedup": 99.0, "network": "b"},
