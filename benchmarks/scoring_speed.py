@@ -232,7 +232,7 @@ def networks(asked: argparse.Namespace) -> list[tuple[str, nn.Module, Tensor, li
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, help="proxy images for ranks (256; 128 with --quick)")
+    parser.add_argument("--images", type=int, default=256, help="proxy images for ranks")
     parser.add_argument("--units", type=int, help="units sampled for costs (48; 12 with --quick)")
     parser.add_argument("--model-dir", type=Path, help="a trained network's folder, for ranks")
     parser.add_argument("--data", default="demo", help="data of --model-dir, e.g. imagefolder:DIR")
@@ -253,7 +253,6 @@ def main() -> None:
             asked.out.with_name("fisher_memory.json"), record.document({"network": "DeiT-B, 224 px, random"}, rows)
         )
         return
-    asked.images = asked.images or (128 if asked.quick else 256)
     num_units, rounds = asked.units or (12 if asked.quick else 48), 1 if asked.quick else 3
     measured = [costs(shown, num_units, rounds) for shown in SIZES]
     ranked = [
