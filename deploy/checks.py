@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def with_names(recipe: Recipe) -> Recipe:
         weights = str(Path(weights).expanduser().absolute())
     calib = recipe.precision.calib
     precision = recipe.precision.model_copy(update={"calib": calib and _absolute_data(calib)})
-    return recipe.model_copy(
+    named = recipe.model_copy(
         update={
             "model": model,
             "weights": weights,
@@ -54,6 +54,8 @@ def with_names(recipe: Recipe) -> Recipe:
             "precision": precision,
         }
     )
+    check_weighing(named)
+    return named
 
 
 def with_planner(plan: PlanRecipe) -> PlanRecipe:
@@ -63,7 +65,7 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
         UserError: no cut or several cuts are asked for, or they do not go with the planner.
     """
     given = [name for name in CUTS if getattr(plan, name) is not None]
-    if not given and plan.depth_ratio is not None:
+    if not given and plan.depth_ratio:
         plan, given = plan.model_copy(update={"ratio": 0.0}), ["ratio"]
     if len(given) != 1:
         raise UserError(
@@ -82,6 +84,11 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
             f"The {planner} planner chooses widths and depth itself.",
             fix="Leave --like and --depth-ratio out, or use --planner uniform.",
         )
+    if plan.like is not None and plan.components is not None and not _whole_networks(plan.components):
+        raise UserError(
+            f"--like takes a whole network over, not only {', '.join(plan.components)}.",
+            fix="Leave --components out, or name embed, ffn and one of attention, heads and qk_v.",
+        )
     if plan.rounds > 1 and (plan.like is not None or planner == "latency"):
         raise UserError(
             "Rounds need a cut that can be made in steps.",
@@ -96,6 +103,29 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
     numbers = {given[0]: getattr(plan, given[0])} if given[0] in NUMBERS else {}
     check_request(numbers, plan.align, components, "uniform" if planner == "uniform" else "global")
     return plan.model_copy(update={"planner": planner, "components": components})
+
+
+def _whole_networks(components: Collection[Component]) -> bool:
+    return {"embed", "ffn"} < {*components} and bool({"attention", "heads", "qk_v"} & {*components})
+
+
+def check_weighing(recipe: Recipe) -> None:
+    """Refuse scores without a unit where nothing else tells how much each cut costs.
+
+    Args:
+        recipe: with its planner chosen.
+
+    Raises:
+        UserError: the planner cannot weigh groups against each other.
+    """
+    plan, method = recipe.plan, recipe.score.method
+    weighed = recipe.compensate.enabled is not False and plan.rounds == 1 and "heads" not in (plan.components or ())
+    if plan.planner != "uniform" and method in ("magnitude", "random") and not weighed:
+        raise UserError(
+            f"The {plan.planner} planner cannot weigh {method} scores of different groups against each other.",
+            why="It needs to know how many nats of KL each unit costs.",
+            fix="Score by fisher, refined or kl, or use the uniform planner.",
+        )
 
 
 def check_compensation(recipe: Recipe, source: DataSource) -> None:

@@ -38,10 +38,10 @@ def recipe_values(options: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {} if file is None else read_recipe_file(file)
     given = {name: value for name, value in options.items() if value is not None}
     for part, names in places.items():
+        if not isinstance(values.get(part, {}), dict):
+            raise UserError(f"The recipe has {part} = {values[part]!r}.", fix=f"Make it a table: [{part}].")
         chosen = {name: given.pop(name) for name in names if name in given}
         if chosen:
-            if not isinstance(values.get(part, {}), dict):
-                raise UserError(f"The recipe has {part} = {values[part]!r}.", fix=f"Make it a table: [{part}].")
             values[part] = {**values.get(part, {}), **chosen}
     values |= given
     if "model" not in values:

@@ -35,7 +35,8 @@ Speedup = Annotated[
     str | None, typer.Option(help="Against the dense model, e.g. 2x, measured here.", rich_help_panel=PLAN)
 ]
 DepthRatio = Annotated[
-    float | None, typer.Option(help="Share of the blocks to remove, also beside --ratio.", rich_help_panel=PLAN)
+    float | None,
+    typer.Option(help="Share of the blocks to remove, also beside --ratio; planner uniform.", rich_help_panel=PLAN),
 ]
 Planner = Annotated[
     str | None,

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import toolchain
 from calib_data import Preprocess, proxy_images
 from deploy.artifacts import Artifact, atomic_write
-from deploy.job import Job, accuracy_of, stage, write_accuracy, write_json
+from deploy.job import Job, accuracy_of, read_json, stage, write_accuracy, write_json
 from deploy.precision_stage import precisions_for
 from deploy.recipe import Recipe
 from deploy.runtimes import BatchProfile, Runtime
 from deploy.speed.deployment import Deployment, check_deployment
 from deploy.speed.search import Found, LatencyRecord, search
 from deploy.speed.target import parse_speedup, parse_target
+from deploy.steadiness import small_proxy, unsteady
 from toolchain.compensation import TooFewImagesError, compensated_curves, compress, weigh_streams, with_joint_units
 from toolchain.planning import Curve, PruningPlan, plan_within
 from toolchain.planning.costs import Costs
@@ -41,7 +42,8 @@ def prune(job: Job, scored: Artifact) -> Artifact:
     def work(folder: Path) -> None:
         images = compensation_images(job)
         curves = expected_losses(job, images)
-        plan, target = choose_plan(job, Scores.load(scored.folder), images, curves)
+        scores = Scores.load(scored.folder)
+        plan, target = choose_plan(job, scores, images, curves)
         if curves is not None and units_by_joint_loss(job.recipe):
             plan = with_joint_units(plan, curves)
         if target is not None:
@@ -52,6 +54,7 @@ def prune(job: Job, scored: Artifact) -> Artifact:
             write_json(folder / "compensation.json", {"left_out": "it was switched off (--no-compensate)."})
         compensated = None if images is None else _compensated(job, plan, images, folder)
         toolchain.save(compensated or deleted, folder / "model")
+        _warn_of_small_proxy(job, plan, scores, read_json(folder / "compensation.json").get("rotated", ()))
         dense = accuracy_of(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
         accuracies = {"dense": dense, "after_prune": accuracy_of(job, compensated or deleted, dense.predictions)}
@@ -83,6 +86,14 @@ def _say(job: Job, warnings: Sequence[str]) -> None:
     if warnings:
         more = f" (and {len(warnings) - 3} more)" if len(warnings) > 3 else ""
         text = f"Compensation: {'; '.join(warnings[:3])}{more}"
+        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
+
+
+def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: Sequence[str]) -> None:
+    found = unsteady(plan, scores, job.dense, rotated)
+    if found:
+        worst = next(iter(found))
+        text = small_proxy(len(found), worst, found[worst].overlap)
         Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
 
 
@@ -258,14 +269,15 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losse
 
 
 def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:
-    """Where a latency target is measured: on the first runtime that works here, in the first precision of the run that
-    it has, at the first batch size that is timed.
+    """Where a latency target is measured: on the first runtime that works here and has a precision of the run, in the
+    first of these, at the first batch size that is timed.
 
     Raises:
         UserError: none of the runtimes works here.
     """
-    here = [one for one in runtimes if one.missing_to_build() is None and one.missing_to_run() is None]
-    runtime = here[0] if here else runtimes[0]
+    having = [one for one in runtimes if precisions_for(one, recipe.engine.precision)]
+    here = [one for one in having if one.missing_to_build() is None and one.missing_to_run() is None]
+    runtime = here[0] if here else having[0]
     deployment = Deployment(
         runtime=runtime,
         precision=precisions_for(runtime, recipe.engine.precision)[0],

@@ -124,7 +124,7 @@ class EngineRecipe(_Part):
 class BenchRecipe(_Part):
     """How latency is measured; `seconds` is the time per batch size for each pair of dense and pruned engines."""
 
-    batches: tuple[int, ...] = (1, 8)
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
     seconds: float = Field(6.0, gt=0)
     warmup: int = Field(5, ge=1)
     rounds: int = Field(20, ge=2)
@@ -139,7 +139,7 @@ class Recipe(_Part):
     weights: str | None = None
     data: str = "demo"
     image_size: int | None = Field(None, ge=16, le=4096)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     score: ScoreRecipe = ScoreRecipe()
     plan: PlanRecipe = PlanRecipe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,10 @@ from deploy.report.document import (
 from deploy.runtimes import Engine, runtime_named
 from deploy.speed.search import ALLOWED, LatencyRecord
 from deploy.speed.target import parse_speedup
-from toolchain.depth import name_before
+from deploy.steadiness import unsteady
 from toolchain.planning import PruningPlan
 from toolchain.scores import Scores
-from toolchain.scores.stability import unstable
+from toolchain.scores import Stability as Agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
             engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
         ],
         stages=[artifact.record for artifact in done.all],
-        plan=_plan_figures(plan, scores, compensated.get("rotated", ())),
+        plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.get("rotated", ()))),
         compensation=_compensation(compensated),
         target=_target(done.pruned, latency),
         detection=_detection(job, done),
@@ -261,13 +261,7 @@ def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, pre
     return values.get(runtime, {}).get(precision, {}).get(batch)
 
 
-def _plan_figures(plan: PruningPlan, scores: Scores, rotated: Collection[str]) -> PlanFigures:
-    """`rotated`: groups whose basis was turned, so that the scores of their units decided nothing."""
-    cut = {name_before(name, plan.blocks) for name in plan.keep}
-    if "heads" in str(plan.asked.get("components", "")).split(","):  # whole heads go by scores of their own
-        cut |= {f"{name}.heads" for name in cut}
-    turned = {name_before(name, plan.blocks) for name in rotated}
-    turned |= {f"{name}.{part}" for name in turned for part in ("qk", "v")}
+def _plan_figures(plan: PruningPlan, shaky: Mapping[str, Agreement]) -> PlanFigures:
     return PlanFigures(
         asked=plan.requested,
         got={
@@ -278,9 +272,7 @@ def _plan_figures(plan: PruningPlan, scores: Scores, rotated: Collection[str]) -
         planner=plan.planner,
         blocks={name: list(pairs) for name, pairs in plan.blocks.items()},
         unstable=[
-            Stability(group=name, spearman=scores.stability[name].spearman, overlap=scores.stability[name].overlap)
-            for name in unstable(scores.stability)
-            if name in cut - turned
+            Stability(group=name, spearman=found.spearman, overlap=found.overlap) for name, found in shaky.items()
         ],
     )
 

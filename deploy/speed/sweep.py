@@ -175,7 +175,11 @@ def sweep_sections(found: SweepReport) -> list[Section]:
 def _recipes(base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]]) -> dict[str, Recipe]:
     """A recipe for every cut by the name of its run."""
     values = base.model_dump(exclude_unset=True) if isinstance(base, Recipe) else dict(base)
-    kept = {name: value for name, value in dict(values.get("plan", {})).items() if name not in CUTS}
+    try:
+        plan = dict(values.get("plan", {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The recipe has plan = {values['plan']!r}.", fix="Make it a table: [plan].") from error
+    kept = {name: value for name, value in plan.items() if name not in CUTS}
     found: dict[str, Recipe] = {}
     for cut in cuts:
         name = ",".join(f"{key}-{value}" for key, value in cut.items()).replace("/", "_").replace(" ", "")

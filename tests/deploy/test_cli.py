@@ -234,6 +234,15 @@ def test_like_takes_a_published_depth(capsys: pytest.CaptureFixture[str], monkey
         (("--depth-ratio", "1.5"), "out of range"),
         (("--speedup", "2x", "--runtime", "tensorrt-rtx"), "does not run on this machine"),
         (("--ratio", "0.5", "--components", "embed,depth"), "global planner"),
+        (("--ratio", "0.5", "--components", "depth", "--planner", "global"), "share of widths"),
+        (("--like", "pvtv2_b0", "--components", "ffn"), "whole network"),
+        (("--depth-ratio", "0"), "How much is to be cut"),
+        (
+            ("--target-macs", "0.5", "--planner", "global", "--method", "magnitude", "--no-compensate"),
+            "cannot weigh magnitude",
+        ),
+        (("--ratio", "0.5", "--seed", str(2**64)), "seed"),
+        (("--speedup", "2x", "--runtime", "onnxruntime,tensorrt-rtx", "--precision", "fp8"), "does not run"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(
@@ -268,6 +277,28 @@ def test_recipes_come_from_files_and_runs(
         (tmp_path / "bad.toml").write_text(content)
         code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--recipe", str(tmp_path / "bad.toml"))
         assert (code, message in err) == (2, True)
+    (tmp_path / "bad.toml").write_text('model = "pvtv2_b0"\nplan = "half"\n')
+    code, _, err = run(
+        capsys,
+        monkeypatch,
+        "sweep",
+        "--recipe",
+        str(tmp_path / "bad.toml"),
+        "--ratios",
+        "0.5",
+        "-o",
+        str(tmp_path / "s"),
+    )
+    assert (code, "Make it a table" in err) == (2, True)
+
+
+@pytest.mark.parametrize("batches", ["[]", "[0]", "[1, -2]"])
+def test_batches_of_no_images_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, batches: str
+) -> None:
+    (tmp_path / "bad.toml").write_text(f"[bench]\nbatches = {batches}\n")
+    code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--recipe", str(tmp_path / "bad.toml"))
+    assert (code, "bench.batches" in err) == (2, True)
 
 
 def test_image_size_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,26 +6,25 @@ import pytest
 import torch
 
 import toolchain
-from deploy.summary import _plan_figures
+from deploy.steadiness import unsteady
 from tests.contracts.variants import VARIANTS, make
 from toolchain.families import groups_of
 from toolchain.planning import Component
 from toolchain.scores import Scores
-from toolchain.scores.stability import Stability
 
 
 def shaky(depth: bool) -> tuple[torch.nn.Module, Scores]:
     """A small DeiT with scores whose halves never agree."""
     model = make(VARIANTS[0])
     scores = toolchain.score(model, torch.randn(4, 3, 32, 32), depth=depth)
-    stability = {group.name: Stability(0.1, 0.1, 4) for group in groups_of(model)}
-    return model, replace(scores, stability=stability)
+    rising = {group.name: torch.arange(float(group.size)) for group in groups_of(model)}
+    return model, replace(scores, halves={name: torch.stack([own, -own]) for name, own in rising.items()})
 
 
 def unstable(components: tuple[Component, ...], rotated: tuple[str, ...] = ()) -> set[str]:
     model, scores = shaky(depth=False)
     plan = toolchain.plan(model, scores, ratio=0.5, align=1, components=components)
-    return {one.group for one in _plan_figures(plan, scores, rotated).unstable}
+    return {*unsteady(plan, scores, model, rotated)}
 
 
 @pytest.mark.parametrize(
@@ -50,4 +49,26 @@ def test_groups_keep_the_dense_networks_names_when_blocks_leave() -> None:
     model, scores = shaky(depth=True)
     plan = toolchain.plan(model, scores, ratio=0.5, depth_ratio=0.5, align=1, components=("ffn",))
     (pair,) = plan.blocks["blocks"]
-    assert {one.group for one in _plan_figures(plan, scores, ()).unstable} == {f"blocks.{pair[1]}.mlp"}
+    assert {*unsteady(plan, scores, model, ())} == {f"blocks.{pair[1]}.mlp"}
+
+
+def test_ffn_units_that_the_refit_chose_are_not_told() -> None:
+    model, scores = shaky(depth=False)
+    plan = toolchain.plan(model, scores, ratio=0.5, align=1, components=("attention", "ffn"))
+    plan = replace(plan, asked={**plan.asked, "ffn_units": "joint loss"})
+    assert {*unsteady(plan, scores, model, ())} == {"blocks.0.attn", "blocks.1.attn"}
+
+
+def test_halves_are_judged_by_what_the_plan_keeps() -> None:
+    model, scores = shaky(depth=False)
+    size = next(group.size for group in groups_of(model) if group.kind == "ffn")
+    best = torch.zeros(2, size)
+    best[:, : size // 4] = 2.0  # the same quarter in both halves; the rest is chance
+    best += torch.rand(2, size)
+    scores = replace(scores, halves={**scores.halves, "blocks.0.mlp": best})
+    quarter = toolchain.plan(model, scores, ratio=0.75, align=1, components=("ffn",))
+    half = toolchain.plan(model, scores, ratio=0.4, align=1, components=("ffn",))
+    assert "blocks.0.mlp" not in unsteady(quarter, scores, model, ())
+    found = unsteady(half, scores, model, ())
+    assert found["blocks.0.mlp"].kept == len(half.keep["blocks.0.mlp"])
+    assert found["blocks.0.mlp"].overlap < 0.8

@@ -46,6 +46,11 @@ def check_request(
             fix="Give some of embed, ffn, depth (planner global only) and one of attention (dims in every head), "
             "qk_v (q·k and v dims of their own) or heads (whole heads), each once.",
         )
+    if set(components) == {"depth"} and "ratio" in given:
+        raise UserError(
+            "A ratio is a share of widths, and the only component is depth.",
+            fix="Give depth_ratio, or with the planner global a target of MACs or parameters.",
+        )
     if "depth" in components and planner != "global":
         raise UserError(
             "Only the global planner chooses how many blocks leave.",

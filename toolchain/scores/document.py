@@ -35,7 +35,9 @@ class Scores:
         depth: list of blocks -> how it can get shorter; empty when that was not measured.
         data_digest: sha256 of the proxy images; None where none were used.
         stability: group name -> agreement of the scores on two disjoint halves of the proxy set (of the `fisher` scores
-            for `refined`); empty where no images were used, without the groups that were not measured as a whole.
+            for `refined`), where half of the units stay or as many as the plan at hand keeps; empty where fewer than
+            two images were used, without the groups that were not measured as a whole.
+        halves: group name -> these scores [2, size] on each half, float64, as sums over its images; empty as above.
     """
 
     method: Method
@@ -47,10 +49,13 @@ class Scores:
     depth: dict[str, DepthPath] = field(default_factory=dict)
     data_digest: str | None = None
     stability: dict[str, Stability] = field(default_factory=dict)
+    halves: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write scores.safetensors and score.json into an existing folder."""
-        save_file({name: tensor.contiguous() for name, tensor in self.values.items()}, folder / "scores.safetensors")
+        """Write score.json, scores.safetensors and, where there are any, halves.safetensors into an existing folder."""
+        for name, values in (("scores", self.values), ("halves", self.halves)):
+            if values:
+                save_file({group: own.contiguous() for group, own in values.items()}, folder / f"{name}.safetensors")
         document = {
             "format": 1,
             "method": self.method,
@@ -74,6 +79,7 @@ class Scores:
         try:
             document = json.loads((folder / "score.json").read_text())
             values = load_file(folder / "scores.safetensors")
+            halves = load_file(folder / "halves.safetensors") if (folder / "halves.safetensors").is_file() else {}
             return Scores(
                 method=document["method"],
                 unit=document["unit"],
@@ -84,6 +90,7 @@ class Scores:
                 depth={name: _read_path(path) for name, path in document.get("depth", {}).items()},
                 data_digest=document.get("data_digest"),
                 stability={name: Stability(**found) for name, found in document.get("stability", {}).items()},
+                halves=halves,
             )
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise UserError(

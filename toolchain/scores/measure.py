@@ -128,6 +128,7 @@ def _on_images(
         values = _without_images(model, groups, method, seed)
     if method != "kl":
         check_finite(values)
+    told = halves if len(images) > 1 else {}  # one of two halves of a single image is empty
     paths = depth_paths(model, torch.split(images[:DEPTH_IMAGES], rows), scale, quiet) if depth else {}
     return Scores(
         method=method,
@@ -138,7 +139,8 @@ def _on_images(
         model_digest=weights_digest(model),
         depth=paths,
         data_digest=images_digest(images) if halves or depth else None,
-        stability=stability_of(groups, halves, cuts) if halves else {},
+        stability=stability_of(groups, told, cuts) if told else {},
+        halves=told,
     )
 
 

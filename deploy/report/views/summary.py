@@ -9,6 +9,7 @@ from deploy.report.document import BuiltFigures, Report
 from deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall
 from deploy.report.views.results import engine_bytes, measured, precisions
 from deploy.report.views.section import inline, short_count, signed, three_digits
+from deploy.steadiness import small_proxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,7 @@ def _small_proxy(report: Report) -> list[str]:
     if not groups:
         return []
     worst = min(groups, key=lambda group: group.overlap)
-    return [
-        f"The proxy set is small: in {len(groups)} groups its two halves choose other units (least in {worst.group}: "
-        f"{100 * worst.overlap:.0f} % the same). More --proxy-images make the choice steadier."
-    ]
+    return [small_proxy(len(groups), worst.group, worst.overlap)]
 
 
 def _slow(report: Report) -> list[str]:

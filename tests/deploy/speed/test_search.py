@@ -10,6 +10,8 @@ from torch import nn
 
 import toolchain
 from calib_data.errors import TargetError, UserError
+from deploy.prune_stage import deployment_of
+from deploy.recipe import make_recipe
 from deploy.runtimes import RUNTIMES, BatchProfile
 from deploy.speed import search as searching
 from deploy.speed import table as tables
@@ -128,3 +130,10 @@ def test_a_speedup_is_read(text: str, ms: float) -> None:
 def test_what_is_no_speedup_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not valid"):
         parse_speedup(text)
+
+
+def test_a_target_is_measured_where_its_precision_is() -> None:
+    recipe = make_recipe({"model": "pvt_v2_b0", "plan": {"speedup": "2x"}, "engine": {"precision": "bf16"}})
+    here = replace(RUNTIMES["onnxruntime"], name="has-bf16", precisions=("fp32", "bf16"))
+    found = deployment_of(recipe, [RUNTIMES["onnxruntime"], here])
+    assert (found.runtime.name, found.precision) == ("has-bf16", "bf16")

@@ -45,3 +45,6 @@ def test_equal_halves_agree_and_noise_does_not() -> None:
     few = toolchain.score(model, images[:2]).stability
     assert min(found.overlap for found in few.values()) < 1
     assert few["blocks.0.mlp"].kept == 96
+    one = toolchain.score(model, images[:1])
+    assert one.stability == {}
+    assert one.halves == {}
