@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 Name = Literal["dense", "pruned"]
 
+ITSELF, ITS_GRAPH = "the engine", "its graph on ONNX Runtime (CPU)"
+"""What AP of an engine was measured on."""
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

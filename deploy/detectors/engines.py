@@ -13,6 +13,7 @@ from onnx import ModelProto
 from calib_data.errors import BuildError, GateError
 from deploy.artifacts import Artifact
 from deploy.detectors import judge
+from deploy.detectors.document import ITS_GRAPH, ITSELF
 from deploy.detectors.graph import network_of, with_network
 from deploy.detectors.recipe import DetectRecipe
 from deploy.detectors.suppression import limits_of
@@ -29,7 +30,6 @@ from detection.average_precision import average_precision
 from detection.coco import CocoData, Split
 from detection.detector import read_info
 
-ON_CPU = "its graph on ONNX Runtime (CPU)"
 _CALIBRATION_BATCH, _SENSITIVITY_IMAGES = 4, 16
 
 
@@ -95,13 +95,13 @@ def _engine(work: Work, runtime: Runtime, precision: str) -> Artifact:
             runtime.build(graph, folder / name, replace(options, timing_cache=timing_cache(builder)))
             if runs_here(read_engine(folder / name)):
                 with runtime.open(folder / name) as session:
-                    figures[name] = {**_cost(work, detector, session), "measured_on": "the engine"}
+                    figures[name] = {**_cost(work, detector, session), "measured_on": ITSELF}
             elif graphs is None:
                 with open_model(load_model(graph)) as session:
-                    figures[name] = {**_cost(work, detector, session), "measured_on": ON_CPU}
+                    figures[name] = {**_cost(work, detector, session), "measured_on": ITS_GRAPH}
             else:
                 known = read_json(graphs.folder / "ap.json")[name]
-                figures[name] = {**{key: known[key] for key in ("ap", "drop", "images")}, "measured_on": ON_CPU}
+                figures[name] = {**{key: known[key] for key in ("ap", "drop", "images")}, "measured_on": ITS_GRAPH}
             figures[name]["kept"] = [] if graphs is None else read_json(graphs.folder / "ap.json")[name]["kept"]
         write_json(folder / "ap.json", figures)
 

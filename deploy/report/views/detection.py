@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deploy.detectors.document import DetectionReport, DetectorFigures
+from deploy.detectors.document import ITS_GRAPH, DetectionReport, DetectorFigures
 from deploy.report.views.section import (
     Cell,
     Row,
@@ -111,6 +111,9 @@ def _engines(report: DetectionReport) -> Section:
     )
     images = sorted({one.images for one in report.engines})
     remark = f"AP on {inline(images)} validation images; the change is against PyTorch on the same ones, in points."
+    graphs = dict.fromkeys(one.runtime for one in report.engines if one.measured_on == ITS_GRAPH)
+    if graphs:
+        remark += f" {', '.join(graphs)}: not run here; this is the AP of the graphs on ONNX Runtime's CPU provider."
     return Section(
         "detection-engines",
         "AP of the engines",
