@@ -100,3 +100,4 @@ def gathered(device: str = "auto") -> Iterator[Crew]:
             if crew.is_leader and not crew.busy:
                 with suppress(RuntimeError):  # one of them ended already, and says why
                     crew.dismiss()
+            crew.group = None  # whoever keeps it keeps its threads, which abort the interpreter when it ends

@@ -3,6 +3,7 @@
 Started by hand there is one process; started by `torchrun` there are WORLD_SIZE of them, which share every batch.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,3 +112,5 @@ def join_processes(device: str = "auto") -> Iterator[Process]:
     finally:
         if owner:
             dist.destroy_process_group()
+            # wrapped models die in cycles; threads of a group that they hold abort the interpreter when it ends
+            gc.collect()
