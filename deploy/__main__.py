@@ -1,6 +1,29 @@
 """`python -m deploy`, which torchrun can start: `torchrun --nproc-per-node 8 -m -- deploy detect train --run RUN`."""
 
+import os
+import sys
+
 from deploy.cli import main
 
+
+def run() -> None:
+    """The command line; one of several processes ends at once.
+
+    torch's groups leave threads behind that now and then abort the interpreter on its way out (pytorch/pytorch#179291),
+    and torchrun then stops the processes that still work.
+    """
+    try:
+        main()
+        code: object = 0
+    except SystemExit as error:
+        code = error.code
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
-    main()
+    run()
