@@ -12,17 +12,16 @@ def run() -> None:
     torch's groups leave threads behind that now and then abort the interpreter on its way out (pytorch/pytorch#179291),
     and torchrun then stops the processes that still work.
     """
+    code: str | int | None = 0
     try:
         main()
-        code: object = 0
     except SystemExit as error:
         code = error.code
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-    sys.stdout.flush()
-    sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
 
 
 if __name__ == "__main__":
