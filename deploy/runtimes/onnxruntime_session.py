@@ -188,8 +188,9 @@ class OnnxRuntimeSession:
         if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
             run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._session.run_with_iobinding(binding, run_options)
-        outputs = dict(zip(self.output_names, binding.get_outputs(), strict=True))
-        binding.clear_binding_outputs()
+        # buffers of our own: what `get_outputs` returns dangles in ONNX Runtime 1.23 once the binding is cleared
+        found = zip(self.output_names, binding.copy_outputs_to_cpu(), strict=True)
+        outputs = {name: make(array, device, 0) for name, array in found}
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         run_options = onnxruntime.RunOptions()

@@ -229,6 +229,16 @@ def test_calls_are_timed_in_bound_buffers_and_layers_by_the_profiler(
         session.time({"images": images}, 1)
 
 
+def test_bound_outputs_hold_the_answer_after_many_calls_and_other_shapes(vit: Exported) -> None:
+    # ONNX Runtime 1.23 (Python 3.10): the handles of `get_outputs` dangle after `clear_binding_outputs`, a crash
+    images = vit.images.numpy()
+    with open_onnx(vit.report.path, threads=1) as session:
+        for size in (4, 1, 4):
+            wanted = session.run({"images": images[:size]})["logits"]
+            session.time({"images": images[:size]}, 50)
+            np.testing.assert_array_equal(session._bind({"images": images[:size]}).outputs["logits"].numpy(), wanted)
+
+
 @pytest.mark.usefixtures("one_core")
 def test_threads_can_be_chosen(vit: Exported, tmp_path: Path) -> None:
     engine = CPU.build(vit.report.path, tmp_path / "engine", BuildOptions())
