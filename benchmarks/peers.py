@@ -24,13 +24,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import BuildError, UserError
-from toolchain import PruningPlan, Widths
-from toolchain.checkpoints import weights_digest
-from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup, partition, widths_of
-from toolchain.planning.document import sizer
+from upvits import toolchain
+from upvits.calib_data.errors import BuildError, UserError
+from upvits.toolchain import PruningPlan, Widths
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.planning.document import sizer
+from upvits.toolchain.structure.groups import ChannelGroup, partition, widths_of
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 DEFAULT_PYTHON = Path("runs/peers/bin/python")

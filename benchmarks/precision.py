@@ -21,19 +21,19 @@ from onnx import ModelProto, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-import toolchain
-from calib_data import DataSource, Preprocess, batches, open_source, proxy_images
-from deploy.environment import environment
-from deploy.graphs.files import load_model
-from deploy.job import validation_images
-from deploy.measure.accuracy import Accuracy, accuracy, outputs_of
-from deploy.precision import Ranges, calibrate, convert, for_cpu
-from deploy.precision.half import to_half
-from deploy.precision.quantize import quantizable_layers, quantize
-from deploy.precision.smoothing import ChannelPaths
-from deploy.precision.weight_layers import prepared
-from deploy.run_dir import read_recipe
-from deploy.runtimes import open_model
+from upvits import toolchain
+from upvits.calib_data import DataSource, Preprocess, batches, open_source, proxy_images
+from upvits.deploy.graphs.files import load_model
+from upvits.deploy.machine.environment import environment
+from upvits.deploy.measure.accuracy import Accuracy, accuracy, outputs_of
+from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
+from upvits.deploy.precision.half import to_half
+from upvits.deploy.precision.quantize import quantizable_layers, quantize
+from upvits.deploy.precision.smoothing import ChannelPaths
+from upvits.deploy.precision.weight_layers import prepared
+from upvits.deploy.runtimes import open_model
+from upvits.deploy.stages.job import validation_images
+from upvits.deploy.store.run_dir import read_recipe
 
 BATCH = 32
 RECIPES = (("fp16", ""), ("bf16", ""), ("int8", "fp32"), ("int8", "fp16"), ("fp8", "fp16"))

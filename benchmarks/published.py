@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from toolchain.families import groups_of
-from toolchain.masks import masked
-from toolchain.scores import divergence
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores import divergence
+from upvits.toolchain.scores.masks import masked
 
 
 def published_kl(

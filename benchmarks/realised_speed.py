@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import toolchain
 from benchmarks import record
-from calib_data import open_source, proxy_images
-from calib_data.errors import UserError
-from calib_data.progress import watched
-from deploy.measure.bench import BenchSettings
-from deploy.runtimes import RUNTIMES, BatchProfile
-from deploy.speed.deployment import Deployment, measure, opened
-from toolchain.planning import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, Size
+from upvits import toolchain
+from upvits.calib_data import open_source, proxy_images
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
+from upvits.deploy.measure.bench import BenchSettings
+from upvits.deploy.runtimes import RUNTIMES, BatchProfile
+from upvits.deploy.speed.deployment import Deployment, measure, opened
+from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, Size
 
 CPU_RUNTIMES = ("onnxruntime", "openvino")
 

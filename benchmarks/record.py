@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from deploy.artifacts import atomic_write
-from deploy.environment import environment
+from upvits.deploy.machine.environment import environment
+from upvits.deploy.store.artifacts import atomic_write
 
 RESULTS = Path("benchmarks/results")
 

@@ -30,18 +30,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import toolchain
 from benchmarks import record
 from benchmarks.published import published_kl
-from calib_data import open_source, proxy_images
-from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup
-from toolchain.scores.cuts import cut_of
-from toolchain.scores.divergence import output_scale
-from toolchain.scores.exact import Units, exact_kl
-from toolchain.scores.fisher import fisher
-from toolchain.scores.refined import refined
-from toolchain.scores.stability import kept_overlap, spearman
+from upvits import toolchain
+from upvits.calib_data import open_source, proxy_images
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores.cuts import cut_of
+from upvits.toolchain.scores.divergence import output_scale
+from upvits.toolchain.scores.exact import Units, exact_kl
+from upvits.toolchain.scores.fisher import fisher
+from upvits.toolchain.scores.refined import refined
+from upvits.toolchain.scores.stability import kept_overlap, spearman
+from upvits.toolchain.structure.groups import ChannelGroup
 
 SIZES = {
     "DeiT-T, 224 px": ("deit_tiny_patch16_224", 224, 8),

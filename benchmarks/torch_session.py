@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PARTS = ("h2d", "compute", "d2h")

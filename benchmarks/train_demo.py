@@ -29,7 +29,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calib_data.drawing import CLASS_NAMES, DRAWING_VERSION, draw_labelled
+from upvits.calib_data.drawing import CLASS_NAMES, DRAWING_VERSION, draw_labelled
 
 MODEL_NAME = "pvt_v2_b0"
 

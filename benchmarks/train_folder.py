@@ -20,9 +20,9 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import toolchain
-from calib_data import DataSource, batches, open_source
-from toolchain.evaluate import evaluate
+from upvits import toolchain
+from upvits.calib_data import DataSource, batches, open_source
+from upvits.toolchain.training.evaluate import evaluate
 
 
 def train(source: DataSource, model: nn.Module, options: argparse.Namespace) -> list[dict[str, float]]:

@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from calib_data.datasets import DataSource, Images
-    from calib_data.demo import demo_weights
-    from calib_data.loading import Preprocess, batches, proxy_images, proxy_set
-    from calib_data.sources import open_source
-    from calib_data.writing import write_coco, write_imagefolder
+    from upvits.calib_data.datasets import DataSource, Images
+    from upvits.calib_data.demo import demo_weights
+    from upvits.calib_data.loading import Preprocess, batches, proxy_images, proxy_set
+    from upvits.calib_data.sources import open_source
+    from upvits.calib_data.writing import write_coco, write_imagefolder
 
 __all__ = [
     "DataSource",
@@ -42,5 +42,5 @@ _HOME = {
 def __getattr__(name: str) -> object:
     # torch and timm take seconds to import; `calib_data.errors` is imported by everything, `--help` and doctor too
     if name in _HOME:
-        return getattr(import_module(f"calib_data.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'calib_data' has no attribute {name!r}")
+        return getattr(import_module(f"upvits.calib_data.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'upvits.calib_data' has no attribute {name!r}")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from calib_data.datasets import DataSource, Images
-from calib_data.drawing import CLASS_NAMES, DRAWING_VERSION, draw_labelled
+from upvits.calib_data.datasets import DataSource, Images
+from upvits.calib_data.drawing import CLASS_NAMES, DRAWING_VERSION, draw_labelled
 
 DEMO_SEED = 0
 DEMO_SIZE = 64

@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from calib_data.datasets import UNLABELLED, DataSource, Images
-from calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
-from calib_data.errors import UserError
-from calib_data.progress import watched
+from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "eval", "test")

@@ -13,7 +13,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib_data.datasets import DataSource, Images
+from upvits.calib_data.datasets import DataSource, Images
 
 Transform = Callable[[Image.Image], Tensor]
 

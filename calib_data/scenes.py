@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from calib_data.drawing import DRAWING_VERSION
-from calib_data.writing import write_coco
+from upvits.calib_data.drawing import DRAWING_VERSION
+from upvits.calib_data.writing import write_coco
 
 SIZE = 128
 COUNTS = {"train": 600, "val": 200}

@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from calib_data.datasets import UNLABELLED, DataSource, Images
-from calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
-from calib_data.errors import UserError
-from calib_data.folders import FULL_CHECK_LIMIT, TRAIN_NAMES, VAL_NAMES, refuse_many_unreadable
-from calib_data.progress import watched
+from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.folders import FULL_CHECK_LIMIT, TRAIN_NAMES, VAL_NAMES, refuse_many_unreadable
+from upvits.calib_data.progress import watched
 
 _INFO_NAMES = ("_info.json", "info.json")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from calib_data.datasets import DataSource
-from calib_data.demo import demo_source
-from calib_data.errors import UserError
-from calib_data.folders import open_folder
-from calib_data.shards import open_shards
-from calib_data.timm_sources import open_hfds, open_torch
+from upvits.calib_data.datasets import DataSource
+from upvits.calib_data.demo import demo_source
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.folders import open_folder
+from upvits.calib_data.shards import open_shards
+from upvits.calib_data.timm_sources import open_hfds, open_torch
 
 _FORMS = {
     "demo": "demo (embedded)",

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from calib_data.datasets import DataSource, Images
-from calib_data.decoding import to_rgb
-from calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.datasets import DataSource, Images
+from upvits.calib_data.decoding import to_rgb
+from upvits.calib_data.errors import MissingDependencyError, UserError
 
 TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "image_folder")
 _VAL_SPLITS = ("validation", "val", "valid", "test")

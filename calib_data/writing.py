@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from calib_data.drawing import CLASS_NAMES, draw_labelled, draw_scene
-from calib_data.errors import UserError
-from calib_data.progress import watched
+from upvits.calib_data.drawing import CLASS_NAMES, draw_labelled, draw_scene
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
 
 
 def write_imagefolder(folder: Path, split: str, count: int, size: int, *, seed: int = 0, quiet: bool = True) -> None:

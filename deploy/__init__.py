@@ -1,6 +1,6 @@
 """Make it run: export, precision, engines, runtimes, measurements, report; the pipeline and the command line.
 
-from deploy import build
+from upvits.deploy import build
 report = build({"model": "pvtv2_b0", "plan": {"ratio": 0.5}})
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from deploy.pipeline import build
+    from upvits.deploy.pipeline import build
 
 __all__ = ["build"]
 
@@ -21,7 +21,7 @@ __all__ = ["build"]
 def __getattr__(name: str) -> object:
     # torch takes seconds to import; `upvits-deploy --help` should not wait for it
     if name == "build":
-        from deploy.pipeline import build
+        from upvits.deploy.pipeline import build
 
         return build
     raise AttributeError(f"module 'deploy' has no attribute {name!r}")

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import toolchain
-from calib_data import Preprocess, open_source
-from calib_data.errors import TargetError, UserError
-from deploy import engine_stages, prune_stage, stages
-from deploy.artifacts import disk_errors
-from deploy.checks import (
+from upvits import toolchain
+from upvits.calib_data import Preprocess, open_source
+from upvits.calib_data.errors import TargetError, UserError
+from upvits.deploy.detectors import flow
+from upvits.deploy.recipe.checks import (
     check_classes,
     check_compensation,
     check_engine_request,
@@ -23,20 +22,23 @@ from deploy.checks import (
     warn_of_skipped,
     with_names,
 )
-from deploy.detectors import flow
-from deploy.job import Job
-from deploy.precision_stage import precisions
-from deploy.recipe import IDENTITY, Recipe, make_recipe, resolve, run_name
-from deploy.report.document import Report
-from deploy.report.views import save_report
-from deploy.run_dir import open_run
-from deploy.runtimes import resolve_runtimes
-from deploy.speed.search import LatencyRecord
-from deploy.speed.table import tables_folder
-from deploy.summary import Artifacts, summarise
-from toolchain.checkpoints import weights_digest
-from toolchain.depth import last_blocks_first
-from toolchain.processes import pick_device
+from upvits.deploy.recipe.document import IDENTITY, Recipe, make_recipe, resolve, run_name
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.views import save_report
+from upvits.deploy.runtimes import resolve_runtimes
+from upvits.deploy.speed.search import LatencyRecord
+from upvits.deploy.speed.table import tables_folder
+from upvits.deploy.stages import engines as engine_stages
+from upvits.deploy.stages import network as stages
+from upvits.deploy.stages import prune as prune_stage
+from upvits.deploy.stages.job import Job
+from upvits.deploy.stages.precision import precisions
+from upvits.deploy.stages.summary import Artifacts, summarise
+from upvits.deploy.store.artifacts import disk_errors
+from upvits.deploy.store.run_dir import open_run
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.networks.depth import last_blocks_first
+from upvits.toolchain.training.processes import pick_device
 
 STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench", "report")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.errors import MissingDependencyError, UserError
 
 Detection = Mapping[str, Any]
 """In COCO's result format: image_id, category_id, score, and bbox [x, y, width, height] in pixels or segmentation."""

@@ -11,10 +11,10 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import UserError
-from toolchain.families import family_of
-from toolchain.models import hollow
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import family_of
+from upvits.toolchain.networks.models import hollow
 
 Source = str | Path | Mapping[str, Any]
 """A model folder, a timm name (random weights), or a structure document (weights come with the detector's)."""

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 _SHOWN = 3  # examples in a message
 _SIZES_READ = 500  # images that are read, at most

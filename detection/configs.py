@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from detection.coco import CocoData, Split
+from upvits.detection.coco import CocoData, Split
 
 Config = dict[str, Any]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from toolchain.processes import join_processes
+from upvits.toolchain.training.processes import join_processes
 
 _PATIENCE = timedelta(days=2)
 """So long the others wait while the leader judges, exports and builds."""

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 """Predicted widths and heights stay within this factor of their anchor's (mmdet's `wh_ratio_clip`)."""

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from detection import openmm
-from detection.backbone import UPPVTv2
-from detection.simple_pyramid import UPViT
-from toolchain.models import structure_of
+from upvits.calib_data.errors import UserError
+from upvits.detection import openmm
+from upvits.detection.backbone import UPPVTv2
+from upvits.detection.simple_pyramid import UPViT
+from upvits.toolchain.networks.models import structure_of
 
 FORMAT = 1
 _STRUCTURE, _WEIGHTS = "detector.json", "model.safetensors"

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from toolchain.families import family_of, groups_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import family_of, groups_of
 
 _MODULES = (  # timm's names and mmdet's; %d are the stage and the block
     (r"patch_embed\.proj", "layers.0.0.projection"),

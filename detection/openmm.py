@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calib_data.errors import MissingDependencyError, UserError
-from detection.backbone import UPPVTv2
-from detection.configs import SILENT
-from detection.operators import stand_in
-from detection.simple_pyramid import UPViT
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.detection.backbone import UPPVTv2
+from upvits.detection.configs import SILENT
+from upvits.detection.operators import stand_in
+from upvits.detection.simple_pyramid import UPViT
 
 TESTED = {"mmdet": ("3.3.",), "mmengine": ("0.10.",), "mmcv": ("2.0.", "2.1."), "mmcv-lite": ("2.0.", "2.1.")}
 """Beginnings of versions; mmdet itself asserts that mmcv is older than 2.2."""

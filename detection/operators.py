@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import nms as torchvision_nms
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from calib_data.errors import MissingDependencyError
+from upvits.calib_data.errors import MissingDependencyError
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:

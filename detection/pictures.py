@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from detection.coco import Split
+from upvits.detection.coco import Split
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,9 +13,9 @@ from typing import Any
 from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from detection.backbone import Source, network_from, set_drop_path
-from toolchain.families import family_of
+from upvits.calib_data.errors import UserError
+from upvits.detection.backbone import Source, network_from, set_drop_path
+from upvits.toolchain.families import family_of
 
 
 class UPViT(nn.Module):

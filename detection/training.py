@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from calib_data.progress import progress_bar
-from detection import openmm
-from detection.coco import CocoData
-from detection.configs import Config, Schedule, training
-from detection.crew import ALONE, Crew
-from detection.detector import load_detector, read_weights
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import progress_bar
+from upvits.detection import openmm
+from upvits.detection.coco import CocoData
+from upvits.detection.configs import Config, Schedule, training
+from upvits.detection.crew import ALONE, Crew
+from upvits.detection.detector import load_detector, read_weights
 
 Losses = dict[str, float]
 

@@ -43,7 +43,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
+            yield from [f"upvits.{alias.name}" for alias in node.names] if node.module == "upvits" else [node.module]
 
 
 def imported_when_loaded(tree: ast.Module) -> Iterator[str]:
@@ -68,9 +68,10 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
-    allowed = ROOMS[: ROOMS.index(room) + 1]
-    reached = {name.split(".")[0] for name in imported(tree_of(path))}
-    assert reached.isdisjoint({*ROOMS, "benchmarks", "tests"} - set(allowed))
+    names = [name.split(".") for name in imported(tree_of(path))]
+    assert {first for first, *_ in names}.isdisjoint({*ROOMS, "benchmarks", "tests"})  # ours is imported as upvits
+    reached = {rest[0] for first, *rest in names if first == "upvits" and rest}
+    assert reached <= {*ROOMS[: ROOMS.index(room) + 1]}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -119,7 +120,7 @@ print(len(modules), "imported;", sorted(set(blocked) & {m.split(".")[0] for m in
 
 def test_every_module_imports_without_the_optional_libraries() -> None:
     modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        "upvits." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in SOURCES
         if path.name != "__main__.py"
     ]
@@ -136,7 +137,10 @@ def test_every_module_imports_without_the_optional_libraries() -> None:
 
 def test_the_command_line_and_doctor_start_without_torch() -> None:
     # `--help` must not wait for it, and doctor must be able to say that it is broken.
-    code = "import sys, deploy.cli, deploy.doctor; print(sorted({'torch', 'timm', 'onnx'} & set(sys.modules)))"
+    code = (
+        "import sys, upvits.deploy.cli.app, upvits.deploy.machine.doctor; "
+        "print(sorted({'torch', 'timm', 'onnx'} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -176,6 +180,11 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_types_are_shipped(room: str) -> None:
+def test_every_room_is_imported_by_the_one_name(room: str) -> None:
     assert (ROOT / room / "__init__.py").is_file()
-    assert (ROOT / room / "py.typed").is_file()
+    assert (ROOT / "upvits" / room).resolve() == ROOT / room
+    assert os.readlink(ROOT / "upvits" / room) == f"../{room}"  # relative: a clone may lie anywhere
+
+
+def test_types_are_shipped() -> None:
+    assert (ROOT / "upvits/py.typed").is_file()

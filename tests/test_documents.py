@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
-from deploy.cli import app
+from upvits.deploy.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/coco.md")
@@ -75,7 +75,7 @@ def test_torchrun_starts_what_the_documents_tell_it_to() -> None:
     text = "".join(text_of(document) for document in DOCUMENTS).replace("\\\n", " ")
     lines = re.findall(r"^(torchrun .+)$", text, re.MULTILINE) + re.findall(r"`(torchrun [^`]+)`", text)
     started = [get_args_parser().parse_args(shlex.split(line, comments=True)[1:]) for line in lines]
-    ours = [asked for asked in started if asked.training_script == "deploy"]
+    ours = [asked for asked in started if asked.training_script == "upvits"]
     assert len(ours) >= 3
     for asked in ours:
         assert asked.module
@@ -116,14 +116,14 @@ def test_make_explains_every_target() -> None:
 def test_python_in_the_documents_parses_and_imports_what_exists(document: str) -> None:
     for block in blocks(document, "python"):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "deploy":
-                import deploy
+            if isinstance(node, ast.ImportFrom) and node.module == "upvits.deploy":
+                from upvits import deploy
 
                 assert {alias.name for alias in node.names} <= set(deploy.__all__)
 
 
 def test_named_functions_of_the_toolchain_exist() -> None:
-    import toolchain
+    from upvits import toolchain
 
     named = set(re.findall(r"`toolchain\.([a-z_]+)[`(]", text_of("README.md")))
     assert len(named) >= 5
@@ -140,7 +140,7 @@ def test_files_and_folders_that_are_named_are_there(document: str) -> None:
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
-    from calib_data import errors
+    from upvits.calib_data import errors
 
     documented = {int(code) for code in re.findall(r"^\| (\d) \|", text_of("README.md"), flags=re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]

@@ -36,14 +36,14 @@ def metadata(wheel: Path) -> Message:
 
 
 def sources() -> set[str]:
-    """Every file of our packages that belongs into the wheel."""
-    belongs = {".py", ".typed", ".html", ".css", ".js", ".jinja"}
+    """Every file of our packages that belongs into the wheel, under the one name that it is imported by."""
+    belongs = {".py", ".html", ".css", ".js", ".jinja"}
     return {
-        path.relative_to(ROOT).as_posix()
+        f"upvits/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-        if path.suffix in belongs or path.name == "py.typed" or "demo_weights" in path.parts
+        if path.suffix in belongs or "demo_weights" in path.parts
     }
 
 
@@ -51,7 +51,7 @@ def test_the_wheel_holds_exactly_our_packages_and_the_demo_data(wheel: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     about = {name for name in inside if re.match(r"upvits_deploy-[^/]+\.dist-info/", name)}
-    assert inside - about == sources()
+    assert inside - about == sources() | {"upvits/__init__.py", "upvits/__main__.py", "upvits/py.typed"}
     assert {name.split("/", 1)[1] for name in about} == {
         "METADATA",
         "RECORD",
@@ -64,17 +64,16 @@ def test_the_wheel_holds_exactly_our_packages_and_the_demo_data(wheel: Path) -> 
 def test_what_runs_need_beside_code_is_inside(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = archive.namelist()
-        weights = [name for name in inside if name.startswith("calib_data/demo_weights/")]
+        weights = [name for name in inside if name.startswith("upvits/calib_data/demo_weights/")]
         assert {Path(name).name for name in weights} >= {"model.safetensors", "config.json"}
         assert sum(archive.getinfo(name).file_size for name in weights) < 10_000_000
-    assert "deploy/templates/report.html" in inside
-    assert {f"{package}/py.typed" for package in PACKAGES} <= set(inside)
+    assert "upvits/deploy/templates/report.html" in inside
 
 
 def test_the_wheel_runs_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import deploy.cli; print(deploy.cli.__file__); deploy.cli.app(['build', '--help'])"
+    code = "from upvits.deploy.cli import app; print(app.__file__); app.app(['build', '--help'])"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -84,7 +83,7 @@ def test_the_wheel_runs_without_the_source_tree(wheel: Path, tmp_path: Path) -> 
         check=True,
     )
     module, _, help_text = result.stdout.partition("\n")
-    assert Path(module) == tmp_path / "site/deploy/cli.py"
+    assert Path(module) == tmp_path / "site/upvits/deploy/cli/app.py"
     assert "--ratio" in help_text
 
 
@@ -93,7 +92,7 @@ def test_the_command_exists_and_is_callable(wheel: Path) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
         points = configparser.ConfigParser()
         points.read_string(archive.read(name).decode())
-    assert dict(points["console_scripts"]) == {"upvits-deploy": "deploy.cli:main"}
+    assert dict(points["console_scripts"]) == {"upvits-deploy": "upvits.deploy.cli.app:main"}
     module, _, function = points["console_scripts"]["upvits-deploy"].partition(":")
     assert callable(getattr(import_module(module), function))
 

@@ -6,13 +6,13 @@ small = toolchain.prune(model, toolchain.plan(model, scores, ratio=0.5))
 toolchain.save(small, "my-small-model/")
 """
 
-from toolchain.distillation import DistillSettings, distill
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.macs import count_macs, count_params
-from toolchain.models import create_model, load, preprocess_of, save
-from toolchain.planning import PruningPlan, plan
-from toolchain.scores import Scores, score
-from toolchain.surgery import prune
+from upvits.toolchain.networks.models import create_model, load, preprocess_of, save
+from upvits.toolchain.planning import PruningPlan, plan
+from upvits.toolchain.scores import Scores, score
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
+from upvits.toolchain.structure.macs import count_macs, count_params
+from upvits.toolchain.surgery.prune import prune
+from upvits.toolchain.training.distillation import DistillSettings, distill
 
 __all__ = [
     "ChannelGroup",

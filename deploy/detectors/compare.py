@@ -9,9 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from deploy.artifacts import Artifact, atomic_write
-from deploy.detectors import judge
-from deploy.detectors.document import (
+from upvits.deploy.detectors import judge
+from upvits.deploy.detectors.draw import pictures
+from upvits.deploy.detectors.engines import Work
+from upvits.deploy.detectors.train_stage import DETECT, figures_of, images_of
+from upvits.deploy.machine.environment import environment
+from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave
+from upvits.deploy.recipe.detect import size_of
+from upvits.deploy.report.detection import (
     ApFigures,
     BoxAgreement,
     DetectionReport,
@@ -20,16 +25,11 @@ from deploy.detectors.document import (
     DetectorLatency,
     Name,
 )
-from deploy.detectors.draw import pictures
-from deploy.detectors.engines import Work
-from deploy.detectors.recipe import size_of
-from deploy.detectors.training import DETECT, figures_of, images_of
-from deploy.engine_stages import engine_of, runs_here
-from deploy.environment import environment
-from deploy.job import Pixels, read_json, stage
-from deploy.measure.bench import BenchSettings, LatencyReport, interleave
-from deploy.runtimes import Engine, read_engine, runtime_named
-from detection.detector import read_info
+from upvits.deploy.runtimes import Engine, read_engine, runtime_named
+from upvits.deploy.stages.engines import engine_of, runs_here
+from upvits.deploy.stages.job import Pixels, read_json, stage
+from upvits.deploy.store.artifacts import Artifact, atomic_write
+from upvits.detection.detector import read_info
 
 DOCUMENT = "detection.json"
 _SCHEDULE = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "amp", "fpn_channels", "stacked_convs",

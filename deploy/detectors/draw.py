@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from deploy.detectors.document import Picture
-from detection.coco import CocoData
+from upvits.deploy.report.detection import Picture
+from upvits.detection.coco import CocoData
 
 SHOWN_SCORE = 0.3
 """Boxes below it are not drawn."""

@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from calib_data.errors import BuildError, GateError
-from deploy.artifacts import Artifact
-from deploy.detectors import judge
-from deploy.detectors.document import ITS_GRAPH, ITSELF
-from deploy.detectors.graph import network_of, with_network
-from deploy.detectors.recipe import DetectRecipe
-from deploy.detectors.suppression import limits_of
-from deploy.detectors.training import DETECT, figures_of, images_of
-from deploy.engine_stages import runs_here, timing_cache
-from deploy.environment import builder_facts
-from deploy.graphs.files import load_model, save_model
-from deploy.job import Job, Pixels, read_json, stage, write_json
-from deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
-from deploy.precision_stage import graph_name, precisions_for
-from deploy.recipe import split_names
-from deploy.runtimes import BatchProfile, BuildOptions, Runtime, Session, open_model, read_engine
-from detection.average_precision import average_precision
-from detection.coco import CocoData, Split
-from detection.detector import read_info
+from upvits.calib_data.errors import BuildError, GateError
+from upvits.deploy.detectors import judge
+from upvits.deploy.detectors.graph import network_of, with_network
+from upvits.deploy.detectors.suppression import limits_of
+from upvits.deploy.detectors.train_stage import DETECT, figures_of, images_of
+from upvits.deploy.graphs.files import load_model, save_model
+from upvits.deploy.machine.environment import builder_facts
+from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
+from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.document import split_names
+from upvits.deploy.report.detection import ITS_GRAPH, ITSELF
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, Runtime, Session, open_model, read_engine
+from upvits.deploy.stages.engines import runs_here, timing_cache
+from upvits.deploy.stages.job import Job, Pixels, read_json, stage, write_json
+from upvits.deploy.stages.precision import graph_name, precisions_for
+from upvits.deploy.store.artifacts import Artifact
+from upvits.detection.average_precision import average_precision
+from upvits.detection.coco import CocoData, Split
+from upvits.detection.detector import read_info
 
 _CALIBRATION_BATCH, _SENSITIVITY_IMAGES = 4, 16
 

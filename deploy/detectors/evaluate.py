@@ -11,23 +11,23 @@ from typing import Any
 
 from onnx import TensorProto
 
-from calib_data.errors import UserError
-from deploy.artifacts import disk_errors
-from deploy.detectors import judge
-from deploy.detectors.export import export_detector
-from deploy.detectors.flow import RECIPE
-from deploy.detectors.recipe import size_for
-from deploy.detectors.suppression import Limits, limits_of
-from deploy.detectors.training import DETECT
-from deploy.graphs.files import load_model
-from deploy.job import write_json
-from deploy.runtimes import open_model
-from detection import openmm
-from detection.average_precision import AveragePrecision, average_precision
-from detection.coco import CocoData
-from detection.detector import load_detector
-from detection.pictures import Fitted, fitted
-from toolchain.processes import pick_device
+from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors import judge
+from upvits.deploy.detectors.export import export_detector
+from upvits.deploy.detectors.flow import RECIPE
+from upvits.deploy.detectors.suppression import Limits, limits_of
+from upvits.deploy.detectors.train_stage import DETECT
+from upvits.deploy.graphs.files import load_model
+from upvits.deploy.recipe.detect import size_for
+from upvits.deploy.runtimes import open_model
+from upvits.deploy.stages.job import write_json
+from upvits.deploy.store.artifacts import disk_errors
+from upvits.detection import openmm
+from upvits.detection.average_precision import AveragePrecision, average_precision
+from upvits.detection.coco import CocoData
+from upvits.detection.detector import load_detector
+from upvits.detection.pictures import Fitted, fitted
+from upvits.toolchain.training.processes import pick_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from typing import Literal, get_args
 from onnx import ModelProto
 from torch import nn
 
-from calib_data import Preprocess
-from calib_data.errors import UserError
-from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
-from deploy.detectors.suppression import limits_of, with_suppression
-from deploy.graphs.export import export_onnx
-from deploy.graphs.files import load_model, save_model
-from detection.decode import DecodedBoxes
-from detection.detector import DetectorInfo
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
+from upvits.deploy.detectors.suppression import limits_of, with_suppression
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.files import load_model, save_model
+from upvits.detection.decode import DecodedBoxes
+from upvits.detection.detector import DetectorInfo
 
 Shape = Literal["raw", "decode", "decode+nms"]
 """`raw`: logits and deltas of every level; `decode`: a fixed number of boxes, scores and labels; `decode+nms`: only

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-import toolchain
-from calib_data.errors import MissingDependencyError, UserError
-from calib_data.scenes import demo_scenes
-from deploy.artifacts import Artifact, disk_errors
-from deploy.detectors.compare import compare
-from deploy.detectors.engines import Work, engines
-from deploy.detectors.recipe import DetectRecipe, make_detect_recipe, place_of, resolved
-from deploy.detectors.training import DETECT, require_same_training, trained
-from deploy.job import Job, write_json
-from deploy.speed.table import cache_folder
-from detection import openmm
-from detection.coco import CocoData, open_coco
-from detection.crew import ALONE, Crew
+from upvits import toolchain
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.scenes import demo_scenes
+from upvits.deploy.detectors.compare import compare
+from upvits.deploy.detectors.engines import Work, engines
+from upvits.deploy.detectors.train_stage import DETECT, require_same_training, trained
+from upvits.deploy.recipe.detect import DetectRecipe, make_detect_recipe, place_of, resolved
+from upvits.deploy.speed.table import cache_folder
+from upvits.deploy.stages.job import Job, write_json
+from upvits.deploy.store.artifacts import Artifact, disk_errors
+from upvits.detection import openmm
+from upvits.detection.coco import CocoData, open_coco
+from upvits.detection.crew import ALONE, Crew
 
 RECIPE = "recipe.json"
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torchvision.ops import box_iou
 
-from calib_data.errors import GateError
-from calib_data.progress import watched
-from deploy.detectors.suppression import USUAL, Limits, suppress
-from deploy.runtimes import Session
-from detection import openmm
-from detection.average_precision import run_length
-from detection.decode import DecodedBoxes
-from detection.pictures import Fitted
-from toolchain.scores.divergence import device_of
+from upvits.calib_data.errors import GateError
+from upvits.calib_data.progress import watched
+from upvits.deploy.detectors.suppression import USUAL, Limits, suppress
+from upvits.deploy.runtimes import Session
+from upvits.detection import openmm
+from upvits.detection.average_precision import run_length
+from upvits.detection.decode import DecodedBoxes
+from upvits.detection.pictures import Fitted
+from upvits.toolchain.scores.divergence import device_of
 
 SAME_IOU, SAME_SCORE, SAME_SHARE = 0.99, 1e-3, 0.99
 """Two boxes are the same from this overlap on and up to this difference of scores; so many have to be."""

@@ -12,24 +12,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import UserError
-from deploy.artifacts import Artifact, run_stage
-from deploy.detectors.flow import check_request, open_data
-from deploy.detectors.recipe import DetectRecipe, resolved, size_for, size_of
-from deploy.detectors.training import detector_digest, images_of, judged, tidy, train_into
-from deploy.job import announce, write_json
-from deploy.run_dir import open_run
-from deploy.validation import validated
-from detection.coco import CocoData
-from detection.crew import Crew, gathered
-from detection.detector import DetectorInfo, load_detector, read_info, save_detector
-from detection.importance import DetectorScores, neck_and_head, score_detector
-from detection.shrink import kept_channels, shrink
-from detection.training import train_along
-from toolchain.planning import PruningPlan
-from toolchain.processes import pick_device
-from toolchain.scores import Scores
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors.flow import check_request, open_data
+from upvits.deploy.detectors.train_stage import detector_digest, images_of, judged, tidy, train_into
+from upvits.deploy.recipe.detect import DetectRecipe, resolved, size_for, size_of
+from upvits.deploy.recipe.validation import validated
+from upvits.deploy.stages.job import announce, write_json
+from upvits.deploy.store.artifacts import Artifact, run_stage
+from upvits.deploy.store.run_dir import open_run
+from upvits.detection.coco import CocoData
+from upvits.detection.crew import Crew, gathered
+from upvits.detection.detector import DetectorInfo, load_detector, read_info, save_detector
+from upvits.detection.detector_scores import DetectorScores, neck_and_head, score_detector
+from upvits.detection.detector_surgery import kept_channels, shrink
+from upvits.detection.training import train_along
+from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.training.processes import pick_device
 
 Task = Literal["detection", "random"]
 VERSION = 1

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calib_data.errors import UserError
-from deploy.artifacts import Artifact, disk_errors, open_artifact
-from deploy.detectors.compare import read_comparison
-from deploy.detectors.document import DetectionReport
-from deploy.detectors.flow import check_request, compared, detectors_of, open_data, remembered
-from deploy.detectors.recipe import DetectRecipe
-from deploy.pipeline import prepare
-from deploy.recipe import IDENTITY, make_recipe
-from deploy.report.document import REPORT, load_report
-from deploy.report.views import save_report
-from deploy.run_dir import open_run, read_recipe
-from detection.crew import gathered
-from detection.training import train_along
+from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors.compare import read_comparison
+from upvits.deploy.detectors.flow import check_request, compared, detectors_of, open_data, remembered
+from upvits.deploy.pipeline import prepare
+from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.document import IDENTITY, make_recipe
+from upvits.deploy.report.detection import DetectionReport
+from upvits.deploy.report.document import REPORT, load_report
+from upvits.deploy.report.views import save_report
+from upvits.deploy.store.artifacts import Artifact, disk_errors, open_artifact
+from upvits.deploy.store.run_dir import open_run, read_recipe
+from upvits.detection.crew import gathered
+from upvits.detection.training import train_along
 
 
 def detect_in_run(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torchvision.ops import batched_nms
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 Boxes = NDArray[np.float32]
 

@@ -8,13 +8,13 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from deploy.artifacts import Artifact
-from deploy.detectors.document import DetectionReport
-from deploy.detectors.evaluate import Judged
-from deploy.detectors.training import figures_of
-from deploy.report.views.detection import sections
-from deploy.report.views.section import without_empty_columns
-from deploy.report.views.text import terminal_sections
+from upvits.deploy.detectors.evaluate import Judged
+from upvits.deploy.detectors.train_stage import figures_of
+from upvits.deploy.report.detection import DetectionReport
+from upvits.deploy.report.views.detection import sections
+from upvits.deploy.report.views.section import without_empty_columns
+from upvits.deploy.report.views.text import terminal_sections
+from upvits.deploy.store.artifacts import Artifact
 
 
 def trained_table(detectors: Mapping[str, Artifact]) -> Table:

@@ -18,9 +18,9 @@ import onnxslim
 import torch
 from torch import nn
 
-from calib_data import Preprocess
-from calib_data.errors import BuildError, UserError
-from deploy.graphs.files import (
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import BuildError, UserError
+from upvits.deploy.graphs.files import (
     MAX_FILE_BYTES,
     data_path,
     declared_only,
@@ -29,7 +29,13 @@ from deploy.graphs.files import (
     too_large_error,
     weight_bytes,
 )
-from deploy.graphs.surgery import add_uint8_input, ffn_to_channels_first, name_batch_axis, rename_input, rename_outputs
+from upvits.deploy.graphs.surgery import (
+    add_uint8_input,
+    ffn_to_channels_first,
+    name_batch_axis,
+    rename_input,
+    rename_outputs,
+)
 
 MIN_OPSET, MAX_OPSET = 18, 23
 _EXAMPLE_BATCH = 2  # with 1 the exporter silently freezes the batch

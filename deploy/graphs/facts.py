@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from deploy.graphs.files import declared_only
+from upvits.deploy.graphs.files import declared_only
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 _RESHAPING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})

@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
-from calib_data.errors import UserError
-from deploy.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
+from upvits.calib_data.errors import UserError
+from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
 
 MAX_FILE_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; the rest is for the graph
 _MAX_VALUES = 2**28  # in one tensor of one image: 1 GiB of fp32, a thousand times what a ViT-L has

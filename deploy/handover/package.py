@@ -19,15 +19,23 @@ from typing import Any, Literal
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from calib_data.errors import UserError
-from calib_data.progress import watched
-from deploy.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
-from deploy.handover.texts import Subject, example_files, model_card, readme, requirements, shorten, shortened_paths
-from deploy.handover.triton import Port, ports, write_repository
-from deploy.report.document import REPORT, Report, load_report
-from deploy.run_dir import read_recipe
-from deploy.runtimes.engine_folder import read_engine
-from deploy.runtimes.interface import BatchProfile, Engine
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
+from upvits.deploy.handover.texts import (
+    Subject,
+    example_files,
+    model_card,
+    readme,
+    requirements,
+    shorten,
+    shortened_paths,
+)
+from upvits.deploy.handover.triton import Port, ports, write_repository
+from upvits.deploy.report.document import REPORT, Report, load_report
+from upvits.deploy.runtimes.engine_folder import read_engine
+from upvits.deploy.runtimes.interface import BatchProfile, Engine
+from upvits.deploy.store.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
+from upvits.deploy.store.run_dir import read_recipe
 
 PACKAGE = "package.json"
 SUMS = "SHA256SUMS"

@@ -18,11 +18,11 @@ from typing import Any
 import tomli_w
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from deploy.handover.triton import Port
-from deploy.report.document import Report
-from deploy.report.verdict import comparisons, verdict
-from deploy.report.views.results import AGAINST, precision_remarks
-from deploy.runtimes.interface import Engine
+from upvits.deploy.handover.triton import Port
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import comparisons, verdict
+from upvits.deploy.report.views.results import AGAINST, precision_remarks
+from upvits.deploy.runtimes.interface import Engine
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _CPU = "CPUExecutionProvider"
@@ -218,7 +218,7 @@ def _strings(value: object) -> list[str]:
 
 def _render(name: str, **values: object) -> str:
     def read(name: str) -> str:
-        return files("deploy").joinpath("templates", "package", name).read_text(encoding="utf-8")
+        return files("upvits.deploy").joinpath("templates", "package", name).read_text(encoding="utf-8")
 
     environment = Environment(
         loader=FunctionLoader(read),

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
-from calib_data.errors import UserError
-from deploy.runtimes.interface import BatchProfile, Engine
+from upvits.calib_data.errors import UserError
+from upvits.deploy.runtimes.interface import BatchProfile, Engine
 
 QUEUE_DELAY_US = 1000
 """How long a request may wait for others to share its batch: an order of magnitude below what a batch takes."""

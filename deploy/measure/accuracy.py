@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from calib_data.errors import GateError
-from calib_data.progress import watched
-from deploy.runtimes.interface import Session
+from upvits.calib_data.errors import GateError
+from upvits.calib_data.progress import watched
+from upvits.deploy.runtimes.interface import Session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

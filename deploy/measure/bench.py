@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from calib_data.errors import UserError
-from calib_data.progress import progress_bar
-from deploy.measure.gpu_monitor import GpuMonitor
-from deploy.runtimes.interface import Arrays, CallTimes, Floats, Session
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import progress_bar
+from upvits.deploy.machine.gpu_monitor import GpuMonitor
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, Floats, Session
 
 UNSTABLE_CV = 0.025
 LAUNCH_BOUND = 0.8

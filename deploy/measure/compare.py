@@ -16,10 +16,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from calib_data.errors import GateError, UserError
-from calib_data.progress import progress_bar
-from deploy.environment import environment, usable_cores
-from deploy.measure.bench import (
+from upvits.calib_data.errors import GateError, UserError
+from upvits.calib_data.progress import progress_bar
+from upvits.deploy.machine.environment import environment, usable_cores
+from upvits.deploy.machine.gpu_monitor import GpuMonitor
+from upvits.deploy.measure.bench import (
     MAX_STREAMS,
     BenchSettings,
     LatencyReport,
@@ -27,11 +28,10 @@ from deploy.measure.bench import (
     joules_per_image,
     throughput,
 )
-from deploy.measure.compare_targets import Skipped, Target, activation_bytes, find_targets, random_feeds
-from deploy.measure.gpu_monitor import GpuMonitor
-from deploy.report.document import Latency
-from deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
-from deploy.runtimes.engine_folder import check_built
+from upvits.deploy.measure.compare_targets import Skipped, Target, activation_bytes, find_targets, random_feeds
+from upvits.deploy.report.document import Latency
+from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
+from upvits.deploy.runtimes.engine_folder import check_built
 
 _MEMORY_SHARE = 0.5  # of what is free, for all sessions
 _MOST_THROUGHPUT_SECONDS = 3.0

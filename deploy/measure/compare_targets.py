@@ -13,14 +13,14 @@ import onnx
 import psutil
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from calib_data.errors import UserError
-from deploy.artifacts import open_artifact
-from deploy.graphs.facts import GraphFacts, inferred_graph
-from deploy.graphs.files import declared_only, load_model
-from deploy.run_dir import RECIPE
-from deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
-from deploy.runtimes.engine_folder import require
-from deploy.runtimes.nvinfer import device_here
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.facts import GraphFacts, inferred_graph
+from upvits.deploy.graphs.files import declared_only, load_model
+from upvits.deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
+from upvits.deploy.runtimes.engine_folder import require
+from upvits.deploy.runtimes.nvinfer import device_here
+from upvits.deploy.store.artifacts import open_artifact
+from upvits.deploy.store.run_dir import RECIPE
 
 _MEMORY_SHARE = 0.25  # of what is free, for the inputs of one call
 _LARGEST = 3  # tensors that a call holds at the same time, about

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from deploy.measure.bench import LAUNCH_BOUND, LatencyStats
-from deploy.measure.layer_table import layer_table
-from deploy.report.document import BuiltFigures, Finding, Latency
-from deploy.runtimes.interface import Built, LayerTime
+from upvits.deploy.measure.bench import LAUNCH_BOUND, LatencyStats
+from upvits.deploy.measure.layer_table import layer_table
+from upvits.deploy.report.document import BuiltFigures, Finding, Latency
+from upvits.deploy.runtimes.interface import Built, LayerTime
 
 TRUSTED_SUM = 1.3
 """Layers that add up to more than so many times a call were slowed down by the profiler, each in its own way."""

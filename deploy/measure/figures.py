@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.measure.accuracy import Accuracy
-from deploy.measure.bench import LatencyReport
-from deploy.measure.diagnosis import Measured, diagnose
-from deploy.measure.layer_table import layer_table
-from deploy.report.document import Bench, Best, Finding, Latency, LayerTimes
-from deploy.runtimes import Engine, LayerTime
-from toolchain.planning import PruningPlan
+from upvits.deploy.measure.accuracy import Accuracy
+from upvits.deploy.measure.bench import LatencyReport
+from upvits.deploy.measure.diagnosis import Measured, diagnose
+from upvits.deploy.measure.layer_table import layer_table
+from upvits.deploy.report.document import Bench, Best, Finding, Latency, LayerTimes
+from upvits.deploy.runtimes import Engine, LayerTime
+from upvits.toolchain.planning import PruningPlan
 
 _MOST_ROUNDS = 0.75
 _WIDE_TO_NARROW = ("fp32", "bf16", "fp16", "int8", "fp8")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from deploy.report.document import Layer
-from deploy.runtimes.interface import LayerTime
+from upvits.deploy.report.document import Layer
+from upvits.deploy.runtimes.interface import LayerTime
 
 
 def layer_table(dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> list[Layer]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib_data.errors import GateError
-from deploy.runtimes.interface import Session
+from upvits.calib_data.errors import GateError
+from upvits.deploy.runtimes.interface import Session
 
 Outputs: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -4,11 +4,11 @@ TensorRT 11 and TensorRT-RTX know only strongly typed networks: what the graph s
 written into the graph, and every runtime gets the same one.
 """
 
-from deploy.precision.calibration import Ranges, calibrate
-from deploy.precision.convert import PRECISIONS, QUANTIZED, Converted, convert
-from deploy.precision.emulation import for_cpu
-from deploy.precision.search import PutBack, put_back
-from deploy.precision.sensitivity import layer_sqnr
+from upvits.deploy.precision.calibration import Ranges, calibrate
+from upvits.deploy.precision.convert import PRECISIONS, QUANTIZED, Converted, convert
+from upvits.deploy.precision.emulation import for_cpu
+from upvits.deploy.precision.search import PutBack, put_back
+from upvits.deploy.precision.sensitivity import layer_sqnr
 
 __all__ = [
     "PRECISIONS",

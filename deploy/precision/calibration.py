@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from calib_data.errors import GateError, UserError
-from calib_data.progress import progress_bar
-from deploy.precision.weight_layers import Array, WeightLayer, nothing_to_quantize, prepared, weight_layers
+from upvits.calib_data.errors import GateError, UserError
+from upvits.calib_data.progress import progress_bar
+from upvits.deploy.precision.weight_layers import Array, WeightLayer, nothing_to_quantize, prepared, weight_layers
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -49,7 +49,7 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
             input.
         GateError: the model computes NaN or infinity from the images; says where first.
     """
-    from deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
+    from upvits.deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
 
     probed, probes = _with_maxima(prepared(model))
     value = probed.graph.input[0]

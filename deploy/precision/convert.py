@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from calib_data.errors import UserError
-from deploy.precision.calibration import Ranges
-from deploy.precision.half import HALVES, to_half
-from deploy.precision.quantize import quantizable_layers, quantize
-from deploy.precision.smoothing import fold_outliers
-from deploy.precision.weight_layers import nothing_to_quantize, prepared
+from upvits.calib_data.errors import UserError
+from upvits.deploy.precision.calibration import Ranges
+from upvits.deploy.precision.half import HALVES, to_half
+from upvits.deploy.precision.quantize import quantizable_layers, quantize
+from upvits.deploy.precision.smoothing import fold_outliers
+from upvits.deploy.precision.weight_layers import nothing_to_quantize, prepared
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")

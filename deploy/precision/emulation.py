@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploy.graphs.files import with_shapes
-from deploy.precision.rounding import rounding_nodes
-from deploy.precision.weight_layers import Array, drop_unused_initializers, get_attribute, initializers
+from upvits.deploy.graphs.files import with_shapes
+from upvits.deploy.precision.rounding import rounding_nodes
+from upvits.deploy.precision.weight_layers import Array, drop_unused_initializers, get_attribute, initializers
 
 _BF16, _FP8, _FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT
 # These move values that are rounded already.

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from calib_data.errors import UserError
-from deploy.graphs.files import with_shapes
-from deploy.graphs.surgery import PREPROCESS
-from deploy.precision.weight_layers import opset_of, prepared, with_opset
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.files import with_shapes
+from upvits.deploy.graphs.surgery import PREPROCESS
+from upvits.deploy.precision.weight_layers import opset_of, prepared, with_opset
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _BF16_OPSET = 22  # where Conv takes bf16

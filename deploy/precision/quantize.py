@@ -15,9 +15,15 @@ import ml_dtypes
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from calib_data.errors import UserError
-from deploy.precision.calibration import Floats, Ranges
-from deploy.precision.weight_layers import Array, WeightLayer, drop_unused_initializers, initializers, weight_layers
+from upvits.calib_data.errors import UserError
+from upvits.deploy.precision.calibration import Floats, Ranges
+from upvits.deploy.precision.weight_layers import (
+    Array,
+    WeightLayer,
+    drop_unused_initializers,
+    initializers,
+    weight_layers,
+)
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _FP8_TAPS = 32

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from deploy.precision.calibration import Ranges
-from deploy.precision.convert import Converted, convert
+from upvits.deploy.precision.calibration import Ranges
+from upvits.deploy.precision.convert import Converted, convert
 
 
 @dataclass(frozen=True, slots=True)

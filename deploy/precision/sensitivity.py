@@ -5,14 +5,14 @@ from collections.abc import Iterable
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from calib_data.errors import UserError
-from calib_data.progress import progress_bar
-from deploy.precision.calibration import check_batch
-from deploy.precision.convert import QUANTIZED, Converted
-from deploy.precision.quantize import activation_scale, cut_projections, quantized_weight
-from deploy.precision.rounding import rounded, rounding_nodes
-from deploy.precision.smoothing import fold_outliers
-from deploy.precision.weight_layers import Array, WeightLayer, initializers, prepared, weight_layers
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import progress_bar
+from upvits.deploy.precision.calibration import check_batch
+from upvits.deploy.precision.convert import QUANTIZED, Converted
+from upvits.deploy.precision.quantize import activation_scale, cut_projections, quantized_weight
+from upvits.deploy.precision.rounding import rounded, rounding_nodes
+from upvits.deploy.precision.smoothing import fold_outliers
+from upvits.deploy.precision.weight_layers import Array, WeightLayer, initializers, prepared, weight_layers
 
 
 def layer_sqnr(
@@ -40,7 +40,7 @@ def layer_sqnr(
     Raises:
         UserError: there are no images, or they have another shape or type than the input.
     """
-    from deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
+    from upvits.deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
 
     twins, probes = _with_twins(prepared(model), converted)
     value = twins.graph.input[0]

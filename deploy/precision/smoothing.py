@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from deploy.precision.calibration import Floats, Ranges
-from deploy.precision.weight_layers import (
+from upvits.deploy.precision.calibration import Floats, Ranges
+from upvits.deploy.precision.weight_layers import (
     Array,
     WeightLayer,
     drop_unused_initializers,

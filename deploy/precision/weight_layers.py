@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from calib_data.errors import UserError
-from deploy.graphs.files import with_shapes
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.files import with_shapes
 
 MIN_OPSET = 19  # QuantizeLinear knows fp16 scales and fp8 from here on
 _IR_VERSION = 10

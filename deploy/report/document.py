@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from calib_data.errors import UserError
-from deploy.artifacts import StageRecord
-from deploy.detectors.document import DetectionReport
-from deploy.runtimes.interface import Engine
+from upvits.calib_data.errors import UserError
+from upvits.deploy.report.detection import DetectionReport
+from upvits.deploy.runtimes.interface import Engine
+from upvits.deploy.store.artifacts import StageRecord
 
 REPORT = "report.json"
 

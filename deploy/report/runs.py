@@ -14,15 +14,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from calib_data.errors import UserError
-from deploy.artifacts import MANIFEST, atomic_write
-from deploy.report.document import REPORT, Report
-from deploy.report.verdict import comparisons, device_of, headline, verdict
-from deploy.report.views.charts import Choice, Scatter, pareto, scatter
-from deploy.report.views.details import stage_of
-from deploy.report.views.page import choices, render
-from deploy.report.views.results import engine_bytes
-from deploy.report.views.section import (
+from upvits.calib_data.errors import UserError
+from upvits.deploy.report.document import REPORT, Report
+from upvits.deploy.report.verdict import comparisons, device_of, headline, verdict
+from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter
+from upvits.deploy.report.views.details import stage_of
+from upvits.deploy.report.views.page import choices, render
+from upvits.deploy.report.views.results import engine_bytes
+from upvits.deploy.report.views.section import (
     Cell,
     Row,
     Section,
@@ -35,9 +34,10 @@ from deploy.report.views.section import (
     times,
     words,
 )
-from deploy.report.views.summary import shortcomings
-from deploy.report.views.text import markdown_sections, terminal_sections
-from deploy.run_dir import RECIPE
+from upvits.deploy.report.views.summary import shortcomings
+from upvits.deploy.report.views.text import markdown_sections, terminal_sections
+from upvits.deploy.store.artifacts import MANIFEST, atomic_write
+from upvits.deploy.store.run_dir import RECIPE
 
 _MADE_BY = '<meta name="generator" content="upvits-deploy comparison">'
 _MACHINE = ("cpu", "cores_usable", "gpus", "driver")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deploy.report.document import AccuracyFigures, Best, Latency, Report
+from upvits.deploy.report.document import AccuracyFigures, Best, Latency, Report
 
 _GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 

@@ -6,10 +6,10 @@ A new runtime is one file plus one line in the table. Importing this needs none 
 import difflib
 from dataclasses import dataclass
 
-from calib_data.errors import MissingDependencyError, UserError
-from deploy.runtimes import onnxruntime_
-from deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
-from deploy.runtimes.interface import (
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.runtimes import onnxruntime_
+from upvits.deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
+from upvits.deploy.runtimes.interface import (
     Arrays,
     BatchProfile,
     BuildOptions,
@@ -22,10 +22,10 @@ from deploy.runtimes.interface import (
     Runtime,
     Session,
 )
-from deploy.runtimes.onnxruntime_ import open_model, open_onnx
-from deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU
-from deploy.runtimes.tensorrt import TENSORRT
-from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+from upvits.deploy.runtimes.onnxruntime_ import open_model, open_onnx
+from upvits.deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU
+from upvits.deploy.runtimes.tensorrt import TENSORRT
+from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 __all__ = [
     "BUILD_RECORD",

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import sys
 
-from deploy.runtimes.interface import Missing
+from upvits.deploy.runtimes.interface import Missing
 
 _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76

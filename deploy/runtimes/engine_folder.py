@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 from onnx import ModelProto, NodeProto
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
-from deploy.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
-from deploy.graphs.files import data_path, load_model, model_digest
-from deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
+from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
+from upvits.deploy.graphs.files import data_path, load_model, model_digest
+from upvits.deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
+from upvits.deploy.store.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
 
 BUILD_RECORD = "build.json"
 _FORMAT_VERSIONS = (1, 2)  # 2 added `built`

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deploy.runtimes.kernels import PRODUCT_OPS, Compiled, Kernel, onnx_nodes, op_of, widest
+from upvits.deploy.runtimes.kernels import PRODUCT_OPS, Compiled, Kernel, onnx_nodes, op_of, widest
 
 _SOURCE = "engine inspector"
 _TYPE_FIELDS = ("Format/Datatype", "Datatype", "DataType", "Format")

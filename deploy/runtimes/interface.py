@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]

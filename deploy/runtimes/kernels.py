@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deploy.graphs.facts import GraphFacts
-from deploy.runtimes.interface import Built
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.runtimes.interface import Built
 
 PRODUCT_OPS = ("MatMul", "Conv")
 REMOVED = "removed"

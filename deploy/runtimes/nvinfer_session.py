@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib_data.errors import UserError
-from deploy.runtimes.inspector import read_inspector
-from deploy.runtimes.interface import DEFAULT_RUN, Arrays, CallTimes, Engine, LayerTime, RunOptions
-from deploy.runtimes.kernels import Kernel
-from deploy.runtimes.nvinfer import check_device, is_out_of_memory, messages
+from upvits.calib_data.errors import UserError
+from upvits.deploy.runtimes.inspector import read_inspector
+from upvits.deploy.runtimes.interface import DEFAULT_RUN, Arrays, CallTimes, Engine, LayerTime, RunOptions
+from upvits.deploy.runtimes.kernels import Kernel
+from upvits.deploy.runtimes.nvinfer import check_device, is_out_of_memory, messages
 
 _LESS_MEMORY = "Use smaller batches or fewer streams, build with a smaller largest batch, or free GPU memory."
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from onnx import ModelProto, TensorProto, helper
 
-from calib_data.errors import BuildError, MissingDependencyError, UserError
-from deploy.artifacts import disk_full_error, is_disk_full
-from deploy.environment import usable_cores
-from deploy.graphs.files import fits_one_file, keeps_weights_apart, load_model, openable
-from deploy.runtimes import onnxruntime_providers as providers
-from deploy.runtimes.cuda import missing_gpu
-from deploy.runtimes.engine_folder import (
+from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
+from upvits.deploy.graphs.files import fits_one_file, keeps_weights_apart, load_model, openable
+from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.runtimes import onnxruntime_providers as providers
+from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.engine_folder import (
     BUILD_RECORD,
     build_failed,
     check_built,
@@ -31,9 +30,9 @@ from deploy.runtimes.engine_folder import (
     require,
     save_engine,
 )
-from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
-from deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
-from deploy.runtimes.onnxruntime_session import (
+from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
+from upvits.deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
+from upvits.deploy.runtimes.onnxruntime_session import (
     LESS_MEMORY,
     OnnxRuntimeSession,
     available_providers,
@@ -45,7 +44,8 @@ from deploy.runtimes.onnxruntime_session import (
     preload_cuda,
     reason,
 )
-from deploy.runtimes.threads import random_feeds, worthwhile_threads
+from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
+from upvits.deploy.store.artifacts import disk_full_error, is_disk_full
 
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
 _SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."

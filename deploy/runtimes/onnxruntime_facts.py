@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploy.graphs.facts import GraphFacts
-from deploy.precision.weight_layers import drop_unused_initializers
-from deploy.runtimes.interface import Built, LayerTime
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.precision.weight_layers import drop_unused_initializers
+from upvits.deploy.runtimes.interface import Built, LayerTime
 
 _INT8_GEMMS = frozenset(
     {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from calib_data.errors import UserError
-from deploy.runtimes.interface import BuildOptions, Missing
+from upvits.calib_data.errors import UserError
+from upvits.deploy.runtimes.interface import BuildOptions, Missing
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

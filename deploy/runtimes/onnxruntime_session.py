@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from calib_data.errors import MissingDependencyError, UserError
-from deploy.environment import usable_cores
-from deploy.runtimes import onnxruntime_providers as providers
-from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
-from deploy.runtimes.nvinfer import is_out_of_memory
-from deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.runtimes import onnxruntime_providers as providers
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from upvits.deploy.runtimes.nvinfer import is_out_of_memory
+from upvits.deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
 
 LESS_MEMORY = "Use smaller batches or fewer streams (--streams), or free memory of the device."
 _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger

@@ -26,11 +26,11 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from calib_data.errors import UserError
-from deploy.environment import usable_cores
-from deploy.graphs.facts import GraphFacts, inferred_graph
-from deploy.graphs.files import declared_only, keeps_weights_apart, openable
-from deploy.runtimes.engine_folder import (
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.facts import GraphFacts, inferred_graph
+from upvits.deploy.graphs.files import declared_only, keeps_weights_apart, openable
+from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.runtimes.engine_folder import (
     build_failed,
     check_built,
     check_request,
@@ -39,7 +39,7 @@ from deploy.runtimes.engine_folder import (
     require,
     save_engine,
 )
-from deploy.runtimes.interface import (
+from upvits.deploy.runtimes.interface import (
     DEFAULT_RUN,
     Arrays,
     BuildOptions,
@@ -50,7 +50,7 @@ from deploy.runtimes.interface import (
     Missing,
     RunOptions,
 )
-from deploy.runtimes.threads import random_feeds, worthwhile_threads
+from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
 
 # What of a device's OPTIMIZATION_CAPABILITIES a precision needs, and the hint for what is not quantized.
 _CAPABILITY = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}

@@ -10,7 +10,7 @@ follow the main one.
 
 import re
 
-from deploy.runtimes.kernels import Compiled, Kernel, onnx_nodes, op_of, widest
+from upvits.deploy.runtimes.kernels import Compiled, Kernel, onnx_nodes, op_of, widest
 
 _SOURCE = "compiled graph in the plan"
 # Up to the first byte that no text has; ONNX names may be UTF-8, and \x1c to \x1f separate them.

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib_data.errors import UserError
-from deploy.graphs.facts import GraphFacts
-from deploy.runtimes.cuda import missing_gpu
-from deploy.runtimes.engine_folder import check_request, read_engine, require
-from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
-from deploy.runtimes.kernels import built_from
-from deploy.runtimes.nvinfer import (
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.engine_folder import check_request, read_engine, require
+from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
+from upvits.deploy.runtimes.kernels import built_from
+from upvits.deploy.runtimes.nvinfer import (
     check_targets,
     check_version,
     compile_engine,
@@ -20,7 +20,7 @@ from deploy.runtimes.nvinfer import (
     inspect_engine,
     save_plan,
 )
-from deploy.runtimes.nvinfer_session import NvinferSession
+from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 
 _OLDEST = (10, 9)
 _TOO_NEW = (12, 0)

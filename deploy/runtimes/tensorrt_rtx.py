@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib_data.errors import UserError
-from deploy.graphs.facts import GraphFacts
-from deploy.runtimes.cuda import compute_capability, missing_gpu
-from deploy.runtimes.engine_folder import check_request, read_engine, require
-from deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
-from deploy.runtimes.kernels import built_from
-from deploy.runtimes.nvinfer import (
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
+from upvits.deploy.runtimes.engine_folder import check_request, read_engine, require
+from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
+from upvits.deploy.runtimes.kernels import built_from
+from upvits.deploy.runtimes.nvinfer import (
     check_targets,
     check_version,
     compile_engine,
@@ -21,8 +21,8 @@ from deploy.runtimes.nvinfer import (
     refuse_operators,
     save_plan,
 )
-from deploy.runtimes.nvinfer_session import NvinferSession
-from deploy.runtimes.plan_text import read_plan
+from upvits.deploy.runtimes.nvinfer_session import NvinferSession
+from upvits.deploy.runtimes.plan_text import read_plan
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
 # The parser takes these, the builder does not (1.7).

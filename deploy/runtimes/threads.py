@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from onnx import ModelProto, helper
 
-from deploy.runtimes.interface import Arrays, Session
+from upvits.deploy.runtimes.interface import Arrays, Session
 
 _TUNING_SECONDS = 3.0
 _WORTHWHILE = 0.7  # parallel efficiency

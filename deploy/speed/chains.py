@@ -10,11 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from deploy.speed.deployment import with_random_weights
-from toolchain.depth import shorten
-from toolchain.families import family_of, groups_of, narrow, segments_of, skeleton
-from toolchain.groups import Widths
-from toolchain.planning.uniform import aligned
+from upvits.deploy.speed.deployment import with_random_weights
+from upvits.toolchain.families import family_of, groups_of, narrow, segments_of, skeleton
+from upvits.toolchain.networks.depth import shorten
+from upvits.toolchain.planning.uniform import aligned
+from upvits.toolchain.structure.groups import Widths
 
 Part = Literal["attn", "mlp"]
 _MODULES: dict[Part, tuple[str, str, str]] = {"attn": ("norm1", "attn", "ls1"), "mlp": ("norm2", "mlp", "ls2")}

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib_data import Preprocess
-from calib_data.errors import UserError
-from deploy.environment import builder_facts
-from deploy.graphs.export import export_onnx
-from deploy.graphs.files import load_model, save_model
-from deploy.measure.bench import BenchSettings, LatencyReport, interleave_own
-from deploy.precision import QUANTIZED, calibrate, convert
-from deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Runtime, Session
-from deploy.runtimes.interface import Floats
-from deploy.runtimes.threads import random_feeds
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.files import load_model, save_model
+from upvits.deploy.machine.environment import builder_facts
+from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave_own
+from upvits.deploy.precision import QUANTIZED, calibrate, convert
+from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Runtime, Session
+from upvits.deploy.runtimes.interface import Floats
+from upvits.deploy.runtimes.threads import random_feeds
 
 MEASURING = BenchSettings(seconds=2.0, warmup_seconds=0.1, rounds=10, min_iterations=20)
 

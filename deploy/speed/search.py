@@ -9,15 +9,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from calib_data import Preprocess
-from calib_data.errors import TargetError, UserError
-from deploy.measure.bench import Speedup
-from deploy.speed.deployment import Baseline, Deployment, check_deployment, measure, opened, opened_baseline
-from deploy.speed.table import LatencyCosts, measure_table, predicted, spread
-from deploy.speed.target import Target
-from toolchain.planning import NotReachableError, PruningPlan
-from toolchain.planning.costs import Costs
-from toolchain.surgery import prune
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import TargetError, UserError
+from upvits.deploy.measure.bench import Speedup
+from upvits.deploy.recipe.target import Target
+from upvits.deploy.speed.deployment import Baseline, Deployment, check_deployment, measure, opened, opened_baseline
+from upvits.deploy.speed.table import LatencyCosts, measure_table, predicted, spread
+from upvits.toolchain.planning import NotReachableError, PruningPlan
+from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.surgery.prune import prune
 
 Planner = Callable[[Costs, float], PruningPlan]
 """The best plan whose costs stay within a budget; raises NotReachableError below the smallest that there is."""

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from calib_data import Preprocess
-from calib_data.errors import UserError
-from calib_data.progress import watched
-from deploy.artifacts import atomic_write, canonical_digest, disk_errors
-from deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
-from deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
-from toolchain.families import groups_of
-from toolchain.planning.costs import Costs
-from toolchain.planning.counted import CountedCosts, count_costs
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
+from upvits.deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
+from upvits.deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
+from upvits.deploy.store.artifacts import atomic_write, canonical_digest, disk_errors
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.planning.counted import CountedCosts, count_costs
 
 _REPEATS = 4  # of a branch in a row; its norm and addition are then fused as in a network
 _DIM_SHARES = (1.0, 0.5)

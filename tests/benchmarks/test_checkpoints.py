@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from benchmarks import checkpoints
-from calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.errors import MissingDependencyError, UserError
 
 MATRICES = {
     "attention.attention.query": ("attn.qkv", 0),

@@ -14,9 +14,9 @@ import torch
 from benchmarks.gpu import GPU_WAYS, Networks, main, make_networks, markdown, measure
 from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, aligned_to, cost_by_alignment, rounding_up_pays, sweep
-from deploy.measure.bench import BenchSettings
-from deploy.runtimes.interface import Missing
-from toolchain import count_macs
+from upvits.deploy.measure.bench import BenchSettings
+from upvits.deploy.runtimes.interface import Missing
+from upvits.toolchain import count_macs
 
 SHORT = BenchSettings(seconds=0.02, warmup=1, warmup_seconds=0.0, rounds=2, min_iterations=2)
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import toolchain
 from benchmarks import one_shot, paper_claim, record
-from calib_data import open_source
-from calib_data.errors import UserError
+from upvits import toolchain
+from upvits.calib_data import open_source
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.structure.timm_config import update_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = timm.create_model(
         "deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, mlp_ratio=2, num_classes=12
     )
-    toolchain.timm_config.update_config(model, input_size=(3, 32, 32))
+    update_config(model, input_size=(3, 32, 32))
     folder = tmp_path_factory.mktemp("tiny") / "model"
     toolchain.save(model.eval(), folder)
     return folder

@@ -8,9 +8,11 @@ import timm
 import torch
 from torch import nn
 
-import toolchain
 from benchmarks import peers
-from calib_data.errors import BuildError, UserError
+from upvits import toolchain
+from upvits.calib_data.errors import BuildError, UserError
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.planning.document import sizer
 
 # What Torch-Pruning 1.6.1 (magnitude) removed from the network below at ratio 0.25: heads lose the same dims.
 REMOVED = {"embed": [1, 6, 8, 13], "blocks.0.attn": [0, 2, 8, 10], "blocks.0.mlp": list(range(0, 32, 4))}
@@ -53,9 +55,9 @@ def test_impossible_choice_is_refused(dense: nn.Module, removed: dict[str, list[
 
 def test_ratio_reaches_the_macs_and_not_much_less(dense: nn.Module) -> None:
     ratio = peers.ratio_for(dense, 0.5)
-    groups = toolchain.families.groups_of(dense)
+    groups = groups_of(dense)
     widths = [peers._widths(groups, value) for value in (ratio, ratio - 2 / 1024)]
-    size = toolchain.planning.document.sizer(dense, None)
+    size = sizer(dense, None)
     half = size(peers.widths_of(groups)).macs / 2
     assert size(widths[0]).macs <= half < size(widths[1]).macs
 

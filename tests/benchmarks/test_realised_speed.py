@@ -7,11 +7,11 @@ import timm
 import torch
 from rich.console import Console
 
-import toolchain
 from benchmarks.realised_speed import WAYS, Cut, Network, gains, measure_network, runtimes_here, table
-from deploy.runtimes import RUNTIMES
-from toolchain.planning import Size, plan
-from toolchain.surgery import prune
+from upvits import toolchain
+from upvits.deploy.runtimes import RUNTIMES
+from upvits.toolchain.planning import Size, plan
+from upvits.toolchain.surgery.prune import prune
 
 
 def test_gains_are_dense_over_pruned() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.scoring_speed import ranks_on, spread, summary
 from tests.contracts.variants import VARIANTS, make, pictures
-from toolchain.families import groups_of
+from upvits.toolchain.families import groups_of
 
 
 def test_sampled_units_come_from_all_depths() -> None:

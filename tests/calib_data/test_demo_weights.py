@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 
-from calib_data import Preprocess, batches, demo_weights, open_source
-from calib_data.demo import DEMO_SIZE, demo_images
-from calib_data.drawing import CLASS_NAMES, DRAWING_VERSION
+from upvits.calib_data import Preprocess, batches, demo_weights, open_source
+from upvits.calib_data.demo import DEMO_SIZE, demo_images
+from upvits.calib_data.drawing import CLASS_NAMES, DRAWING_VERSION
 
 
 @pytest.fixture(scope="module")

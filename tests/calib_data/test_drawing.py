@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.train_demo import linear_baseline
-from calib_data import drawing, open_source
-from calib_data.drawing import CLASS_NAMES, SHAPES, TEXTURES, draw_labelled, draw_scene
+from upvits.calib_data import drawing, open_source
+from upvits.calib_data.drawing import CLASS_NAMES, SHAPES, TEXTURES, draw_labelled, draw_scene
 
 FROZEN_CELLS = np.array(
     [

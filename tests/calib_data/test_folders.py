@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib_data import open_source, write_imagefolder
-from calib_data.errors import UserError
+from upvits.calib_data import open_source, write_imagefolder
+from upvits.calib_data.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from calib_data import DataSource, Images, Preprocess, batches, open_source, proxy_images
-from calib_data.demo import demo_images
+from upvits.calib_data import DataSource, Images, Preprocess, batches, open_source, proxy_images
+from upvits.calib_data.demo import demo_images
 
 PREPROCESS = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib_data import open_source
-from calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data import open_source
+from upvits.calib_data.errors import MissingDependencyError, UserError
 
 
 @pytest.mark.parametrize(

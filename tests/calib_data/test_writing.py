@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib_data import write_coco, write_imagefolder
-from calib_data.drawing import CLASS_NAMES, draw_scene
-from calib_data.errors import UserError
+from upvits.calib_data import write_coco, write_imagefolder
+from upvits.calib_data.drawing import CLASS_NAMES, draw_scene
+from upvits.calib_data.errors import UserError
 
 
 def test_coco_document(tmp_path: Path):

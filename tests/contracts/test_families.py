@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.depth import DepthPath, shorten
-from toolchain.families import FAMILIES, family_of, groups_of, segments_of
-from toolchain.groups import axis_indices, partition, widths_of
-from toolchain.masks import masked
-from toolchain.planning import Component, PruningPlan
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import FAMILIES, family_of, groups_of, segments_of
+from upvits.toolchain.networks.depth import DepthPath, shorten
+from upvits.toolchain.planning import Component, PruningPlan
+from upvits.toolchain.scores.masks import masked
+from upvits.toolchain.structure.groups import axis_indices, partition, widths_of
 
 CUTS: tuple[tuple[Component, ...], ...] = (
     ("embed", "attention", "ffn"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import toolchain
-from deploy.graphs.export import export_onnx
-from deploy.measure.parity import check_parity, model_outputs, session_outputs
-from deploy.runtimes import open_onnx
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.planning import Component
+from upvits import toolchain
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
+from upvits.deploy.runtimes import open_onnx
+from upvits.toolchain.planning import Component
 
 ALL: tuple[Component, ...] = ("embed", "attention", "ffn")
 UNEVEN: tuple[Component, ...] = ("qk_v",)  # and q·k dims other than v dims

@@ -11,12 +11,12 @@ import onnx
 import pytest
 from onnx import helper
 
-from calib_data.errors import BuildError, MissingDependencyError, UserError
-from deploy.graphs.facts import GraphFacts
-from deploy.graphs.files import save_model
-from deploy.measure.parity import TOLERANCES, check_parity
-from deploy.precision import calibrate, convert
-from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Runtime, open_onnx, read_engine
+from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.graphs.files import save_model
+from upvits.deploy.measure.parity import TOLERANCES, check_parity
+from upvits.deploy.precision import calibrate, convert
+from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Runtime, open_onnx, read_engine
 
 FLOAT = onnx.TensorProto.FLOAT
 PROFILE = BatchProfile(1, 2, 4)

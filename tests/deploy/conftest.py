@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from calib_data import Preprocess
-from deploy.graphs.export import ExportReport, export_onnx
+from upvits.calib_data import Preprocess
+from upvits.deploy.graphs.export import ExportReport, export_onnx
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import toolchain
+from upvits import toolchain
 
 STAGES = (
     "1-score", "2-prune", "3-distill", "4-export", "4-precision/int8-fp32", "5-engine/onnxruntime-fp32",
@@ -49,7 +49,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def start(arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
-    code = "import torch; torch.set_num_threads(1); from deploy.cli import main; main()"
+    code = "import torch; torch.set_num_threads(1); from upvits.deploy.cli.app import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments, "-o", str(out)], cwd=Path(__file__).parents[2], env={**os.environ}
     )

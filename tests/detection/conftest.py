@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-import toolchain
-from calib_data.errors import UserError
-from calib_data.writing import write_coco
-from deploy.cli import app
-from detection import configs, openmm
-from detection.backbone import UPPVTv2
-from detection.coco import CocoData, open_coco
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.writing import write_coco
+from upvits.deploy.cli.app import app
+from upvits.detection import configs, openmm
+from upvits.detection.backbone import UPPVTv2
+from upvits.detection.coco import CocoData, open_coco
 
 Document = dict[str, Any]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-import toolchain
-from calib_data.errors import UserError
-from detection import mmdet_names, openmm
-from detection.backbone import UPPVTv2
-from detection.simple_pyramid import UPViT
 from tests.detection.conftest import small_pvt
-from toolchain.models import structure_of
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.detection import mmdet_names, openmm
+from upvits.detection.backbone import UPPVTv2
+from upvits.detection.simple_pyramid import UPViT
+from upvits.toolchain.networks.models import structure_of
 
 
 @pytest.mark.parametrize("name", ["dense", "uniform", "global"])

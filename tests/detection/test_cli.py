@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.pipeline import build
 from tests.detection.conftest import changed, detect, refused
+from upvits.deploy.pipeline import build
 
 pytestmark = [pytest.mark.usefixtures("mmdet"), pytest.mark.slow]
 

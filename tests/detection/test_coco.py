@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib_data.errors import UserError
-from detection.average_precision import average_precision
-from detection.coco import open_coco
-from detection.pictures import fitted
 from tests.detection.conftest import Document, changed
+from upvits.calib_data.errors import UserError
+from upvits.detection.average_precision import average_precision
+from upvits.detection.coco import open_coco
+from upvits.detection.pictures import fitted
 
 
 def test_drawn_scenes(scenes: Path, tmp_path: Path) -> None:

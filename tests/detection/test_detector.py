@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torchvision.ops import batched_nms
 
-import toolchain
-from calib_data.errors import UserError
-from detection import configs, openmm
-from detection.average_precision import average_precision, run_length
-from detection.coco import CocoData
-from detection.decode import DecodedBoxes, Levels
-from detection.detector import DetectorInfo, load_detector, save_detector
-from detection.pictures import fit, fitted
-from detection.training import train_detector
 from tests.detection.conftest import small_retinanet
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.detection import configs, openmm
+from upvits.detection.average_precision import average_precision, run_length
+from upvits.detection.coco import CocoData
+from upvits.detection.decode import DecodedBoxes, Levels
+from upvits.detection.detector import DetectorInfo, load_detector, save_detector
+from upvits.detection.pictures import fit, fitted
+from upvits.detection.training import train_detector
 
 pytestmark = pytest.mark.usefixtures("mmdet")
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from calib_data.errors import UserError
-from deploy.detectors import judge
-from deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
-from deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
-from deploy.detectors.suppression import Limits
-from deploy.graphs.files import load_model
-from deploy.precision import convert
-from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
-from detection.decode import DecodedBoxes, Levels
-from detection.detector import DetectorInfo
-from detection.pictures import Fitted, fit
 from tests.detection.conftest import small_retinanet
+from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors import judge
+from upvits.deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
+from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
+from upvits.deploy.detectors.suppression import Limits
+from upvits.deploy.graphs.files import load_model
+from upvits.deploy.precision import convert
+from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
+from upvits.detection.decode import DecodedBoxes, Levels
+from upvits.detection.detector import DetectorInfo
+from upvits.detection.pictures import Fitted, fit
 
 pytestmark = pytest.mark.usefixtures("mmdet")
 

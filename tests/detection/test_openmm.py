@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from calib_data.errors import MissingDependencyError, UserError
-from deploy.cli import app
-from detection import openmm
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.cli.app import app
+from upvits.detection import openmm
 
 GOOD = {"mmdet": "3.3.0", "mmengine": "0.10.7", "mmcv-lite": "2.1.0"}
 

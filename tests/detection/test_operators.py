@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_data.errors import MissingDependencyError
-from detection import operators
+from upvits.calib_data.errors import MissingDependencyError
+from upvits.detection import operators
 
 
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from([0.25, 0.5]), st.booleans())

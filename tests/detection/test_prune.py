@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from detection.coco import CocoData
-from detection.detector import DetectorInfo, save_detector
 from tests.detection.conftest import detect, refused, small_retinanet
+from upvits.detection.coco import CocoData
+from upvits.detection.detector import DetectorInfo, save_detector
 
 pytestmark = [pytest.mark.usefixtures("mmdet"), pytest.mark.slow]
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from detection.configs import Schedule
-from detection.coco import open_coco
-from detection.crew import gathered
-from detection.training import train_along, train_detector
+from upvits.detection.configs import Schedule
+from upvits.detection.coco import open_coco
+from upvits.detection.crew import gathered
+from upvits.detection.training import train_along, train_detector
 
 model, scenes, out, batch = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 with gathered() as crew:
@@ -36,7 +36,7 @@ with gathered() as crew:
         save_file(trained.detector.state_dict(), out / "weights.safetensors")
     else:
         train_along(crew)
-os._exit(0)  # as `python -m deploy` ends, and for its reason
+os._exit(0)  # as `python -m upvits` ends, and for its reason
 """
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from calib_data.errors import UserError
-from detection import configs, openmm
-from detection.coco import CocoData
-from detection.detector import DetectorInfo, save_detector
-from detection.training import imitation, train_detector
 from tests.detection.conftest import small_config
+from upvits.calib_data.errors import UserError
+from upvits.detection import configs, openmm
+from upvits.detection.coco import CocoData
+from upvits.detection.detector import DetectorInfo, save_detector
+from upvits.detection.training import imitation, train_detector
 
 pytestmark = pytest.mark.usefixtures("mmdet")
 SCHEDULE = configs.Schedule(epochs=3, batch_size=4, lr=5e-3, scale=(64, 64), warmup=2, workers=0)

@@ -1,10 +1,10 @@
 """Rotate, cut, refit: what makes the same cut lose less, in closed form and without labels."""
 
-from toolchain.compensation.compress import Compressed, CompressionReport, compress
-from toolchain.compensation.curves import compensated_curves, with_joint_units
-from toolchain.compensation.refit import LayerReport
-from toolchain.compensation.statistics import MIN_IMAGES, TooFewImagesError
-from toolchain.compensation.weigh import weigh_streams
+from upvits.toolchain.compensation.compress import Compressed, CompressionReport, compress
+from upvits.toolchain.compensation.curves import compensated_curves, with_joint_units
+from upvits.toolchain.compensation.refit import LayerReport
+from upvits.toolchain.compensation.statistics import MIN_IMAGES, TooFewImagesError
+from upvits.toolchain.compensation.weigh import weigh_streams
 
 __all__ = [
     "MIN_IMAGES",

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toolchain.compensation.gradients import output_gradients
-from toolchain.scores.divergence import device_of
+from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.toolchain.scores.divergence import device_of
 
 EVENNESS = 1.0
 """Added to the importance of every direction, relative to the mean one: LayerNorm's variance needs all the energy."""

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.compensation.heads import rotate_heads
-from toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
-from toolchain.compensation.refit import LayerReport, Targets, refit
-from toolchain.compensation.statistics import TooFewImagesError, require_images, split
-from toolchain.compensation.stream import rotate_stream, stream_can_rotate
-from toolchain.depth import name_before, shorten
-from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup
-from toolchain.planning import PruningPlan
-from toolchain.scores import divergence
-from toolchain.scores.divergence import device_of, output_scale
-from toolchain.surgery import cut_out, prune
+from upvits.toolchain.compensation.heads import rotate_heads
+from upvits.toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
+from upvits.toolchain.compensation.refit import LayerReport, Targets, refit
+from upvits.toolchain.compensation.statistics import TooFewImagesError, require_images, split
+from upvits.toolchain.compensation.stream import rotate_stream, stream_can_rotate
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.depth import name_before, shorten
+from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.scores import divergence
+from upvits.toolchain.scores.divergence import device_of, output_scale
+from upvits.toolchain.structure.groups import ChannelGroup
+from upvits.toolchain.surgery.prune import cut_out, prune
 
 
 @dataclass(frozen=True, slots=True)

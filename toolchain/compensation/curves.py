@@ -22,19 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from calib_data.progress import watched
-from toolchain.compensation.gradients import DRAWS
-from toolchain.compensation.heads import rotate_heads
-from toolchain.compensation.pvt_stream import cut_stages, measure_stages, stages_can_rotate
-from toolchain.compensation.statistics import require_images, split
-from toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
-from toolchain.depth import name_before
-from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup
-from toolchain.planning import PruningPlan
-from toolchain.planning.curves import Curve, curve_of
-from toolchain.scores.divergence import device_of, divergence, output_scale
-from toolchain.scores.fisher import probes_of
+from upvits.calib_data.progress import watched
+from upvits.toolchain.compensation.gradients import DRAWS
+from upvits.toolchain.compensation.heads import rotate_heads
+from upvits.toolchain.compensation.pvt_stream import cut_stages, measure_stages, stages_can_rotate
+from upvits.toolchain.compensation.statistics import require_images, split
+from upvits.toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.depth import name_before
+from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.planning.curves import Curve, curve_of
+from upvits.toolchain.scores.divergence import device_of, divergence, output_scale
+from upvits.toolchain.scores.fisher import probes_of
+from upvits.toolchain.structure.groups import ChannelGroup
 
 RIDGE = 1e-4
 """Relative to the mean diagonal of H, so that its inverse exists where units are dead or equal."""

@@ -18,7 +18,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 """Parameters of timm's ViTs that are added to the stream, [1, n, C]."""

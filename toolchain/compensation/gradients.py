@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from calib_data.progress import watched
-from toolchain.scores.divergence import device_of
+from upvits.calib_data.progress import watched
+from upvits.toolchain.scores.divergence import device_of
 
 DRAWS = 2
 """Random gradients per image: each covers all classes, and moments are summed over many tokens."""

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.compensation.gradients import output_gradients
-from toolchain.families import groups_of
-from toolchain.scores.divergence import device_of
+from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores.divergence import device_of
 
 RIDGE = 1e-8
 """Added to second moments, relative to their mean diagonal: dims that never move stay invertible."""

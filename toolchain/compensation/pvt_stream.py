@@ -26,8 +26,8 @@ import torch
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from toolchain.compensation.basis import (
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation.basis import (
     TINY,
     CutBasis,
     StreamMoments,
@@ -37,10 +37,10 @@ from toolchain.compensation.basis import (
     measure,
     read_through,
 )
-from toolchain.compensation.fold import Reading
-from toolchain.families import narrow
-from toolchain.groups import Widths
-from toolchain.layers import adopt_parameters
+from upvits.toolchain.compensation.fold import Reading
+from upvits.toolchain.families import narrow
+from upvits.toolchain.structure.groups import Widths
+from upvits.toolchain.structure.layers import adopt_parameters
 
 State = dict[str, Tensor]
 

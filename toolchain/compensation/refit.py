@@ -16,11 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
-from toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
-from toolchain.depth import Blocks
-from toolchain.families import segments_of
-from toolchain.segments import Segment
+from upvits.calib_data.progress import watched
+from upvits.toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
+from upvits.toolchain.families import segments_of
+from upvits.toolchain.networks.depth import Blocks
+from upvits.toolchain.structure.segments import Segment
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative to the mean diagonal of the inputs' covariance; every output takes that with its least held-out error."""

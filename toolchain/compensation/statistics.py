@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 Site = Literal["input", "output"]
 

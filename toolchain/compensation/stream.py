@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from toolchain.compensation.basis import (
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation.basis import (
     StreamMoments,
     best_reads,
     cut_basis,
@@ -27,10 +27,10 @@ from toolchain.compensation.basis import (
     measure,
     read_through,
 )
-from toolchain.compensation.fold import fold, readings, require_rotatable, stream_axes, stream_can_rotate
-from toolchain.families import narrow
-from toolchain.groups import Widths
-from toolchain.layers import adopt_parameters
+from upvits.toolchain.compensation.fold import fold, readings, require_rotatable, stream_axes, stream_can_rotate
+from upvits.toolchain.families import narrow
+from upvits.toolchain.structure.groups import Widths
+from upvits.toolchain.structure.layers import adopt_parameters
 
 __all__ = ["Rotated", "StreamMoments", "cut_stream", "measure_stream", "rotate_stream", "stream_can_rotate"]
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
-from toolchain.compensation.compress import compress
-from toolchain.compensation.curves import with_joint_units
-from toolchain.families import groups_of
-from toolchain.planning import Curve, PruningPlan
-from toolchain.scores import divergence
-from toolchain.scores.divergence import device_of, output_scale
+from upvits.calib_data.progress import watched
+from upvits.toolchain.compensation.compress import compress
+from upvits.toolchain.compensation.curves import with_joint_units
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.planning import Curve, PruningPlan
+from upvits.toolchain.scores import divergence
+from upvits.toolchain.scores.divergence import device_of, output_scale
 
 WEIGHTS = (1.0, 0.3, 0.1)
 """Of the measured losses of streams. On two networks (a ViT-S and a PVTv2-B0) 0.2 to 0.3 would have been right."""

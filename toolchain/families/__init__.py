@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.families import pvt_v2, vit
-from toolchain.groups import ChannelGroup, Widths, narrowed_shapes
-from toolchain.layers import resize_leaf
-from toolchain.segments import Segment
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import pvt_v2, vit
+from upvits.toolchain.structure.groups import ChannelGroup, Widths, narrowed_shapes
+from upvits.toolchain.structure.layers import resize_leaf
+from upvits.toolchain.structure.segments import Segment
 
 
 class Family(Protocol):

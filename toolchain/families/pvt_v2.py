@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.models.pvt_v2 import Attention, MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import Tensor, nn
 
-from toolchain.groups import ChannelGroup, MaskPoint, Slice
-from toolchain.layers import mlp_ratio
-from toolchain.segments import Segment
+from upvits.toolchain.structure.groups import ChannelGroup, MaskPoint, Slice
+from upvits.toolchain.structure.layers import mlp_ratio
+from upvits.toolchain.structure.segments import Segment
 
 
 class NarrowAttention(Attention):  # type: ignore[misc]

@@ -10,9 +10,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from toolchain.groups import ChannelGroup, MaskPoint, Slice
-from toolchain.layers import mlp_ratio
-from toolchain.segments import Segment
+from upvits.toolchain.structure.groups import ChannelGroup, MaskPoint, Slice
+from upvits.toolchain.structure.layers import mlp_ratio
+from upvits.toolchain.structure.segments import Segment
 
 
 class UnequalAttention(Attention):  # type: ignore[misc]

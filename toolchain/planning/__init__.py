@@ -1,13 +1,13 @@
 """What to keep: pruning plans and the planners that make them."""
 
-from toolchain.planning.costs import Costs
-from toolchain.planning.counted import count_costs
-from toolchain.planning.curves import Curve, curve_of
-from toolchain.planning.document import DEFAULT_COMPONENTS, Change, Component, Planner, PruningPlan, Size
-from toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
-from toolchain.planning.plan import plan
-from toolchain.planning.request import check_request
-from toolchain.planning.uniform import aligned
+from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.planning.counted import count_costs
+from upvits.toolchain.planning.curves import Curve, curve_of
+from upvits.toolchain.planning.document import DEFAULT_COMPONENTS, Change, Component, Planner, PruningPlan, Size
+from upvits.toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
+from upvits.toolchain.planning.plan import plan
+from upvits.toolchain.planning.request import check_request
+from upvits.toolchain.planning.uniform import aligned
 
 __all__ = [
     "DEFAULT_COMPONENTS",

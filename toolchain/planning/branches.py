@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from calib_data.errors import UserError
-from toolchain.groups import ChannelGroup
-from toolchain.planning.curves import Curve, curve_of
-from toolchain.planning.document import Component
-from toolchain.planning.request import groups_to_cut
-from toolchain.scores import Scores
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.planning.curves import Curve, curve_of
+from upvits.toolchain.planning.document import Component
+from upvits.toolchain.planning.request import groups_to_cut
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import ChannelGroup
 
 
 @dataclass(frozen=True, slots=True)

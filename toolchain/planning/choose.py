@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.scores import Scores
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 
 def kept_units(group: ChannelGroup, scores: Scores, widths: Widths, whole_heads: bool) -> Tensor:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from toolchain.depth import shorten
-from toolchain.families import family_of, groups_of, narrow, skeleton
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.models import preprocess_of
+from upvits.toolchain.families import family_of, groups_of, narrow, skeleton
+from upvits.toolchain.networks.depth import shorten
+from upvits.toolchain.networks.models import preprocess_of
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 _NETWORKS = 10  # more than the terms of any part, so that the fit can be seen to be one
 _WIDEST = 16  # widths (per head) that are counted go up to this, at least

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calib_data.errors import UserError
-from toolchain.depth import DepthPath
-from toolchain.scores import Scores
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.networks.depth import DepthPath
+from upvits.toolchain.scores import Scores
 
 Pairs = tuple[tuple[int, int], ...]
 

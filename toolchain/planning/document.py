@@ -10,12 +10,12 @@ from typing import Literal
 import pydantic
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.depth import after_shortening, name_after
-from toolchain.families import narrow
-from toolchain.groups import Widths
-from toolchain.macs import count_macs, count_params
-from toolchain.models import preprocess_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import narrow
+from upvits.toolchain.networks.depth import after_shortening, name_after
+from upvits.toolchain.networks.models import preprocess_of
+from upvits.toolchain.structure.groups import Widths
+from upvits.toolchain.structure.macs import count_macs, count_params
 
 Component = Literal["embed", "attention", "heads", "qk_v", "ffn", "depth"]
 """What may be cut. Of attention one of: `attention` (dims of every head; q, k and v lose the same ones), `heads` (whole

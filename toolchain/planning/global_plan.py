@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.depth import after_shortening, name_after, shorten
-from toolchain.families import family_of, groups_of, skeleton
-from toolchain.groups import ChannelGroup, Widths, widths_of
-from toolchain.planning.branches import (
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import family_of, groups_of, skeleton
+from upvits.toolchain.networks.depth import after_shortening, name_after, shorten
+from upvits.toolchain.planning.branches import (
     Branch,
     Option,
     allowed_sizes,
@@ -28,16 +27,17 @@ from toolchain.planning.branches import (
     floors_of,
     sizes_of,
 )
-from toolchain.planning.choose import kept_by_scores
-from toolchain.planning.costs import Costs
-from toolchain.planning.counted import count_costs
-from toolchain.planning.curves import Curve
-from toolchain.planning.depth_cut import Pairs, blocks_left, merged_steps
-from toolchain.planning.document import Component, PruningPlan, sizer, widths_kept
-from toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
-from toolchain.planning.request import check_scores, groups_to_cut
-from toolchain.planning.uniform import uniform_widths
-from toolchain.scores import Scores
+from upvits.toolchain.planning.choose import kept_by_scores
+from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.planning.counted import count_costs
+from upvits.toolchain.planning.curves import Curve
+from upvits.toolchain.planning.depth_cut import Pairs, blocks_left, merged_steps
+from upvits.toolchain.planning.document import Component, PruningPlan, sizer, widths_kept
+from upvits.toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
+from upvits.toolchain.planning.request import check_scores, groups_to_cut
+from upvits.toolchain.planning.uniform import uniform_widths
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import ChannelGroup, Widths, widths_of
 
 FLOOR = 0.1
 """Share of its units that every group keeps at least, so that no layer collapses."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.families import family_of, narrow
-from toolchain.groups import ChannelGroup, Widths, widths_of
-from toolchain.planning.depth_cut import blocks_left
-from toolchain.scores import Scores
-from toolchain.timm_config import architecture_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import family_of, narrow
+from upvits.toolchain.planning.depth_cut import blocks_left
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import ChannelGroup, Widths, widths_of
+from upvits.toolchain.structure.timm_config import architecture_of
 
 
 def blocks_like(model: nn.Module, scores: Scores, like: nn.Module) -> dict[str, tuple[tuple[int, int], ...]]:

@@ -7,20 +7,20 @@ from dataclasses import replace
 
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.depth import after_shortening, shorten
-from toolchain.families import family_of, groups_of, skeleton
-from toolchain.groups import widths_of
-from toolchain.planning.choose import kept_by_scores
-from toolchain.planning.curves import Curve
-from toolchain.planning.depth_cut import blocks_at_ratio
-from toolchain.planning.document import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, sizer
-from toolchain.planning.global_plan import FLOOR, plan_at_size
-from toolchain.planning.like import blocks_like, widths_like
-from toolchain.planning.request import check_request, check_scores, groups_to_cut
-from toolchain.planning.uniform import search_ratio, uniform_widths
-from toolchain.scores import Scores
-from toolchain.timm_config import architecture_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import family_of, groups_of, skeleton
+from upvits.toolchain.networks.depth import after_shortening, shorten
+from upvits.toolchain.planning.choose import kept_by_scores
+from upvits.toolchain.planning.curves import Curve
+from upvits.toolchain.planning.depth_cut import blocks_at_ratio
+from upvits.toolchain.planning.document import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, sizer
+from upvits.toolchain.planning.global_plan import FLOOR, plan_at_size
+from upvits.toolchain.planning.like import blocks_like, widths_like
+from upvits.toolchain.planning.request import check_request, check_scores, groups_to_cut
+from upvits.toolchain.planning.uniform import search_ratio, uniform_widths
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import widths_of
+from upvits.toolchain.structure.timm_config import architecture_of
 
 
 def plan(

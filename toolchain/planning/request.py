@@ -9,11 +9,11 @@ from typing import get_args
 import torch
 from torch import nn
 
-from calib_data.errors import UserError
-from toolchain.checkpoints import weights_digest
-from toolchain.groups import ChannelGroup
-from toolchain.planning.document import Component, Planner
-from toolchain.scores import Scores
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.planning.document import Component, Planner
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import ChannelGroup
 
 _ATTENTION = {"attention", "heads", "qk_v"}
 

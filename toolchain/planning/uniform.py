@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from calib_data.errors import UserError
-from toolchain.groups import ChannelGroup, Widths, partition
-from toolchain.planning.document import Component, Size
-from toolchain.planning.request import groups_to_cut
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.planning.document import Component, Size
+from upvits.toolchain.planning.request import groups_to_cut
+from upvits.toolchain.structure.groups import ChannelGroup, Widths, partition
 
 
 def uniform_widths(groups: Sequence[ChannelGroup], ratio: float, align: int, components: Sequence[Component]) -> Widths:

@@ -1,9 +1,9 @@
 """The importance of every unit of every group."""
 
-from toolchain.scores.divergence import divergence
-from toolchain.scores.document import METHODS, Method, Scores, check_method
-from toolchain.scores.measure import images_digest, score
-from toolchain.scores.stability import Stability, unstable
+from upvits.toolchain.scores.divergence import divergence
+from upvits.toolchain.scores.document import METHODS, Method, Scores, check_method
+from upvits.toolchain.scores.measure import images_digest, score
+from upvits.toolchain.scores.stability import Stability, unstable
 
 __all__ = [
     "METHODS",

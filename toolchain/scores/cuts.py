@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from toolchain.groups import ChannelGroup, Widths
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 
 @dataclass(frozen=True, slots=True)

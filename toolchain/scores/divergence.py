@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
+from upvits.calib_data.errors import UserError
 
 
 def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tensor:

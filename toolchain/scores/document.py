@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calib_data.errors import UserError
-from toolchain.depth import DepthPath
-from toolchain.scores.stability import Stability
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.networks.depth import DepthPath
+from upvits.toolchain.scores.stability import Stability
 
 Method = Literal["fisher", "refined", "kl", "magnitude", "random"]
 

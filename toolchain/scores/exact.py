@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
-from toolchain.groups import ChannelGroup
-from toolchain.masks import masked
-from toolchain.scores.divergence import device_of, divergence, half_sums
-from toolchain.scores.suffix import Chain, chain_of
+from upvits.calib_data.progress import watched
+from upvits.toolchain.scores.divergence import device_of, divergence, half_sums
+from upvits.toolchain.scores.masks import masked
+from upvits.toolchain.scores.suffix import Chain, chain_of
+from upvits.toolchain.structure.groups import ChannelGroup
 
 Units = Mapping[str, Sequence[int]]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from calib_data.progress import watched
-from toolchain.groups import ChannelGroup
-from toolchain.masks import masked
-from toolchain.scores.divergence import device_of, half_sums
+from upvits.calib_data.progress import watched
+from upvits.toolchain.scores.divergence import device_of, half_sums
+from upvits.toolchain.scores.masks import masked
+from upvits.toolchain.structure.groups import ChannelGroup
 
 EXACT_CLASSES = 16
 """Up to this many classes the expectation over labels is exact; beyond it, it is sampled."""

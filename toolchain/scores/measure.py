@@ -18,18 +18,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
-from toolchain.checkpoints import weights_digest
-from toolchain.families import groups_of
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.scores.divergence import output_scale
-from toolchain.scores.document import Method, Scores
-from toolchain.scores.exact import Units, exact_kl
-from toolchain.scores.fisher import fisher
-from toolchain.scores.refined import refined
-from toolchain.scores.shortening import depth_paths
-from toolchain.scores.simple import magnitude, random_scores
-from toolchain.scores.stability import stability_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.scores.divergence import output_scale
+from upvits.toolchain.scores.document import Method, Scores
+from upvits.toolchain.scores.exact import Units, exact_kl
+from upvits.toolchain.scores.fisher import fisher
+from upvits.toolchain.scores.refined import refined
+from upvits.toolchain.scores.shortening import depth_paths
+from upvits.toolchain.scores.simple import magnitude, random_scores
+from upvits.toolchain.scores.stability import stability_of
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 PASS_ROWS = 32
 """Images times units in a pass of `kl`, at least: what a CPU needs to be busy."""

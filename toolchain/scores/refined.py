@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.scores.cuts import Cut, cut_of
-from toolchain.scores.divergence import device_of
-from toolchain.scores.exact import kl_per_image
-from toolchain.scores.fisher import fisher_per_image
-from toolchain.scores.suffix import chain_of
+from upvits.calib_data.progress import watched
+from upvits.toolchain.scores.cuts import Cut, cut_of
+from upvits.toolchain.scores.divergence import device_of
+from upvits.toolchain.scores.exact import kl_per_image
+from upvits.toolchain.scores.fisher import fisher_per_image
+from upvits.toolchain.scores.suffix import chain_of
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 FIRST = 2
 """Images that a unit is measured on at first, at least."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib_data.progress import watched
-from toolchain.depth import DepthPath, all_blocks, shorten, shorter
-from toolchain.families import segments_of
-from toolchain.scores.divergence import device_of, divergence
-from toolchain.segments import Segment
+from upvits.calib_data.progress import watched
+from upvits.toolchain.families import segments_of
+from upvits.toolchain.networks.depth import DepthPath, all_blocks, shorten, shorter
+from upvits.toolchain.scores.divergence import device_of, divergence
+from upvits.toolchain.structure.segments import Segment
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from toolchain.groups import ChannelGroup
+from upvits.toolchain.structure.groups import ChannelGroup
 
 
 def magnitude(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:

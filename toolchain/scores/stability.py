@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.scores.cuts import Cut, cut_of
+from upvits.toolchain.scores.cuts import Cut, cut_of
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 STABLE = 0.8
 """Below this, a group's selection depends on the draw of the images (published 5k proxies reach 0.50 to 0.71 in late

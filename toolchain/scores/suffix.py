@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from toolchain.families import segments_of
-from toolchain.groups import ChannelGroup
-from toolchain.segments import Segment
+from upvits.toolchain.families import segments_of
+from upvits.toolchain.structure.groups import ChannelGroup
+from upvits.toolchain.structure.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.artifacts import atomic_write
-from deploy.report.document import REPORT, Report
-from deploy.report.views.page import html
-from deploy.report.views.text import markdown, sections, terminal
+from upvits.deploy.report.document import REPORT, Report
+from upvits.deploy.report.views.page import html
+from upvits.deploy.report.views.text import markdown, sections, terminal
+from upvits.deploy.store.artifacts import atomic_write
 
 __all__ = ["html", "markdown", "save_report", "sections", "terminal"]
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from deploy.report.views.section import three_digits
+from upvits.deploy.report.views.section import three_digits
 
 LEFT, RIGHT = 12.0, 97.0
 BINS = 160

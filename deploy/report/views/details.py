@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.measure.diagnosis import TRUSTED_SUM
-from deploy.report.document import LayerTimes, Report
-from deploy.report.verdict import shortfall
-from deploy.report.views.section import (
+from upvits.deploy.measure.diagnosis import TRUSTED_SUM
+from upvits.deploy.report.document import LayerTimes, Report
+from upvits.deploy.report.verdict import shortfall
+from upvits.deploy.report.views.section import (
     Bar,
     Cell,
     Section,

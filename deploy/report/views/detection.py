@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deploy.detectors.document import ITS_GRAPH, DetectionReport, DetectorFigures
-from deploy.report.views.section import (
+from upvits.deploy.report.detection import ITS_GRAPH, DetectionReport, DetectorFigures
+from upvits.deploy.report.views.section import (
     Cell,
     Row,
     Section,

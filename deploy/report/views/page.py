@@ -11,13 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from deploy.report.document import Report
-from deploy.report.verdict import comparisons, headline, verdict
-from deploy.report.views.charts import Calls, Choice, LatencyChart, Scatter, latency_chart, scatter
-from deploy.report.views.results import measured
-from deploy.report.views.section import Section
-from deploy.report.views.summary import shortcomings, subject, tiles
-from deploy.report.views.text import sections
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import comparisons, headline, verdict
+from upvits.deploy.report.views.charts import Calls, Choice, LatencyChart, Scatter, latency_chart, scatter
+from upvits.deploy.report.views.results import measured
+from upvits.deploy.report.views.section import Section
+from upvits.deploy.report.views.summary import shortcomings, subject, tiles
+from upvits.deploy.report.views.text import sections
 
 _CHAPTERS = (
     ("Result", ("result", "best", "target")),
@@ -160,7 +160,11 @@ def render(template: str, **values: Any) -> str:
 @lru_cache(maxsize=1)
 def _templates() -> Environment:
     environment = Environment(
-        loader=PackageLoader("deploy"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader("upvits.deploy"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.globals.update(row_groups=row_groups, legend=legend)
     environment.filters["breakable"] = breakable

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from deploy.report.document import AccuracyFigures, Best, Latency, Report
-from deploy.report.verdict import Comparison, comparisons, headline
-from deploy.report.views.section import (
+from upvits.deploy.report.document import AccuracyFigures, Best, Latency, Report
+from upvits.deploy.report.verdict import Comparison, comparisons, headline
+from upvits.deploy.report.views.section import (
     MINUS,
     Cell,
     Row,

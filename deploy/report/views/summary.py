@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deploy.measure.bench import UNSTABLE_CV
-from deploy.report.document import BuiltFigures, Report
-from deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall
-from deploy.report.views.results import engine_bytes, measured, precisions
-from deploy.report.views.section import inline, short_count, signed, three_digits
-from deploy.steadiness import small_proxy
+from upvits.deploy.measure.bench import UNSTABLE_CV
+from upvits.deploy.report.document import BuiltFigures, Report
+from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall
+from upvits.deploy.report.views.results import engine_bytes, measured, precisions
+from upvits.deploy.report.views.section import inline, short_count, signed, three_digits
+from upvits.deploy.stages.steadiness import small_proxy
 
 
 @dataclass(frozen=True, slots=True)

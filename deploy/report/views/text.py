@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deploy.report.document import Report
-from deploy.report.verdict import verdict
-from deploy.report.views import details, detection, results
-from deploy.report.views.section import Section, without_empty_columns
-from deploy.report.views.summary import shortcomings, subject
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import verdict
+from upvits.deploy.report.views import details, detection, results
+from upvits.deploy.report.views.section import Section, without_empty_columns
+from upvits.deploy.report.views.summary import shortcomings, subject
 
 
 def sections(report: Report) -> list[Section]:

@@ -13,15 +13,15 @@ import timm.layers
 import torch
 from torch import nn
 
-import deploy.graphs.export
-import deploy.graphs.files
-from calib_data.errors import BuildError, UserError
-from deploy.graphs.export import export_onnx
-from deploy.graphs.files import load_model
-from deploy.graphs.surgery import ffn_to_channels_first
-from deploy.measure.parity import check_parity, model_outputs, session_outputs
-from deploy.runtimes import open_onnx
-from deploy.runtimes.onnxruntime_ import OnnxRuntimeSession
+import upvits.deploy.graphs.export
+import upvits.deploy.graphs.files
+from upvits.calib_data.errors import BuildError, UserError
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.files import load_model
+from upvits.deploy.graphs.surgery import ffn_to_channels_first
+from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
+from upvits.deploy.runtimes import open_onnx
+from upvits.deploy.runtimes.onnxruntime_ import OnnxRuntimeSession
 
 from ..conftest import Exported, export_small, preprocess_for, small_model
 
@@ -131,7 +131,7 @@ def test_a_model_that_fails_is_a_build_error_and_leaves_nothing(tmp_path: Path) 
 def test_what_cannot_be_written_is_refused(vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="opset 17"):
         export_onnx(vit.model, tmp_path / "model.onnx", vit.preprocess, opset=17)
-    monkeypatch.setattr(deploy.graphs.export, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(upvits.deploy.graphs.export, "MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="2 GiB"):
         export_onnx(vit.model, tmp_path / "model.onnx", vit.preprocess)
     assert list(tmp_path.iterdir()) == []
@@ -147,8 +147,8 @@ def test_an_existing_file_survives_a_failed_write(
         raise OSError(28, "No space left on device")
 
     exported = onnx.load(vit.report.path)
-    monkeypatch.setattr(deploy.graphs.export, "_run_exporter", lambda *arguments: exported)
-    monkeypatch.setattr(deploy.graphs.files, "atomic_write", full)
+    monkeypatch.setattr(upvits.deploy.graphs.export, "_run_exporter", lambda *arguments: exported)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "atomic_write", full)
     with pytest.raises(UserError, match="no space left"):
         export_onnx(vit.model, path, vit.preprocess)
     assert path.read_bytes() == b"precious"

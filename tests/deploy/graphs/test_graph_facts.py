@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.graphs.facts import GraphFacts
-from deploy.precision import calibrate, convert
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.precision import calibrate, convert
 
 from ..conftest import Exported
 

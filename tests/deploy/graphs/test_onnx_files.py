@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-import deploy.graphs.export
-import deploy.graphs.files
-from calib_data.errors import UserError
-from deploy.artifacts import file_digest
-from deploy.graphs.export import export_onnx
-from deploy.graphs.files import data_files, load_model, model_digest, save_model, with_shapes
-from deploy.runtimes import open_onnx
+import upvits.deploy.graphs.export
+import upvits.deploy.graphs.files
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.files import data_files, load_model, model_digest, save_model, with_shapes
+from upvits.deploy.runtimes import open_onnx
+from upvits.deploy.store.artifacts import file_digest
 
 from ..conftest import Exported
 
@@ -250,7 +250,7 @@ def test_shapes_of_a_model_above_the_limit(vit: Exported, monkeypatch: pytest.Mo
     model = onnx.load(vit.report.path)
     del model.graph.value_info[:]
     wanted = onnx.shape_inference.infer_shapes(model)
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", 1000)
     inferred = with_shapes(model)
     assert inferred.graph.initializer == wanted.graph.initializer
     assert {value.name: value for value in inferred.graph.value_info} == {
@@ -342,7 +342,7 @@ def test_numbers_in_fields_of_their_own_type_are_whole_too(tmp_path: Path) -> No
 
 
 def test_a_model_too_large_for_one_file_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="--save-external-data"):
         save_model(small(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -354,7 +354,7 @@ def test_a_failed_write_leaves_no_file_of_mixed_parts(apart: Path, monkeypatch: 
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(deploy.graphs.files, "atomic_write", full)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "atomic_write", full)
     with pytest.raises(UserError, match="no space left"):
         save_model(small(8192), apart, external_data=True)
     assert not apart.exists()
@@ -365,7 +365,7 @@ def test_export_with_weights_apart_computes_the_same(
     vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported = onnx.load(vit.report.path)
-    monkeypatch.setattr(deploy.graphs.export, "_run_exporter", lambda *arguments: exported)
+    monkeypatch.setattr(upvits.deploy.graphs.export, "_run_exporter", lambda *arguments: exported)
     report = export_onnx(vit.model, tmp_path / "model.onnx", vit.preprocess, external_data=True)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["model.onnx", "model.onnx.data"]

@@ -22,17 +22,25 @@ import tomli_w
 import torch
 from PIL import Image
 
-import toolchain
-from calib_data import Preprocess
-from calib_data.errors import UserError
-from deploy.artifacts import atomic_write, run_stage
-from deploy.graphs.surgery import add_uint8_input
-from deploy.handover.package import PACKAGE, SUMS, package
-from deploy.handover.texts import _render
-from deploy.report.document import AccuracyFigures, Best, EngineFigures, Latency, ModelFigures, PrunedFigures, Report
-from deploy.runtimes import BuildOptions, read_engine, runtime_named
-from deploy.runtimes.engine_folder import save_engine
-from deploy.runtimes.interface import Engine
+from upvits import toolchain
+from upvits.calib_data import Preprocess
+from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.surgery import add_uint8_input
+from upvits.deploy.handover.package import PACKAGE, SUMS, package
+from upvits.deploy.handover.texts import _render
+from upvits.deploy.report.document import (
+    AccuracyFigures,
+    Best,
+    EngineFigures,
+    Latency,
+    ModelFigures,
+    PrunedFigures,
+    Report,
+)
+from upvits.deploy.runtimes import BuildOptions, read_engine, runtime_named
+from upvits.deploy.runtimes.engine_folder import save_engine
+from upvits.deploy.runtimes.interface import Engine
+from upvits.deploy.store.artifacts import atomic_write, run_stage
 
 from ..conftest import Exported
 
@@ -54,7 +62,18 @@ for picture in sys.argv[2:]:
     answers.append(runpy.run_path({script!r})["logits"].tolist())
 print(json.dumps(answers))
 """
-OURS = ("calib_data", "toolchain", "detection", "deploy", "benchmarks", "torch", "timm", "torchvision", "onnx")
+OURS = (
+    "upvits",
+    "calib_data",
+    "toolchain",
+    "detection",
+    "deploy",
+    "benchmarks",
+    "torch",
+    "timm",
+    "torchvision",
+    "onnx",
+)
 
 
 def latency(ms: float) -> Latency:
@@ -511,7 +530,7 @@ def test_nothing_is_left_when_it_fails(make_run: MakeRun, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deploy.handover.package._write_sums", full)
+    monkeypatch.setattr("upvits.deploy.handover.package._write_sums", full)
     with pytest.raises(UserError, match="no space left"):
         package(run)
     assert files_in(run.parent) == before

@@ -6,9 +6,9 @@ from typing import Any
 import onnx
 import pytest
 
-from calib_data.errors import UserError
-from deploy.handover.triton import config_text, ports, write_repository
-from deploy.runtimes.interface import BatchProfile, Engine
+from upvits.calib_data.errors import UserError
+from upvits.deploy.handover.triton import config_text, ports, write_repository
+from upvits.deploy.runtimes.interface import BatchProfile, Engine
 
 from ..conftest import Exported
 

@@ -5,9 +5,9 @@ from types import TracebackType
 import numpy as np
 import pytest
 
-from calib_data.errors import GateError
-from deploy.measure.accuracy import accuracy, outputs_of, sqnr_db
-from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from upvits.calib_data.errors import GateError
+from upvits.deploy.measure.accuracy import accuracy, outputs_of, sqnr_db
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 
 
 class Doubling:

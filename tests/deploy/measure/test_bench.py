@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calib_data.errors import UserError
-from deploy.measure.bench import BenchSettings, interleave, interleave_own, joules_per_image, latency_stats, throughput
-from deploy.runtimes import open_onnx
-from deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from upvits.calib_data.errors import UserError
+from upvits.deploy.measure.bench import (
+    BenchSettings,
+    interleave,
+    interleave_own,
+    joules_per_image,
+    latency_stats,
+    throughput,
+)
+from upvits.deploy.runtimes import open_onnx
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 
 from ..conftest import Exported
 from .test_gpu_monitor import FakeNvml

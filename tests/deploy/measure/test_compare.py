@@ -17,14 +17,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from calib_data.errors import BuildError, MissingDependencyError, UserError
-from deploy.artifacts import run_stage
-from deploy.measure import compare as compare_module
-from deploy.measure import compare_targets
-from deploy.measure.compare import Comparison, check_output, compare, comparison_table
-from deploy.measure.compare_targets import Input, activation_bytes, find_targets, inputs_of, random_feeds
-from deploy.precision.half import to_half
-from deploy.runtimes import BuildOptions, Missing, runtime_named
+from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
+from upvits.deploy.measure import compare as compare_module
+from upvits.deploy.measure import compare_targets
+from upvits.deploy.measure.compare import Comparison, check_output, compare, comparison_table
+from upvits.deploy.measure.compare_targets import Input, activation_bytes, find_targets, inputs_of, random_feeds
+from upvits.deploy.precision.half import to_half
+from upvits.deploy.runtimes import BuildOptions, Missing, runtime_named
+from upvits.deploy.store.artifacts import run_stage
 
 from ..conftest import Exported
 from ..runtimes.foreign import quantized

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.measure.bench import LatencyStats, latency_stats
-from deploy.measure.diagnosis import Measured, diagnose, falls_short, kind_of
-from deploy.report.document import Finding
-from deploy.runtimes import runtime_named
-from deploy.runtimes.interface import Built, CallTimes, LayerTime
+from upvits.deploy.measure.bench import LatencyStats, latency_stats
+from upvits.deploy.measure.diagnosis import Measured, diagnose, falls_short, kind_of
+from upvits.deploy.report.document import Finding
+from upvits.deploy.runtimes import runtime_named
+from upvits.deploy.runtimes.interface import Built, CallTimes, LayerTime
 
 
 def stats(ms: float, *, jitter: float = 0.0, **parts: float) -> LatencyStats:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.measure.accuracy import Accuracy
-from deploy.measure.bench import BenchSettings, LatencyReport, latency_stats
-from deploy.measure.figures import Pair, bench_figures, findings
-from deploy.report.document import Bench
-from deploy.runtimes.interface import BatchProfile, CallTimes, Engine, LayerTime
-from toolchain.groups import Widths
-from toolchain.planning import PruningPlan, Size
+from upvits.deploy.measure.accuracy import Accuracy
+from upvits.deploy.measure.bench import BenchSettings, LatencyReport, latency_stats
+from upvits.deploy.measure.figures import Pair, bench_figures, findings
+from upvits.deploy.report.document import Bench
+from upvits.deploy.runtimes.interface import BatchProfile, CallTimes, Engine, LayerTime
+from upvits.toolchain.planning import PruningPlan, Size
+from upvits.toolchain.structure.groups import Widths
 
 MS = {"dense": {"fp32": 10.0, "int8": 7.0, "bf16": 6.0}, "pruned": {"fp32": 5.0, "int8": 4.0, "bf16": 2.0}}
 PAIRS = [Pair("onnxruntime", precision) for precision in ("fp32", "int8", "bf16")]

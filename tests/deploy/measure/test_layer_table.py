@@ -1,7 +1,7 @@
 """Layer table: the same layer of two models stands in one row, and no layer is lost."""
 
-from deploy.measure.layer_table import layer_table
-from deploy.runtimes.interface import LayerTime
+from upvits.deploy.measure.layer_table import layer_table
+from upvits.deploy.runtimes.interface import LayerTime
 
 
 def table(dense: list[tuple[str, str]], pruned: list[tuple[str, str]]) -> list[tuple[str, float | None, float | None]]:

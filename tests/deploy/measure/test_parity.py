@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from calib_data.errors import GateError
-from deploy.measure.parity import FP16, FP32, Tolerance, check_parity, measure_parity, model_outputs, session_outputs
-from deploy.runtimes import open_onnx
+from upvits.calib_data.errors import GateError
+from upvits.deploy.measure.parity import (
+    FP16,
+    FP32,
+    Tolerance,
+    check_parity,
+    measure_parity,
+    model_outputs,
+    session_outputs,
+)
+from upvits.deploy.runtimes import open_onnx
 
 from ..conftest import Exported
 

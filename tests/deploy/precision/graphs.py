@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
+from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

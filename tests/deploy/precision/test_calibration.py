@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import GateError, UserError
-from deploy.precision import calibrate
+from upvits.calib_data.errors import GateError, UserError
+from upvits.deploy.precision import calibrate
 
 from .graphs import Array, graph_of
 

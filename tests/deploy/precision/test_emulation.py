@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.precision import calibrate, convert, for_cpu
+from upvits.deploy.precision import calibrate, convert, for_cpu
 
 from ..conftest import Exported
 from .graphs import Array, graph_of, run, sqnr

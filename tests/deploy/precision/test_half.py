@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import UserError
-from deploy.precision import for_cpu
-from deploy.precision.half import to_half
-from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
+from upvits.calib_data.errors import UserError
+from upvits.deploy.precision import for_cpu
+from upvits.deploy.precision.half import to_half
+from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 
 from ..conftest import Exported
 

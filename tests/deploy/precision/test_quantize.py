@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from calib_data.errors import UserError
-from deploy.precision import Ranges, calibrate, convert, for_cpu
-from deploy.precision.quantize import quantizable_layers, quantized_weight
-from deploy.precision.weight_layers import initializers, prepared
+from upvits.calib_data.errors import UserError
+from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
+from upvits.deploy.precision.quantize import quantizable_layers, quantized_weight
+from upvits.deploy.precision.weight_layers import initializers, prepared
 
 from ..conftest import Exported
 from .graphs import Array, graph_of, run, sqnr

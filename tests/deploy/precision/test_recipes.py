@@ -7,14 +7,14 @@ import onnx
 import pytest
 import torch
 
-import toolchain
 from benchmarks.precision import with_outliers
-from calib_data import batches, open_source, proxy_images
-from deploy.graphs.export import export_onnx
-from deploy.precision import Ranges, calibrate, convert, for_cpu
-from deploy.runtimes.interface import BatchProfile, BuildOptions
-from deploy.runtimes.plan_text import read_plan
-from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+from upvits import toolchain
+from upvits.calib_data import batches, open_source, proxy_images
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
+from upvits.deploy.runtimes.interface import BatchProfile, BuildOptions
+from upvits.deploy.runtimes.plan_text import read_plan
+from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 from ..conftest import Exported
 from .graphs import Array, run, sqnr

@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import UserError
-from deploy.precision import Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
-from deploy.precision.quantize import activation_scale, quantized_weight
+from upvits.calib_data.errors import UserError
+from upvits.deploy.precision import Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
+from upvits.deploy.precision.quantize import activation_scale, quantized_weight
 
 from ..conftest import Exported
 from .graphs import Array, graph_of, run, sqnr

@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from benchmarks.precision import with_outliers
-from deploy.precision import calibrate, convert
-from deploy.precision.quantize import quantize
-from deploy.precision.smoothing import fold_outliers
-from deploy.precision.weight_layers import prepared, weight_layers
+from upvits.deploy.precision import calibrate, convert
+from upvits.deploy.precision.quantize import quantize
+from upvits.deploy.precision.smoothing import fold_outliers
+from upvits.deploy.precision.weight_layers import prepared, weight_layers
 
 from ..conftest import Exported
 from .graphs import graph_of, run, sqnr

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import NormalDist
 from typing import Any
 
-from deploy.report.document import Report
+from upvits.deploy.report.document import Report
 
 QUANTILES = 51
 GEMMS = 50

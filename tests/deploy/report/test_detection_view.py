@@ -1,7 +1,7 @@
 """What is said of the engines of detectors."""
 
-from deploy.detectors.document import ITS_GRAPH, ITSELF, DetectionReport, DetectorEngine
-from deploy.report.views.detection import _engines
+from upvits.deploy.report.detection import ITS_GRAPH, ITSELF, DetectionReport, DetectorEngine
+from upvits.deploy.report.views.detection import _engines
 
 
 def test_what_did_not_run_here_is_told_apart() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from calib_data.errors import UserError
-from deploy.report.document import Report, engine_figures, load_report
-from deploy.report.verdict import comparisons, headline, shortfall, verdict
-from deploy.report.views import save_report
-from deploy.runtimes.interface import BatchProfile, Built, Engine
 from tests.deploy.report.sample_report import latency, sample_document, sample_report
+from upvits.calib_data.errors import UserError
+from upvits.deploy.report.document import Report, engine_figures, load_report
+from upvits.deploy.report.verdict import comparisons, headline, shortfall, verdict
+from upvits.deploy.report.views import save_report
+from upvits.deploy.runtimes.interface import BatchProfile, Built, Engine
 
 
 def changed(part: str, **values: Any) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deploy.report.document import Report
-from deploy.report.verdict import comparisons, shortfall, verdict
-from deploy.report.views import html, markdown, sections, terminal
-from deploy.report.views.charts import (
+from tests.deploy.report.sample_report import latency, sample_document, sample_report
+from tests.deploy.report.test_report import best, changed, unmeasured
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import comparisons, shortfall, verdict
+from upvits.deploy.report.views import html, markdown, sections, terminal
+from upvits.deploy.report.views.charts import (
     _PAGE_WIDTHS,
     LEFT,
     RIGHT,
@@ -24,11 +26,9 @@ from deploy.report.views.charts import (
     pareto,
     scatter,
 )
-from deploy.report.views.page import accuracy_charts, latency_charts
-from deploy.report.views.section import MINUS, short_count, signed, three_digits
-from deploy.report.views.summary import shortcomings, tiles
-from tests.deploy.report.sample_report import latency, sample_document, sample_report
-from tests.deploy.report.test_report import best, changed, unmeasured
+from upvits.deploy.report.views.page import accuracy_charts, latency_charts
+from upvits.deploy.report.views.section import MINUS, short_count, signed, three_digits
+from upvits.deploy.report.views.summary import shortcomings, tiles
 
 
 def printed(made: Report, width: int = 80) -> str:

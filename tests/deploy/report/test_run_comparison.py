@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from calib_data.errors import UserError
-from deploy import cli
-from deploy.report.document import Report
-from deploy.report.runs import (
+from tests.deploy.report.sample_report import sample_document, sample_report
+from upvits.calib_data.errors import UserError
+from upvits.deploy.cli import app as cli
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.runs import (
     RunComparison,
     compare_runs,
     comparison_html,
@@ -17,9 +18,8 @@ from deploy.report.runs import (
     comparison_terminal,
     save_comparison,
 )
-from deploy.report.verdict import verdict
-from deploy.report.views import save_report
-from tests.deploy.report.sample_report import sample_document, sample_report
+from upvits.deploy.report.verdict import verdict
+from upvits.deploy.report.views import save_report
 
 UNMEASURED: dict[str, object] = {"speedup": {}, "speedup_low": {}, "speedup_high": {}}
 
@@ -181,7 +181,7 @@ def test_a_comparison_overwrites_nothing_else(
     with pytest.raises(UserError, match=message):
         save_comparison(tmp_path / output, compare_runs(three_runs()))
     # the command finds out before it computes anything
-    monkeypatch.setattr("deploy.report.runs.compare_runs", None)
+    monkeypatch.setattr("upvits.deploy.report.runs.compare_runs", None)
     with pytest.raises(UserError, match=message):
         cli.report(runs, output=tmp_path / output)
     assert contents(tmp_path) == before

@@ -13,20 +13,20 @@ import onnx
 import pytest
 import torch
 
-import deploy.runtimes.nvinfer
-import deploy.runtimes.tensorrt
-from calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
-from deploy.graphs.facts import GraphFacts
-from deploy.precision import convert
-from deploy.runtimes import BatchProfile, BuildOptions, RunOptions
-from deploy.runtimes.interface import Engine
-from deploy.runtimes.nvinfer_session import NvinferSession
-from deploy.runtimes.tensorrt import TENSORRT
+import upvits.deploy.runtimes.nvinfer
+import upvits.deploy.runtimes.tensorrt
+from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.precision import convert
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions
+from upvits.deploy.runtimes.interface import Engine
+from upvits.deploy.runtimes.nvinfer_session import NvinferSession
+from upvits.deploy.runtimes.tensorrt import TENSORRT
 
 from ..conftest import Exported
 from .fake_trt import FLAVOURS, fake_module, names_of
 
-RUNTIMES = Path(deploy.runtimes.nvinfer.__file__).parent
+RUNTIMES = Path(upvits.deploy.runtimes.nvinfer.__file__).parent
 PROFILE = BatchProfile(1, 2, 4)
 SUPPORTED = FLAVOURS[:3]
 
@@ -122,9 +122,9 @@ def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = fake_module(request.param)
     module.flavour = request.param
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
-    monkeypatch.setattr(deploy.runtimes.tensorrt, "_unusable_version", lambda: None)
-    monkeypatch.setattr(deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 9))
+    monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
+    monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "_unusable_version", lambda: None)
+    monkeypatch.setattr(upvits.deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 9))
     module.plan = b"the plan"
     _let_it_build(module)
     _let_it_run(module)
@@ -316,7 +316,7 @@ def test_all_refused_nodes_are_named_with_their_reason(trt: Any, fp16_vit: Path,
 
 def test_out_of_gpu_memory_says_which_setting_helps(trt: Any, fp16_vit: Path, tmp_path: Path) -> None:
     def build(builder: Any, network: Any, config: Any) -> None:
-        deploy.runtimes.nvinfer.messages(trt).log(trt.ILogger.Severity.ERROR, "Cuda Runtime (out of memory)")
+        upvits.deploy.runtimes.nvinfer.messages(trt).log(trt.ILogger.Severity.ERROR, "Cuda Runtime (out of memory)")
 
     trt.behaviour["Builder.build_serialized_network"] = build
     with pytest.raises(BuildError, match="out of GPU memory") as failure:
@@ -463,7 +463,7 @@ def test_memory_that_runs_out_while_running_says_what_helps(
 
 def test_an_engine_that_fails_says_what_the_library_said(trt: Any, host_only: list[str], tmp_path: Path) -> None:
     def fail(context: Any, stream: int) -> bool:
-        deploy.runtimes.nvinfer.messages(trt).log(trt.ILogger.Severity.ERROR, "illegal something")
+        upvits.deploy.runtimes.nvinfer.messages(trt).log(trt.ILogger.Severity.ERROR, "illegal something")
         return False
 
     session = NvinferSession(trt, engine_in(tmp_path, "sm89"))
@@ -488,7 +488,7 @@ def test_only_known_versions_are_used(version: str, usable: bool, monkeypatch: p
     module = fake_module("11.4")
     module.__version__ = version
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
+    monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
     missing = TENSORRT.missing_to_build()
     assert (missing is None) == usable
     if not usable:

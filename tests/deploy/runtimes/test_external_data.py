@@ -11,16 +11,16 @@ import numpy as np
 import onnx
 import pytest
 
-import deploy.graphs.files
-from calib_data.errors import GateError, UserError
-from deploy.artifacts import file_digest
-from deploy.graphs.files import load_model, save_model
-from deploy.precision import calibrate, convert
-from deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Built, Engine, Runtime, open_model, read_engine
-from deploy.runtimes.engine_folder import check_built
-from deploy.runtimes.nvinfer import compile_engine
-from deploy.runtimes.tensorrt import TENSORRT
-from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+import upvits.deploy.graphs.files
+from upvits.calib_data.errors import GateError, UserError
+from upvits.deploy.graphs.files import load_model, save_model
+from upvits.deploy.precision import calibrate, convert
+from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Built, Engine, Runtime, open_model, read_engine
+from upvits.deploy.runtimes.engine_folder import check_built
+from upvits.deploy.runtimes.nvinfer import compile_engine
+from upvits.deploy.runtimes.tensorrt import TENSORRT
+from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+from upvits.deploy.store.artifacts import file_digest
 
 from ..conftest import Exported
 from .fake_trt import fake_module
@@ -48,7 +48,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", LIMIT)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", LIMIT)
 
 
 def options(precision: str = "fp32") -> BuildOptions:
@@ -80,7 +80,7 @@ def test_a_large_model_becomes_an_engine_of_two_files(
     ranges = calibrate(model, [images], quiet=True) if precision == "int8" else None
     onnx.save(convert(model, precision, ranges=ranges, rest="fp32").model, path := tmp_path / "model.onnx")
     whole = runtime.build(path, tmp_path / "whole", options(precision))
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", LIMIT)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", LIMIT)
     apart = runtime.build(path, tmp_path / "apart", options(precision))
     assert names(whole.folder) == FILES[:2]
     assert names(apart.folder) == FILES
@@ -186,7 +186,7 @@ def test_a_large_model_in_memory_runs_from_files_until_it_is_closed(vit: Exporte
         got = session.run(feeds)["logits"]
         assert session.layer_times(feeds, 1)
     assert not list(temporary.iterdir())
-    deploy.graphs.files.MAX_FILE_BYTES = 2**31
+    upvits.deploy.graphs.files.MAX_FILE_BYTES = 2**31
     with open_model(model, threads=1) as session:
         assert not list(temporary.iterdir())
         np.testing.assert_array_equal(session.run(feeds)["logits"], got)
@@ -212,7 +212,7 @@ def test_tensorrt_rtx_reads_a_large_model_from_a_file(
     targets = BuildOptions("fp32", BatchProfile(1, 2, 5), ("sm89",))
     from_file = TENSORRT_RTX.build(vit.report.path, tmp_path / "file", targets)
     assert not list(temporary.iterdir())
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", 2**31)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", 2**31)
     from_memory = TENSORRT_RTX.build(vit.report.path, tmp_path / "memory", targets)
     assert from_file.built == from_memory.built
     assert from_file.built is not None
@@ -225,7 +225,7 @@ def test_tensorrt_rtx_reads_a_large_model_from_a_file(
 def test_the_parser_gets_a_file_only_above_the_limit(
     limit: int, parsed: str, vit: Exported, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy.graphs.files, "MAX_FILE_BYTES", limit)
+    monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", limit)
     model, trt = onnx.load(vit.report.path), fake_module("11.4")
     network = trt.INetworkDefinition()
     network.num_inputs = 0

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from deploy.runtimes.inspector import read_inspector
-from deploy.runtimes.kernels import op_of
+from upvits.deploy.runtimes.inspector import read_inspector
+from upvits.deploy.runtimes.kernels import op_of
 
 
 def tensor(said: str, *, dims: list[int] | None = None, version: int = 10) -> dict[str, Any]:

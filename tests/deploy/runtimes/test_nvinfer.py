@@ -8,13 +8,13 @@ import onnx
 import pytest
 from onnx import helper
 
-import deploy.runtimes.nvinfer
-from calib_data.errors import BuildError, GateError, UserError
-from deploy.precision import calibrate, convert
-from deploy.runtimes import BatchProfile, BuildOptions, Built, Engine, read_engine
-from deploy.runtimes.engine_folder import check_built
-from deploy.runtimes.nvinfer import check_device, check_targets, check_version, is_out_of_memory, messages
-from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+import upvits.deploy.runtimes.nvinfer
+from upvits.calib_data.errors import BuildError, GateError, UserError
+from upvits.deploy.precision import calibrate, convert
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, Built, Engine, read_engine
+from upvits.deploy.runtimes.engine_folder import check_built
+from upvits.deploy.runtimes.nvinfer import check_device, check_targets, check_version, is_out_of_memory, messages
+from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 from ..conftest import Exported
 
@@ -89,7 +89,7 @@ def test_fp8_is_refused_before_the_build(vit: Exported, tmp_path: Path, monkeypa
     model = onnx.load(vit.report.path)
     ranges = calibrate(model, [vit.images.numpy()], quiet=True)
     onnx.save(convert(model, "fp8", ranges=ranges).model, tmp_path / "fp8.onnx")
-    monkeypatch.setattr(deploy.runtimes.nvinfer, "messages", lambda trt: pytest.fail("a build was started"))
+    monkeypatch.setattr(upvits.deploy.runtimes.nvinfer, "messages", lambda trt: pytest.fail("a build was started"))
     # also when the file is fp8 and the options say something else
     for precision in ("fp8", "fp16"):
         with pytest.raises(UserError, match="cannot build fp8 for sm86"):
@@ -192,7 +192,7 @@ def test_an_engine_of_another_library_version_is_refused(tmp_path: Path) -> None
 
 
 def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 6))
+    monkeypatch.setattr(upvits.deploy.runtimes.nvinfer, "compute_capability", lambda: (8, 6))
     check_device(engine_for(tmp_path, "sm86", "sm120"))
     with pytest.raises(UserError, match=r"built for sm89, sm120\n.*is sm86"):
         check_device(engine_for(tmp_path, "sm89", "sm120"))

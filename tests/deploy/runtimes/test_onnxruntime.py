@@ -12,16 +12,16 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import BuildError, GateError, UserError
-from deploy.environment import usable_cores
-from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, onnxruntime_, open_model, open_onnx, threads
-from deploy.runtimes import onnxruntime_providers as providers
-from deploy.runtimes.interface import Arrays, CallTimes
-from deploy.runtimes.onnxruntime_ import CPU, TENSORRT, TENSORRT_RTX
-from deploy.runtimes.onnxruntime_facts import biases_apart, unsigned_activations
-from deploy.runtimes.onnxruntime_session import OnnxRuntimeSession, optimised_graph
 from tests.deploy.conftest import Exported
 from tests.deploy.runtimes.foreign import FLOAT, computed, decibel, finish, pictures_of, quantized, two_inputs
+from upvits.calib_data.errors import BuildError, GateError, UserError
+from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, onnxruntime_, open_model, open_onnx, threads
+from upvits.deploy.runtimes import onnxruntime_providers as providers
+from upvits.deploy.runtimes.interface import Arrays, CallTimes
+from upvits.deploy.runtimes.onnxruntime_ import CPU, TENSORRT, TENSORRT_RTX
+from upvits.deploy.runtimes.onnxruntime_facts import biases_apart, unsigned_activations
+from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession, optimised_graph
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -325,7 +325,7 @@ def test_a_provider_that_this_build_lacks_is_named_with_its_package(
 
 
 def test_nothing_is_reported_to_its_maker(tmp_path: Path) -> None:
-    code = "from deploy.runtimes import onnxruntime_ as o; o.library_version()"
+    code = "from upvits.deploy.runtimes import onnxruntime_ as o; o.library_version()"
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(root)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)

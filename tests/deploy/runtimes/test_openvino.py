@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import GateError, UserError
-from deploy.precision.half import to_half
-from deploy.runtimes import BatchProfile, BuildOptions, RunOptions, open_onnx, openvino_
-from deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU, widened
 from tests.deploy.conftest import Exported
 from tests.deploy.runtimes.foreign import FLOAT, computed, decibel, finish, pictures_of, quantized, two_inputs
+from upvits.calib_data.errors import GateError, UserError
+from upvits.deploy.precision.half import to_half
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, open_onnx, openvino_
+from upvits.deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU, widened
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -233,7 +233,7 @@ def test_without_the_library_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 @needs_openvino
 def test_nothing_is_reported_to_its_maker(tmp_path: Path) -> None:
     code = (
-        "import sys; from deploy.runtimes import openvino_; openvino_._core(); "
+        "import sys; from upvits.deploy.runtimes import openvino_; openvino_._core(); "
         "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
     )
     root = Path(__file__).resolve().parents[3]

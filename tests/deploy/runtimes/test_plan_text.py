@@ -6,14 +6,14 @@ import numpy as np
 import onnx
 import pytest
 
-from calib_data.errors import GateError
-from deploy.graphs.export import export_onnx
-from deploy.graphs.facts import GraphFacts
-from deploy.precision import calibrate, convert
-from deploy.runtimes import BatchProfile, BuildOptions, Engine
-from deploy.runtimes.kernels import Compiled, Kernel, built_from
-from deploy.runtimes.plan_text import read_plan
-from deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
+from upvits.calib_data.errors import GateError
+from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.precision import calibrate, convert
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, Engine
+from upvits.deploy.runtimes.kernels import Compiled, Kernel, built_from
+from upvits.deploy.runtimes.plan_text import read_plan
+from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 from ..conftest import Exported, preprocess_for, small_model
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-import toolchain
-from calib_data.errors import UserError
-from deploy.speed.table import predicted
-from toolchain.planning import NotReachableError, PruningPlan
-from toolchain.planning.costs import Costs
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.deploy.speed.table import predicted
+from upvits.toolchain.planning import NotReachableError, PruningPlan
+from upvits.toolchain.planning.costs import Costs
 
 
 def uniform_planner(model: nn.Module, align: int = 8) -> Callable[[Costs, float], PruningPlan]:

@@ -8,20 +8,20 @@ import timm
 import torch
 from torch import nn
 
-import toolchain
-from calib_data.errors import TargetError, UserError
-from deploy.prune_stage import deployment_of
-from deploy.recipe import make_recipe
-from deploy.runtimes import RUNTIMES, BatchProfile
-from deploy.speed import search as searching
-from deploy.speed import table as tables
-from deploy.speed.deployment import Deployment, check_deployment, measure, opened
-from deploy.speed.search import ALLOWED, search
-from deploy.speed.target import parse_speedup, parse_target
 from tests.deploy.conftest import preprocess_for
 from tests.deploy.speed.planner import uniform_planner
-from toolchain.compensation import compensated_curves
-from toolchain.planning import Costs, PruningPlan, plan_within
+from upvits import toolchain
+from upvits.calib_data.errors import TargetError, UserError
+from upvits.deploy.recipe.document import make_recipe
+from upvits.deploy.recipe.target import parse_speedup, parse_target
+from upvits.deploy.runtimes import RUNTIMES, BatchProfile
+from upvits.deploy.speed import search as searching
+from upvits.deploy.speed import table as tables
+from upvits.deploy.speed.deployment import Deployment, check_deployment, measure, opened
+from upvits.deploy.speed.search import ALLOWED, search
+from upvits.deploy.stages.prune import deployment_of
+from upvits.toolchain.compensation import compensated_curves
+from upvits.toolchain.planning import Costs, PruningPlan, plan_within
 
 BATCH = 4
 DEPLOYMENT = Deployment(RUNTIMES["onnxruntime"], "fp32", BATCH, BatchProfile(1, BATCH, BATCH))

@@ -10,14 +10,14 @@ import timm
 import torch
 from torch import nn
 
-from calib_data.errors import UserError
-from deploy.runtimes import RUNTIMES, Session
-from deploy.speed import table as tables
-from deploy.speed.chains import Chain, chain, grid, stages_of, without_blocks
-from deploy.speed.deployment import Baseline, Deployment, opened, with_random_weights
-from deploy.speed.table import LatencyCosts, Point, cache_folder, costs_from, measure_table, predicted
 from tests.deploy.conftest import preprocess_for
-from toolchain.planning import count_costs
+from upvits.calib_data.errors import UserError
+from upvits.deploy.runtimes import RUNTIMES, Session
+from upvits.deploy.speed import table as tables
+from upvits.deploy.speed.chains import Chain, chain, grid, stages_of, without_blocks
+from upvits.deploy.speed.deployment import Baseline, Deployment, opened, with_random_weights
+from upvits.deploy.speed.table import LatencyCosts, Point, cache_folder, costs_from, measure_table, predicted
+from upvits.toolchain.planning import count_costs
 
 PREPROCESS = preprocess_for(32)
 DEPLOYMENT = Deployment(RUNTIMES["onnxruntime"], "fp32")

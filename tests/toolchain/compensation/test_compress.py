@@ -10,15 +10,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import UserError
-from toolchain.checkpoints import weights_digest
-from toolchain.compensation import compress, with_joint_units
-from toolchain.families import groups_of
-from toolchain.groups import widths_of
-from toolchain.planning import Curve, PruningPlan
-from toolchain.scores import divergence
-from toolchain.surgery import cut_out
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation import compress, with_joint_units
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.planning import Component, Curve, PruningPlan
+from upvits.toolchain.scores import divergence
+from upvits.toolchain.structure.groups import widths_of
+from upvits.toolchain.surgery.prune import cut_out
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "num_classes": 5}
@@ -45,7 +45,7 @@ def kl(model: nn.Module, other: nn.Module, batch: Tensor) -> float:
         return float(divergence(model(batch), other(batch)).mean())
 
 
-def halved(model: nn.Module, components: tuple[toolchain.planning.Component, ...]) -> toolchain.PruningPlan:
+def halved(model: nn.Module, components: tuple[Component, ...]) -> toolchain.PruningPlan:
     scores = toolchain.score(model, method="magnitude")
     return toolchain.plan(model, scores, ratio=0.5, align=1, components=components)
 
@@ -173,7 +173,7 @@ def test_a_network_that_is_worse_than_plain_pruning_is_not_returned(monkeypatch:
             model.get_submodule("head").get_parameter("weight").mul_(-3)
         return []
 
-    monkeypatch.setattr(sys.modules["toolchain.compensation.compress"], "refit", spoil)
+    monkeypatch.setattr(sys.modules["upvits.toolchain.compensation.compress"], "refit", spoil)
     model = network("deit_tiny_patch16_224")
     plan = halved(model, ("ffn",))
     result = compress(model, plan, images(20))
@@ -187,7 +187,7 @@ def test_a_network_that_is_worse_than_plain_pruning_is_not_returned(monkeypatch:
         spoil(small)
         return small
 
-    monkeypatch.setattr(sys.modules["toolchain.compensation.compress"], "cut_out", spoiled)
+    monkeypatch.setattr(sys.modules["upvits.toolchain.compensation.compress"], "cut_out", spoiled)
     result = compress(model, plan, images(20))
     assert not result.report.accepted
     assert "plain pruning was better" in result.report.warnings[-1]

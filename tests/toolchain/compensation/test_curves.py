@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import Tensor
 
-from calib_data.errors import UserError
-from toolchain.compensation import compensated_curves
-from toolchain.compensation.curves import LayerStatistics, surgeon
-from toolchain.families import groups_of
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation import compensated_curves
+from upvits.toolchain.compensation.curves import LayerStatistics, surgeon
+from upvits.toolchain.families import groups_of
 
 
 def layer(x: Tensor, outputs: int) -> LayerStatistics:

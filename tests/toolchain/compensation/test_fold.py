@@ -10,9 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.compensation.fold import fold, fold_layer_scale, readings, stream_can_rotate
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation.fold import fold, fold_layer_scale, readings, stream_can_rotate
 
 DEIT = VARIANTS[0]
 FIXED = {

@@ -12,12 +12,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import toolchain
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.compensation.gradients import output_gradients
-from toolchain.compensation.heads import LEAST_WEIGHT, rotate_heads
-from toolchain.families import groups_of
-from toolchain.scores.divergence import divergence
+from upvits import toolchain
+from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.toolchain.compensation.heads import LEAST_WEIGHT, rotate_heads
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores.divergence import divergence
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)

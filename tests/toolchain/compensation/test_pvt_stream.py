@@ -10,21 +10,21 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.compensation import compress
-from toolchain.compensation.pvt_stream import (
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation import compress
+from upvits.toolchain.compensation.pvt_stream import (
     RotatedStages,
     cut_stages,
     measure_stages,
     rotate_stages,
     stages_can_rotate,
 )
-from toolchain.compensation.statistics import observe
-from toolchain.families import segments_of
-from toolchain.planning import PruningPlan
-from toolchain.scores.divergence import divergence
+from upvits.toolchain.compensation.statistics import observe
+from upvits.toolchain.families import segments_of
+from upvits.toolchain.planning import Component, PruningPlan
+from upvits.toolchain.scores.divergence import divergence
 
 PVTS = [variant for variant in VARIANTS if variant.family == "pvt_v2"]
 B0, B1, LINEAR = PVTS
@@ -182,14 +182,14 @@ def test_moments_do_not_depend_on_batches_and_repeat_themselves() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def plan_of(model: nn.Module, components: tuple[toolchain.planning.Component, ...]) -> PruningPlan:
+def plan_of(model: nn.Module, components: tuple[Component, ...]) -> PruningPlan:
     scores = toolchain.score(model, method="magnitude")
     return toolchain.plan(model, scores, ratio=0.5, align=1, components=components)
 
 
 def test_compress_rotates_stages_and_gives_the_refit_right_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the rotation is exact every layer finds what it aims at, and is left alone."""
-    monkeypatch.setattr("toolchain.compensation.basis.EVENNESS", 1e9)  # directions with energy stay
+    monkeypatch.setattr("upvits.toolchain.compensation.basis.EVENNESS", 1e9)  # directions with energy stay
     model = confined(B0)
     result = compress(model, plan_of(model, ("embed",)), smooth(B0, 100))
     assert set(HALF) <= set(result.report.rotated)

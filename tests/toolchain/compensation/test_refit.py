@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from toolchain.compensation.refit import Targets, refit, solve
-from toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
-from toolchain.families import groups_of, segments_of
+from upvits.toolchain.compensation.refit import Targets, refit, solve
+from upvits.toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
+from upvits.toolchain.families import groups_of, segments_of
 
 
 def moments(x: Tensor, y: Tensor) -> Moments:

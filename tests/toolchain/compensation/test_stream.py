@@ -10,13 +10,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.compensation.fold import fold, stream_axes, stream_can_rotate
-from toolchain.compensation.stream import Rotated, cut_stream, measure_stream, rotate_stream
-from toolchain.families import segments_of
-from toolchain.scores.divergence import divergence
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.compensation.fold import fold, stream_axes, stream_can_rotate
+from upvits.toolchain.compensation.stream import Rotated, cut_stream, measure_stream, rotate_stream
+from upvits.toolchain.families import segments_of
+from upvits.toolchain.scores.divergence import divergence
 
 DEIT = VARIANTS[0]
 rotatable = pytest.mark.parametrize("variant", [v for v in VARIANTS if stream_can_rotate(make(v)) is None], ids=str)

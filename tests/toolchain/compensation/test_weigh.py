@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-import toolchain
 from tests.contracts.variants import VARIANTS, make, pictures
-from toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
-from toolchain.compensation import weigh as weighing
-from toolchain.planning import Curve, PruningPlan
-from toolchain.scores import divergence
+from upvits import toolchain
+from upvits.toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
+from upvits.toolchain.compensation import weigh as weighing
+from upvits.toolchain.planning import Curve, PruningPlan
+from upvits.toolchain.scores import divergence
 
 WEIGHTS = (1.0, 1e-3, 1e-6)
 

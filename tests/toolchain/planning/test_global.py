@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make
-from toolchain.depth import DepthPath
-from toolchain.families import groups_of
-from toolchain.groups import widths_of
-from toolchain.planning import Component, Curve, NotReachableError, count_costs, plan_within
-from toolchain.scores import Scores
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.depth import DepthPath
+from upvits.toolchain.planning import Component, Curve, NotReachableError, count_costs, plan_within
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.structure.groups import widths_of
 
 DEIT, PVT, LINEAR = VARIANTS[0], VARIANTS[8], VARIANTS[9]
 ALL: tuple[Component, ...] = ("embed", "qk_v", "ffn")

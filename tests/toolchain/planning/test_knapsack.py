@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
+from upvits.toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
 
 whole_options = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 20)), min_size=1, max_size=5)
 

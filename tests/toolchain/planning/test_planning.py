@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
-from toolchain.depth import DepthPath
-from toolchain.families import groups_of
-from toolchain.planning import Component, PruningPlan, aligned
-from toolchain.scores import Scores
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.networks.depth import DepthPath
+from upvits.toolchain.planning import Component, PruningPlan, aligned
+from upvits.toolchain.scores import Scores
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 

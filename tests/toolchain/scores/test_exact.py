@@ -8,10 +8,10 @@ from torch import nn
 
 from benchmarks.published import published_kl
 from tests.contracts.variants import VARIANTS, Variant, make, pictures
-from toolchain.families import groups_of
-from toolchain.scores.divergence import output_scale
-from toolchain.scores.exact import exact_kl
-from toolchain.scores.suffix import chain_of
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores.divergence import output_scale
+from upvits.toolchain.scores.exact import exact_kl
+from upvits.toolchain.scores.suffix import chain_of
 
 NOISE = 1e-10
 """Nats that fp32 rounding of the outputs of these networks can add to or take from a score."""

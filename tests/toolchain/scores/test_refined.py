@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolchain.groups import ChannelGroup, Widths
-from toolchain.scores.cuts import Cut, cut_of
-from toolchain.scores.refined import Band, doubling, heaviest_first
+from upvits.toolchain.scores.cuts import Cut, cut_of
+from upvits.toolchain.scores.refined import Band, doubling, heaviest_first
+from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
 
 def group(kind: str, size: int, heads: int = 1, name: str = "blocks.0.attn") -> ChannelGroup:

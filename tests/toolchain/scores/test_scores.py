@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-import toolchain
-from calib_data.errors import UserError
 from tests.contracts.variants import VARIANTS, make, pictures
-from toolchain.families import groups_of
-from toolchain.masks import masked
-from toolchain.scores import Scores, divergence, images_digest
-from toolchain.scores.cuts import cut_of
-from toolchain.scores.fisher import probes_of
-from toolchain.scores.measure import check_finite
+from upvits import toolchain
+from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores import Scores, divergence, images_digest
+from upvits.toolchain.scores.cuts import cut_of
+from upvits.toolchain.scores.fisher import probes_of
+from upvits.toolchain.scores.masks import masked
+from upvits.toolchain.scores.measure import check_finite
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 HEADLESS = next(variant for variant in VARIANTS if variant.args["num_classes"] == 0)

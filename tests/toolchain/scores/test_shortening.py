@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from toolchain.depth import all_blocks, shorten, shorter
-from toolchain.scores import divergence
-from toolchain.scores.divergence import output_scale
-from toolchain.scores.shortening import depth_paths
+from upvits.toolchain.networks.depth import all_blocks, shorten, shorter
+from upvits.toolchain.scores import divergence
+from upvits.toolchain.scores.divergence import output_scale
+from upvits.toolchain.scores.shortening import depth_paths
 
 
 def networks() -> dict[str, tuple[nn.Module, int]]:

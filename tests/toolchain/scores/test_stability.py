@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import toolchain
 from tests.contracts.variants import VARIANTS, make, pictures
-from toolchain.groups import ChannelGroup
-from toolchain.scores import Stability, unstable
-from toolchain.scores.cuts import Cut
-from toolchain.scores.stability import kept_overlap, spearman, stability_of
+from upvits import toolchain
+from upvits.toolchain.scores import Stability, unstable
+from upvits.toolchain.scores.cuts import Cut
+from upvits.toolchain.scores.stability import kept_overlap, spearman, stability_of
+from upvits.toolchain.structure.groups import ChannelGroup
 
 
 def test_spearman_knows_ties_and_constants() -> None:

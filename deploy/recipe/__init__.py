@@ -1,0 +1,1 @@
+"""What is asked for: the recipe, its checks, and what it resolves to."""

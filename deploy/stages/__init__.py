@@ -1,0 +1,1 @@
+"""The stages of the main job: each takes artifacts and returns one."""

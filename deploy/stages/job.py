@@ -1,0 +1,168 @@
+"""A job: one resolved recipe with its network, its data and its directory; what all stages share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from upvits.calib_data import DataSource, Images, Preprocess, batches
+from upvits.calib_data.errors import UserError
+from upvits.deploy.measure.accuracy import outputs_of
+from upvits.deploy.recipe.document import Recipe
+from upvits.deploy.runtimes import BatchProfile, RuntimeChoice, Session
+from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
+from upvits.detection.coco import CocoData
+from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.training.evaluate import Accuracy, evaluate
+
+MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
+EVAL_BATCH = 64
+VERSIONS = {
+    "1-score": 3, "2-prune": 3, "3-distill": 1, "4-export": 2, "4-precision": 1, "5-engine": 2, "6-bench": 2,
+    "7-detect": 2,
+}  # fmt: skip
+"""Raise a stage's number when its code gives other results: artifacts of the old code are then made again."""
+
+Pixels = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all stages of a run share.
+
+    Attributes:
+        recipe: resolved.
+        folder: the run directory, held by this process.
+        dense: the network to prune, in eval mode on the device of the run.
+        like: the published model whose widths are wanted, or None.
+        first_plan: a plan with the widths of the one that will be made; None where scores decide them.
+        dense_digest: sha256 of its weights.
+        calibration: where quantization takes its images from: the data, or what `--calib` names.
+        runtimes: what engines are built for, and what was left out.
+        coco: what detectors are trained on, where `--detect` asks for them.
+    """
+
+    recipe: Recipe
+    folder: Path
+    dense: nn.Module
+    like: nn.Module | None
+    first_plan: PruningPlan | None
+    dense_digest: str
+    source: DataSource
+    calibration: DataSource
+    preprocess: Preprocess
+    runtimes: RuntimeChoice
+    quiet: bool
+    coco: CocoData | None = None
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the network, the data and the preprocessing."""
+        preprocess = json.dumps(asdict(self.preprocess), sort_keys=True)
+        return {"dense": self.dense_digest, "data": self.source.digest, "preprocess": preprocess}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the dense network is."""
+        return next(self.dense.parameters()).device
+
+    @property
+    def profile(self) -> BatchProfile:
+        """Batch sizes that engines are built for."""
+        return BatchProfile(*(int(part) for part in self.recipe.engine.batch.split(":")))
+
+
+def stage(
+    job: Job,
+    name: str,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, str],
+    work: Callable[[Path], None],
+    *,
+    resumable: bool = False,
+) -> Artifact:
+    """`run_stage` in the job's directory, with a line about it on the terminal."""
+    artifact = run_stage(
+        job.folder, name, settings, inputs, work, version=VERSIONS[name.split("/")[0]], resumable=resumable
+    )
+    if not artifact.skipped and not name.startswith("7-"):  # a report of what was there before would now be wrong
+        for report in ("report.json", "report.md", "report.html"):
+            (job.folder / report).unlink(missing_ok=True)
+    announce(name, artifact, quiet=job.quiet)
+    return artifact
+
+
+def announce(name: str, artifact: Artifact, *, quiet: bool) -> None:
+    """A line about a stage that is whole."""
+    took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
+    Console(stderr=True, quiet=quiet).print(f"{name}: {took}", highlight=False)
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a JSON document; it appears whole or not at all."""
+    atomic_write(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values of a JSON document that a stage wrote."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def validation_images(source: DataSource, most: int) -> Images:
+    """At most so many validation images, evenly spread, since folders come class by class.
+
+    Raises:
+        UserError: there are none.
+    """
+    val = source.val
+    wanted = min(most, len(val))
+    if wanted == 0:
+        raise UserError("The data have no validation images.", fix="Parity and latency are measured on real images.")
+    positions = [index * len(val) // wanted for index in range(wanted)]
+    return Images([val.labels[i] for i in positions], lambda i: val[positions[i]][0])
+
+
+def parity_images(job: Job) -> Tensor:
+    """Some validation images [N, 3, H, W], as the network sees them."""
+    chosen = validation_images(job.source, job.recipe.export.parity_images)
+    return torch.cat([images for images, _ in batches(chosen, job.preprocess, EVAL_BATCH)])
+
+
+def validation_outputs(
+    job: Job, sessions: Mapping[str, Session], batch_size: int = EVAL_BATCH
+) -> tuple[dict[str, Pixels], Pixels]:
+    """Outputs [N, K] of sessions by name, and labels [N], on the validation images that precisions are judged on."""
+    chosen = validation_images(job.source, job.recipe.export.accuracy_images)
+    fed = ((model_input(job, images), labels.numpy()) for images, labels in batches(chosen, job.preprocess, batch_size))
+    return outputs_of(sessions, fed, batch_size, total=-(-len(chosen) // batch_size), quiet=job.quiet)
+
+
+def model_input(job: Job, images: Tensor) -> Pixels:
+    """A batch as the exported model takes it: normalised, or raw pixels with `uint8_input`."""
+    if not job.recipe.export.uint8_input:
+        return np.asarray(images.numpy())
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (job.preprocess.mean, job.preprocess.std))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return np.asarray(pixels.contiguous().numpy())
+
+
+def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:
+    """A network on all validation images; agreement with the predictions in `reference`."""
+    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
+    total = -(-len(job.source.val) // EVAL_BATCH)
+    return evaluate(model.to(job.device), images, reference=reference, quiet=job.quiet, total=total)
+
+
+def write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
+    """Write accuracy.json of a stage."""
+    document = {name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()}
+    write_json(folder / "accuracy.json", document)

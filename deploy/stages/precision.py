@@ -1,0 +1,165 @@
+"""The precision stage: each fp32 graph in every precision that an engine is asked for, and what that costs.
+
+Costs are found on ONNX Runtime's CPU provider, which computes what the graph says; the engines that run on this
+machine are measured again by themselves, in the bench stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+from safetensors.numpy import load_file
+
+from upvits.calib_data import Images, batches, proxy_set
+from upvits.calib_data.errors import GateError
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.graphs.files import load_model, save_model
+from upvits.deploy.measure.accuracy import Accuracy, accuracy
+from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
+from upvits.deploy.recipe.document import split_names
+from upvits.deploy.runtimes import Runtime, open_model
+from upvits.deploy.stages.job import MODELS, Job, Pixels, model_input, read_json, stage, validation_outputs, write_json
+from upvits.deploy.store.artifacts import Artifact
+
+_CALIBRATION_BATCH = 8
+_SENSITIVITY_IMAGES = 32
+_FEW_IMAGES = 32
+
+
+def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
+    """Precisions to build: those asked for; by default fp32, bf16 and int8 on CPUs, fp16 and int8 elsewhere."""
+    usual = ("fp32", "bf16", "int8") if runtime.rest == "fp32" else ("fp16", "int8")
+    wanted = dict.fromkeys(p for name in split_names(spec) for p in (usual if name == "auto" else (name,)))
+    return tuple(name for name in wanted if name in runtime.precisions)
+
+
+def graph_name(runtime: Runtime, precision: str) -> str:
+    """Name of the graph that a runtime builds for a precision: quantized ones differ in what runs around them."""
+    return f"{precision}-{runtime.rest}" if precision in QUANTIZED else precision
+
+
+def precisions(job: Job, exported: Artifact) -> dict[str, Artifact]:
+    """4-precision: the graphs that the engines need beside the fp32 ones, by name."""
+    spec = job.recipe.engine.precision
+    wanted = {
+        graph_name(runtime, precision): (precision, runtime.rest)
+        for runtime in job.runtimes.runtimes
+        for precision in precisions_for(runtime, spec)
+        if precision != "fp32"
+    }
+    return {name: _graphs(job, exported, name, *how) for name, how in wanted.items()}
+
+
+def _graphs(job: Job, exported: Artifact, name: str, precision: str, rest: str) -> Artifact:
+    recipe = job.recipe.precision
+
+    def work(folder: Path) -> None:
+        records = {}
+        for model in MODELS:
+            fp32 = load_model(exported.folder / model / "model.onnx")
+            reference = load_file(exported.folder / "accuracy_reference.safetensors")
+            graph, records[model] = _graph(job, fp32, precision, rest, reference[model], reference["labels"])
+            (folder / model).mkdir()
+            save_model(graph, folder / model / "model.onnx", external_data=job.recipe.export.external_data)
+        write_json(folder / "precision.json", records)
+
+    settings = {"precision": precision, "rest": rest, "max_drop": recipe.max_drop}
+    inputs = {"onnx": exported.digest}
+    if precision in QUANTIZED:
+        settings |= {"calib_images": recipe.calib_images, "seed": job.recipe.seed}
+        inputs["calibration"] = job.calibration.digest
+    artifact = stage(job, f"4-precision/{name}", settings, inputs, work)
+    _require_accuracy(artifact, precision, recipe.max_drop, asked=precision in split_names(job.recipe.engine.precision))
+    return artifact
+
+
+def _graph(
+    job: Job, fp32: ModelProto, precision: str, rest: str, reference: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+) -> tuple[ModelProto, dict[str, Any]]:
+    """One network in one precision, and the record of how it got there."""
+    known: dict[tuple[str, ...], Accuracy] = {}
+
+    def cost(converted: Converted) -> Accuracy:
+        if converted.kept not in known:
+            known[converted.kept] = accuracy(reference, _cpu_outputs(job, converted.model), labels, precision)
+        return known[converted.kept]
+
+    chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
+    ranges = calibrate(fp32, _fed(job, chosen), quiet=job.quiet) if precision in QUANTIZED else None
+    converted = convert(fp32, precision, ranges=ranges, rest=rest)
+    first = found = cost(converted)
+    judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
+    errors = layer_sqnr(fp32, converted, _fed(job, judged), quiet=job.quiet)
+    if first.drop > (limit := job.recipe.precision.max_drop):
+        search = put_back(fp32, ranges, precision, rest, list(errors), lambda one: cost(one).drop <= limit)
+        converted, found = search.converted, cost(search.converted)
+    worst = next((node for node in errors if node not in converted.kept), None)
+    return converted.model, {
+        "precision": precision,
+        "rest": converted.rest,
+        "in_fp32": GraphFacts(converted.model).in_fp32(),
+        "accuracy": asdict(found),
+        "drop_without_search": first.drop,
+        "graphs_tried": len(known),
+        "quantized": list(converted.quantized),
+        "kept": list(converted.kept),
+        "folded": list(converted.folded),
+        "worst_layer": worst,
+        "worst_layer_sqnr_db": None if worst is None else round(errors[worst], 2),
+        "layer_sqnr_db": {node: round(decibels, 2) for node, decibels in errors.items()},
+        "calibration": ranges and {"images": ranges.images, "digest": ranges.digest, "method": ranges.method},
+    }
+
+
+def _fed(job: Job, images: Images) -> Iterator[Pixels]:
+    """Images as the exported model takes them, a batch at a time: memory does not grow with their number."""
+    return (model_input(job, batch) for batch, _ in batches(images, job.preprocess, _CALIBRATION_BATCH))
+
+
+def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
+    with open_model(for_cpu(graph)) as session:
+        return validation_outputs(job, {"graph": session})[0]["graph"]
+
+
+def holds(artifact: Artifact, max_drop: float) -> bool:
+    """Whether both networks keep their accuracy in this precision."""
+    return all(
+        record["accuracy"]["drop"] <= max_drop for record in read_json(artifact.folder / "precision.json").values()
+    )
+
+
+def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, asked: bool) -> None:
+    """The gate `--max-drop`, for precisions that were asked for by name; others are left out instead.
+
+    Raises:
+        GateError: a network loses more; says how much.
+    """
+    for name, record in read_json(artifact.folder / "precision.json").items():
+        drop = record["accuracy"]["drop"]
+        if asked and drop > max_drop:
+            raise GateError(
+                f"the {name} network loses {drop:.2f} points in {precision}, {max_drop:g} are allowed",
+                why=f"Measured on {record['accuracy']['images']} validation images against fp32.",
+                fix="Allow more with --max-drop, calibrate on more or better images (--calib, --calib-images), or "
+                "leave this precision out.",
+            )
+
+
+def left_out(job: Job, graphs: Mapping[str, Artifact]) -> list[str]:
+    """A note for every precision that `auto` had to leave out."""
+    limit = job.recipe.precision.max_drop
+    notes = []
+    for name, artifact in graphs.items():
+        records = read_json(artifact.folder / "precision.json")
+        lost = ", ".join(f"the {m} network loses {r['accuracy']['drop']:.2f} points" for m, r in records.items())
+        if not holds(artifact, limit):
+            notes.append(f"{name} engines were left out: {lost} (--max-drop {limit:g}).")
+        seen = min((r["calibration"]["images"] for r in records.values() if r["calibration"]), default=_FEW_IMAGES)
+        if seen < _FEW_IMAGES:
+            notes.append(f"{name} was calibrated on {seen} images only; from {_FEW_IMAGES} on ranges become reliable.")
+    return notes

@@ -1,0 +1,304 @@
+"""2-prune: the plan, the network that it leaves, and what that costs before any training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from upvits import toolchain
+from upvits.calib_data import Preprocess, proxy_images
+from upvits.deploy.recipe.document import Recipe
+from upvits.deploy.recipe.target import parse_speedup, parse_target
+from upvits.deploy.runtimes import BatchProfile, Runtime
+from upvits.deploy.speed.deployment import Deployment, check_deployment
+from upvits.deploy.speed.search import Found, LatencyRecord, search
+from upvits.deploy.stages.job import Job, accuracy_of, read_json, stage, write_accuracy, write_json
+from upvits.deploy.stages.precision import precisions_for
+from upvits.deploy.stages.steadiness import small_proxy, unsteady
+from upvits.deploy.store.artifacts import Artifact, atomic_write
+from upvits.toolchain.compensation import (
+    TooFewImagesError,
+    compensated_curves,
+    compress,
+    weigh_streams,
+    with_joint_units,
+)
+from upvits.toolchain.planning import Curve, PruningPlan, plan_within
+from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.surgery.rounds import plan_in_rounds
+
+Losses = Mapping[str, Curve]
+"""Expected losses by group."""
+
+CURVE_IMAGES = 256
+"""So many of the calibration images tell the expected losses, which take gradients."""
+
+
+def prune(job: Job, scored: Artifact) -> Artifact:
+    """The stage."""
+
+    def work(folder: Path) -> None:
+        images = compensation_images(job)
+        curves = expected_losses(job, images)
+        scores = Scores.load(scored.folder)
+        plan, target = choose_plan(job, scores, images, curves)
+        if curves is not None and units_by_joint_loss(job.recipe):
+            plan = with_joint_units(plan, curves)
+        if target is not None:
+            atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
+        (folder / "plan.json").write_text(plan.to_json())
+        deleted = toolchain.prune(job.dense, plan)
+        if images is None:
+            write_json(folder / "compensation.json", {"left_out": "it was switched off (--no-compensate)."})
+        compensated = None if images is None else _compensated(job, plan, images, folder)
+        toolchain.save(compensated or deleted, folder / "model")
+        _warn_of_small_proxy(job, plan, scores, read_json(folder / "compensation.json").get("rotated", ()))
+        dense = accuracy_of(job, job.dense)
+        save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
+        accuracies = {"dense": dense, "after_prune": accuracy_of(job, compensated or deleted, dense.predictions)}
+        if compensated is not None:
+            accuracies["after_deletion"] = accuracy_of(job, deleted, dense.predictions)
+        write_accuracy(folder, accuracies)
+
+    settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
+    return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
+
+
+def _compensated(job: Job, plan: PruningPlan, images: Tensor, folder: Path) -> nn.Module | None:
+    """The network rotated, cut and refitted, with a record of it; None where nobody insists and images are too few."""
+    try:
+        compressed = compress(job.dense, plan, images, quiet=job.quiet)
+    except TooFewImagesError as error:
+        if job.recipe.compensate.enabled:
+            raise
+        write_json(folder / "compensation.json", {"left_out": f"{error.what} {error.fix}"})
+        _say(job, [f"left out. {error.what} {error.fix}"])
+        return None
+    write_json(folder / "compensation.json", compressed.report.as_document())
+    _say(job, compressed.report.warnings)
+    return compressed.model
+
+
+def _say(job: Job, warnings: Sequence[str]) -> None:
+    """Name what compensation could not do, on stderr; all of it is in compensation.json."""
+    if warnings:
+        more = f" (and {len(warnings) - 3} more)" if len(warnings) > 3 else ""
+        text = f"Compensation: {'; '.join(warnings[:3])}{more}"
+        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
+
+
+def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: Sequence[str]) -> None:
+    found = unsteady(plan, scores, job.dense, rotated)
+    if found:
+        worst = next(iter(found))
+        text = small_proxy(len(found), worst, found[worst].overlap)
+        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
+
+
+def units_by_joint_loss(recipe: Recipe) -> bool:
+    """Whether the loss after a refit chooses FFN units: unless another method or rounds are asked for, which would have
+    no say otherwise."""
+    return recipe.score.method == "fisher" and recipe.plan.rounds == 1
+
+
+def choose_plan(
+    job: Job, scores: Scores, images: Tensor | None, curves: Losses | None
+) -> tuple[PruningPlan, LatencyRecord | None]:
+    """The plan that a job asks for; where it asks for a latency, also how that was met."""
+    if job.recipe.plan.planner == "latency":
+        found = _latency_plan(job, scores, images, curves)
+        asked: dict[str, float | int | str] = {
+            "latency": found.record.asked,
+            "runtime": found.record.runtime,
+            "batch": found.record.batch,
+        }
+        return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
+    if job.recipe.plan.rounds > 1:
+        return _plan_in_rounds(job, scores), None
+    if job.recipe.plan.planner != "global":
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess), None
+
+    def plan_by(own: Losses | None) -> PruningPlan:
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, own)
+
+    return plan_by(_weighed(job, images, curves, plan_by)), None
+
+
+def _weighed(
+    job: Job,
+    images: Tensor | None,
+    curves: Losses | None,
+    plan_by: Callable[[Losses], PruningPlan],
+) -> Losses | None:
+    """Expected losses with the weight of the streams that a trial has shown to be best."""
+    if images is None or curves is None:
+        return curves
+    try:
+        return weigh_streams(job.dense, images, curves, plan_by, quiet=job.quiet)
+    except TooFewImagesError:  # half of the images, that is
+        return curves
+
+
+def compensation_images(job: Job) -> Tensor | None:
+    """Training images that compensation is fitted on; None when it is switched off."""
+    wanted = job.recipe.compensate
+    if wanted.enabled is False:
+        return None
+    return proxy_images(job.source, job.preprocess, wanted.refit_images or 1, job.recipe.seed)
+
+
+def make_plan(
+    recipe: Recipe,
+    dense: nn.Module,
+    like: nn.Module | None,
+    scores: Scores,
+    preprocess: Preprocess,
+    curves: Losses | None = None,
+) -> PruningPlan:
+    """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
+    return toolchain.plan(
+        dense,
+        scores,
+        like=like,
+        curves=curves,
+        **_request(recipe, preprocess),
+    )
+
+
+def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
+    """What `plan` and `plan_in_rounds` are asked for alike."""
+    wanted = recipe.plan
+    return {
+        "ratio": wanted.ratio,
+        "target_macs": wanted.target_macs,
+        "target_params": wanted.target_params,
+        "depth_ratio": wanted.depth_ratio,
+        "planner": "global" if wanted.planner == "global" else "uniform",
+        "align": wanted.align,
+        "components": wanted.components or (),
+        "input_size": preprocess.input_size,
+    }
+
+
+def expected_losses(job: Job, images: Tensor | None) -> Losses | None:
+    """Expected losses with compensation: which FFN units go, and what the planners weigh groups by.
+
+    Uniform plans need the orders of FFN units alone, which rotations do not change; where scores choose those, and in
+    rounds, nothing reads curves.
+    """
+    rotate = job.recipe.plan.planner != "uniform"
+    read = units_by_joint_loss(job.recipe) or (rotate and job.recipe.plan.rounds == 1)
+    if images is None or not read:
+        return None
+    try:
+        return compensated_curves(
+            job.dense, images[:CURVE_IMAGES], rotate=rotate, seed=job.recipe.seed, quiet=job.quiet
+        )
+    except TooFewImagesError:  # `compress` says so, or refuses
+        return None
+
+
+def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
+    score = job.recipe.score
+    images = proxy_images(job.source, job.preprocess, score.num_images or 1, job.recipe.seed)
+
+    def score_again(network: nn.Module, widths: toolchain.Widths | None) -> Scores:
+        if network is job.dense:
+            return scores
+        return toolchain.score(
+            network,
+            images,
+            method=score.method,
+            cuts=widths,
+            depth="depth" in (job.recipe.plan.components or ()),
+            batch_size=score.batch_size,
+            seed=job.recipe.seed,
+            quiet=job.quiet,
+        )
+
+    return plan_in_rounds(
+        job.dense,
+        score_again,
+        job.recipe.plan.rounds,
+        **_request(job.recipe, job.preprocess),
+    )
+
+
+def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losses | None) -> Found:
+    """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
+
+    Raises:
+        TargetError: none does.
+    """
+    wanted = job.recipe.plan
+    assert wanted.target_latency is not None or wanted.speedup is not None
+    target = (
+        parse_target(wanted.target_latency) if wanted.target_latency is not None else parse_speedup(str(wanted.speedup))
+    )
+
+    def plan_by(costs: Costs, budget: float, own: Losses | None) -> PruningPlan:
+        return plan_within(
+            job.dense,
+            scores,
+            costs,
+            budget,
+            components=wanted.components or (),
+            align=wanted.align,
+            curves=own,
+            input_size=job.preprocess.input_size,
+        )
+
+    weighed: list[Losses | None] = []  # by the first budget, which is about the last one
+
+    def planner(costs: Costs, budget: float) -> PruningPlan:
+        if not weighed:
+            weighed.append(_weighed(job, images, curves, lambda own: plan_by(costs, budget, own)))
+        return plan_by(costs, budget, weighed[0])
+
+    return search(
+        copy.deepcopy(job.dense).cpu(),
+        job.preprocess,
+        planner,
+        deployment_of(job.recipe, job.runtimes.runtimes),
+        target,
+        align=wanted.align,
+        quiet=job.quiet,
+    )
+
+
+def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:
+    """Where a latency target is measured: on the first runtime that works here and has a precision of the run, in the
+    first of these, at the first batch size that is timed.
+
+    Raises:
+        UserError: none of the runtimes works here.
+    """
+    having = [one for one in runtimes if precisions_for(one, recipe.engine.precision)]
+    here = [one for one in having if one.missing_to_build() is None and one.missing_to_run() is None]
+    runtime = here[0] if here else having[0]
+    deployment = Deployment(
+        runtime=runtime,
+        precision=precisions_for(runtime, recipe.engine.precision)[0],
+        batch=recipe.bench.batches[0],
+        profile=BatchProfile(*(int(part) for part in recipe.engine.batch.split(":"))),
+        opset=recipe.export.opset,
+        uint8_input=recipe.export.uint8_input,
+        cuda_graph=recipe.bench.cuda_graph,
+    )
+    check_deployment(deployment)
+    return deployment
+
+
+def _where(job: Job) -> dict[str, str]:
+    """What a latency plan depends on beyond the network: the machine and the runtime's version."""
+    if job.recipe.plan.planner != "latency":
+        return {}
+    return deployment_of(job.recipe, job.runtimes.runtimes).facts()

@@ -1,0 +1,316 @@
+"""From the artifacts of a run to its report: everything in it is read from files that the stages wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from upvits.deploy.detectors.compare import read_comparison
+from upvits.deploy.detectors.train_stage import DETECT
+from upvits.deploy.measure.figures import Pair
+from upvits.deploy.recipe.target import parse_speedup
+from upvits.deploy.report.detection import DetectionReport
+from upvits.deploy.report.document import (
+    AccuracyFigures,
+    Bench,
+    Compensation,
+    ModelFigures,
+    Parity,
+    PlanFigures,
+    PrunedFigures,
+    Report,
+    Stability,
+    Target,
+    Timing,
+    Width,
+    engine_figures,
+)
+from upvits.deploy.runtimes import Engine, runtime_named
+from upvits.deploy.speed.search import ALLOWED, LatencyRecord
+from upvits.deploy.stages.engines import Engines, engine_of, runs_here
+from upvits.deploy.stages.job import MODELS, Job, read_json
+from upvits.deploy.stages.precision import graph_name, left_out
+from upvits.deploy.stages.steadiness import unsteady
+from upvits.deploy.store.artifacts import Artifact, open_artifact, package_versions
+from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.scores import Scores
+from upvits.toolchain.scores import Stability as Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """What the stages of a run made, as far as it went."""
+
+    scored: Artifact
+    pruned: Artifact | None = None
+    tuned: Artifact | None = None
+    exported: Artifact | None = None
+    graphs: Mapping[str, Artifact] = field(default_factory=dict)
+    engines: Engines = field(default_factory=Engines)
+    benched: Artifact | None = None
+    detected: Artifact | None = None
+
+    @property
+    def all(self) -> list[Artifact]:
+        """In the order of the stages."""
+        found = (
+            self.scored,
+            self.pruned,
+            self.tuned,
+            self.exported,
+            *self.graphs.values(),
+            *self.engines.artifacts,
+            self.benched,
+            self.detected,
+        )
+        return [artifact for artifact in found if artifact is not None]
+
+
+_PARITY_KEYS = ("reference", "candidate", "images", "max_abs", "min_cosine", "top1_agreement", "passed")
+
+
+def summarise(job: Job, done: Artifacts) -> Report:
+    """The report of a whole run."""
+    assert done.pruned is not None
+    assert done.tuned is not None
+    assert done.benched is not None
+    plan = PruningPlan.load(done.pruned.folder / "plan.json")
+    scores = Scores.load(done.scored.folder)
+    before = read_json(done.pruned.folder / "accuracy.json")
+    after = read_json(done.tuned.folder / "accuracy.json")["after_distill"]
+    latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
+    compensated = _compensation_record(done.pruned)
+    return Report(
+        model=job.recipe.model,
+        ratio=job.recipe.plan.ratio,
+        data=job.recipe.data,
+        weights=str(job.recipe.weights),
+        dense=ModelFigures(
+            params=plan.before.params, macs=plan.before.macs, top1=before["dense"]["top1"], latency_ms=latency.dense
+        ),
+        pruned=PrunedFigures(
+            params=plan.after.params,
+            macs=plan.after.macs,
+            top1=after["top1"],
+            latency_ms=latency.pruned,
+            top1_after_prune=before["after_prune"]["top1"],
+            top1_after_deletion=before.get("after_deletion", {}).get("top1"),
+            agreement=after["agreement"],
+        ),
+        speedup=latency.speedup,
+        speedup_low=latency.speedup_low,
+        speedup_high=latency.speedup_high,
+        parity=_parities(done),
+        accuracy=_accuracies(done),
+        throughput=latency.throughput,
+        best=latency.best,
+        layer_times=latency.layer_times,
+        findings=latency.findings,
+        gpu=latency.gpu,
+        engines=[
+            engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
+        ],
+        stages=[artifact.record for artifact in done.all],
+        plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.get("rotated", ()))),
+        compensation=_compensation(compensated),
+        target=_target(done.pruned, latency),
+        detection=_detection(job, done),
+        measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
+        environment=_environment(read_json(done.benched.folder / "environment.json")),
+        reproduce=_reproduce(job),
+        notes=[
+            *_skipped_images(job),
+            *_no_compensation(compensated),
+            *left_out(job, done.graphs),
+            *done.engines.left_out,
+            *_left_out(job, done.engines.artifacts),
+        ],
+    )
+
+
+def _parities(done: Artifacts) -> list[Parity]:
+    folders = [
+        done.exported.folder if done.exported else None,
+        *(artifact.folder for artifact in done.engines.artifacts),
+    ]
+    return [
+        Parity(model=name, **{key: values[key] for key in _PARITY_KEYS})
+        for folder in folders
+        if folder is not None
+        for name, values in read_json(folder / "parity.json").items()
+    ]
+
+
+def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
+    """Accuracy of every engine: its own where it runs here, otherwise that of the graph that it was built from."""
+    assert done.benched is not None
+    measured = read_json(done.benched.folder / "accuracy.json")
+    records = {name: read_json(artifact.folder / "precision.json") for name, artifact in done.graphs.items()}
+    found = []
+    for artifact in done.engines.artifacts:
+        engine = engine_of(artifact, "pruned")
+        pair = Pair(engine.runtime, engine.precision)
+        by_model = records.get(graph_name(runtime_named(pair.runtime), pair.precision), {})
+        for model in MODELS:
+            record = by_model.get(model, {})
+            own = measured.get(pair.session(model))
+            if own is None and "accuracy" not in record:
+                continue
+            found.append(
+                AccuracyFigures(
+                    model=model,
+                    runtime=pair.runtime,
+                    precision=pair.precision,
+                    measured_on="the engine" if own is not None else "its graph on ONNX Runtime (CPU)",
+                    **_precision_figures(record, engine_of(artifact, model)),
+                    **(own or record["accuracy"]),
+                )
+            )
+    return found
+
+
+def _precision_figures(record: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+    """How the graph was made. Layers are named where the runtime took the graph as it is."""
+    if not record:
+        return {}
+    calibration = record["calibration"] or {}
+    figures = {f"calibration_{name}": calibration.get(name) for name in ("images", "digest", "method")}
+    figures |= {name: record[name] for name in ("rest", "kept", "drop_without_search", "graphs_tried")}
+    figures["in_fp32"] = record["in_fp32"] if record["rest"] in ("fp16", "bf16") else []
+    listed = len(record["quantized"])
+    built = listed if engine.built is None else engine.built.planned.get(engine.precision, 0)
+    if listed:
+        figures["quantized"] = built
+    if built == listed or not listed:
+        figures |= {name: record[name] for name in ("worst_layer", "worst_layer_sqnr_db")}
+    return figures
+
+
+def _reproduce(job: Job) -> list[str]:
+    """Commands that give this result again."""
+    version = package_versions().get("upvits-deploy", "")
+    return [
+        f"pip install upvits-deploy=={version}" if version else "pip install upvits-deploy",
+        f"upvits-deploy build --recipe {job.folder.name}/recipe.toml --output {job.folder.name}-again",
+    ]
+
+
+def _compensation_record(pruned: Artifact) -> dict[str, Any]:
+    """What compensation did, `left_out` where it could do nothing, or nothing where nobody wanted it."""
+    path = pruned.folder / "compensation.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _compensation(record: Mapping[str, Any]) -> Compensation | None:
+    if not record or "left_out" in record:
+        return None
+    named = ("images", "held_out", "kl_deleted", "kl_cut", "kl", "accepted", "seconds", "warnings")
+    return Compensation(
+        **{name: record[name] for name in named},
+        layers=len(record["layers"]),
+        refitted=sum(layer["action"] in ("refit", "bias") for layer in record["layers"]),
+    )
+
+
+def _no_compensation(record: Mapping[str, Any]) -> list[str]:
+    return [f"Compensation was left out: {record['left_out']}"] if "left_out" in record else []
+
+
+def _target(pruned: Artifact, bench: Bench) -> Target | None:
+    """The target and how the finished engine meets it in the last measurement: at most 5 % above."""
+    path = pruned.folder / "target.json"
+    if not path.exists():
+        return None
+    found = LatencyRecord.model_validate_json(path.read_bytes())
+    place = (found.runtime, found.precision, f"b{found.batch}")
+    over, searched, measured = found.chosen.over_target, found.chosen, None
+    if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:
+        speedup, low, high = (_at(v, *place) for v in (bench.speedup, bench.speedup_low, bench.speedup_high))
+        measured = Timing(dense_ms=dense.median, ms=own.median, speedup=speedup, low=low, high=high)
+        asked = parse_speedup(found.asked).speedup if found.asked.endswith("x") else None
+        over = own.median / found.target_ms if asked is None else asked / speedup
+    return Target(
+        asked=found.asked,
+        runtime=found.runtime,
+        precision=found.precision,
+        batch=found.batch,
+        searched=Timing(
+            dense_ms=searched.dense_ms,
+            ms=searched.measured_ms,
+            speedup=searched.speedup,
+            low=searched.low,
+            high=searched.high,
+        ),
+        measured=measured,
+        met=over <= ALLOWED,
+    )
+
+
+def _detection(job: Job, done: Artifacts) -> DetectionReport | None:
+    """What this run, or an earlier `detect compare` of the same networks, found of detectors."""
+    found = done.detected or open_artifact(job.folder / DETECT / "compare")
+    pruned = open_artifact(job.folder / DETECT / "pruned")
+    if found is None or pruned is None or done.tuned is None:
+        return None
+    same = pruned.manifest.inputs["backbone"] == done.tuned.digest
+    return read_comparison(found) if same and found.manifest.inputs.get("pruned") == pruned.digest else None
+
+
+def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, precision: str, batch: str) -> Any:
+    return values.get(runtime, {}).get(precision, {}).get(batch)
+
+
+def _plan_figures(plan: PruningPlan, shaky: Mapping[str, Agreement]) -> PlanFigures:
+    return PlanFigures(
+        asked=plan.requested,
+        got={
+            "macs_share": round(plan.after.macs / plan.before.macs, 4),
+            "params_share": round(plan.after.params / plan.before.params, 4),
+        },
+        widths=[Width(group=one.group, before=one.before, after=one.after) for one in plan.changes],
+        planner=plan.planner,
+        blocks={name: list(pairs) for name, pairs in plan.blocks.items()},
+        unstable=[
+            Stability(group=name, spearman=found.spearman, overlap=found.overlap) for name, found in shaky.items()
+        ],
+    )
+
+
+def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, images: int) -> dict[str, Any]:
+    recipe = job.recipe
+    return {
+        "accuracy": f"{'top-1' if labelled else 'agreement with the dense model'} on {images} validation images, "
+        "by PyTorch in fp32",
+        "scores": f"{score.method} on {score.num_images} training images" if score.num_images else score.method,
+        "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
+        f"batch {recipe.distill.batch_size}",
+        "latency": f"all engines in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
+        f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, host to host",
+        "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against the fp32 graphs, "
+        f"which were held against PyTorch; at most {recipe.precision.max_drop:g} points may be lost",
+        "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch}",
+        "sessions": read_json(benched.folder / "sessions.json"),
+    }
+
+
+def _environment(values: dict[str, Any]) -> dict[str, Any]:
+    gpus = ", ".join(gpu["name"] for gpu in values.get("gpus", ()))
+    return {**values, **({"gpu": gpus} if gpus else {})}
+
+
+def _skipped_images(job: Job) -> list[str]:
+    skipped = job.source.skipped
+    return [f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:5])}"] if skipped else []
+
+
+def _left_out(job: Job, engines: Sequence[Artifact]) -> list[str]:
+    notes = [f"{one.name} was left out: {one.why} {one.fix}" for one in job.runtimes.left_out]
+    for engine in (engine_of(artifact, "pruned") for artifact in engines):
+        missing = runtime_named(engine.runtime).missing_to_run()
+        if missing is not None:
+            notes.append(f"{engine.runtime} engines were built but not run here: {missing.why} {missing.fix}")
+        elif not runs_here(engine):
+            targets = ", ".join(engine.targets)
+            notes.append(f"{engine.runtime} engines were built for {targets}, and not run here: this GPU is another.")
+    return list(dict.fromkeys(notes))

@@ -1,0 +1,321 @@
+"""The main job for several cuts of one network: accuracy over latency, and which of them nothing else beats."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console, Group
+
+from upvits.calib_data.errors import TargetError, UserError
+from upvits.deploy.pipeline import prepare, run_job
+from upvits.deploy.recipe.checks import CUTS
+from upvits.deploy.recipe.document import IDENTITY, Recipe, make_recipe
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import Comparison, comparisons, device_of, verdict
+from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter
+from upvits.deploy.report.views.page import accuracy_name, render
+from upvits.deploy.report.views.section import Cell, Section, ms, percent, short_count, times, words
+from upvits.deploy.report.views.text import terminal_sections
+from upvits.deploy.store.artifacts import atomic_write, disk_errors, open_artifact
+from upvits.deploy.store.run_dir import RECIPE, open_run
+
+SWEEP = "sweep.json"
+PAGE = "sweep.html"
+_SHARED = "1-score"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SweepRun(_Document):
+    """One run of a sweep, with the exit code that it would have had alone; `failed` says why there is none."""
+
+    name: str
+    verdict: str = ""
+    params: int | None = None
+    macs: int | None = None
+    failed: str | None = None
+    exit_code: int = 0
+
+
+class SweepPoint(_Document):
+    """A network in one runtime and precision; `on_front`: none on this runtime is both faster and more accurate.
+
+    `ms` is the dense network's latency (median over the runs) over `speedup`, which was measured in turns with it:
+    latencies of runs at different times would compare the machine's other work.
+    """
+
+    run: str
+    model: Literal["dense", "pruned"]
+    runtime: str
+    precision: str
+    ms: float
+    speedup: float
+    accuracy: float
+    macs: int
+    on_front: bool = False
+
+
+class SweepReport(_Document):
+    """All runs of a sweep. Latency at one batch size, in milliseconds per call; accuracy in percent."""
+
+    format_version: Literal[1] = 1
+    model: str
+    data: str
+    device: str
+    batch: int | None
+    accuracy: str
+    dense_macs: int
+    runs: list[SweepRun]
+    points: list[SweepPoint]
+
+
+def sweep(
+    base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]], out: Path, *, quiet: bool = True
+) -> SweepReport:
+    """Run the main job once for every cut, each in a folder of its own below `out`, and compare what came out.
+
+    Runs share the scores. What is whole from an earlier call is kept; a run that fails is named, and the others go on.
+
+    Args:
+        base: a recipe or its values; the cut in it is replaced.
+        cuts: values of the recipe's plan, e.g. `{"ratio": 0.5}` or `{"speedup": "2x"}`.
+        out: folder for the runs, `sweep.json` and `sweep.html`.
+        quiet: no progress bars.
+
+    Raises:
+        UserError: the cuts or the folder are not usable. When every run fails: the error of the first.
+    """
+    recipes = _recipes(base, cuts)
+    _check_place(out)
+    reports: dict[str, Report] = {}
+    errors: dict[str, UserError] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        Console(stderr=True, quiet=quiet).print(f"{number + 1} of {len(recipes)}: {name}", style="bold")
+        try:
+            reports[name] = _run(recipe, out / name, [out / other for other in recipes], quiet=quiet)
+        except UserError as error:
+            errors[name] = error
+            text = f"{name}: {error.what} {error.fix}".strip()
+            Console(stderr=True).print(text, style="red", highlight=False, markup=False)
+    if not reports:
+        raise next(iter(errors.values()))
+    found = compare_cuts(reports, errors)
+    found = found.model_copy(update={"runs": sorted(found.runs, key=lambda run: list(recipes).index(run.name))})
+    with disk_errors(out, "sweep"):
+        atomic_write(out / SWEEP, (found.model_dump_json(indent=2) + "\n").encode())
+        atomic_write(out / PAGE, sweep_html(found).encode())
+    return found
+
+
+def compare_cuts(reports: Mapping[str, Report], errors: Mapping[str, UserError]) -> SweepReport:
+    """The document of a sweep from the reports of its runs, of which there is one at least."""
+    first = next(iter(reports.values()))
+    batch = max((own.batch for report in reports.values() for own in comparisons(report)), default=None)
+    points = _points(reports, batch)
+    front = {id(point) for own in _by_runtime(points).values() for point in _front(own)}
+    runs = [
+        SweepRun(
+            name=name,
+            verdict=verdict(own),
+            params=own.pruned.params,
+            macs=own.pruned.macs,
+            exit_code=TargetError.exit_code if own.target is not None and not own.target.met else 0,
+        )
+        for name, own in reports.items()
+    ]
+    runs += [
+        SweepRun(name=name, failed=" ".join(filter(None, (own.what, own.why, own.fix))), exit_code=own.exit_code)
+        for name, own in errors.items()
+    ]
+    return SweepReport(
+        model=first.model,
+        data=first.data,
+        device=device_of(first),
+        batch=batch,
+        accuracy=accuracy_name(first),
+        dense_macs=first.dense.macs,
+        runs=runs,
+        points=[point.model_copy(update={"on_front": id(point) in front}) for point in points],
+    )
+
+
+def sweep_terminal(found: SweepReport) -> Group:
+    """The sweep for a terminal of 80 columns; Pareto points are marked."""
+    return Group(*terminal_sections(sweep_sections(found)))
+
+
+def sweep_html(found: SweepReport) -> str:
+    """The sweep as one self-contained page."""
+    charts = {runtime: _chart(found, runtime, own) for runtime, own in _by_runtime(found.points).items()}
+    return render(
+        "sweep.html", title=f"{found.model}: {len(found.runs)} cuts", found=found, sections=sweep_sections(found),
+        charts=charts,
+    )  # fmt: skip
+
+
+def sweep_sections(found: SweepReport) -> list[Section]:
+    """A table per runtime, and one of the runs that failed."""
+    made = [_table(found, runtime, own) for runtime, own in _by_runtime(found.points).items()]
+    failed = [run for run in found.runs if run.failed is not None]
+    if failed:
+        rows = tuple((words(run.name), Cell(str(run.exit_code)), words(run.failed or "")) for run in failed)
+        made.append(
+            Section("failed", "Failed", ("run", "exit code", "why"), rows, text_columns=(0, 2), terminal=(0, 1, 2))
+        )
+    return made
+
+
+def _recipes(base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]]) -> dict[str, Recipe]:
+    """A recipe for every cut by the name of its run."""
+    values = base.model_dump(exclude_unset=True) if isinstance(base, Recipe) else dict(base)
+    try:
+        plan = dict(values.get("plan", {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The recipe has plan = {values['plan']!r}.", fix="Make it a table: [plan].") from error
+    kept = {name: value for name, value in plan.items() if name not in CUTS}
+    found: dict[str, Recipe] = {}
+    for cut in cuts:
+        name = ",".join(f"{key}-{value}" for key, value in cut.items()).replace("/", "_").replace(" ", "")
+        if name in found or not cut:
+            raise UserError(f"The cut {name or '(none)'} was given twice or is empty.", fix="Give different ones.")
+        found[name] = make_recipe({**values, "plan": {**kept, **cut}})
+    if not found:
+        raise UserError("A sweep of no cuts.", fix="Give some, e.g. --ratios 0.25,0.5,0.75.")
+    return found
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a folder that is a run, or whose results are not a sweep's."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"the output {out} is a file.", fix="Choose a folder with --output.")
+    if (out / RECIPE).exists():
+        raise UserError(f"{out} is a run.", why="A sweep holds runs.", fix="Choose another --output.")
+    page, document = out / PAGE, out / SWEEP
+    try:
+        if document.exists():
+            SweepReport.model_validate_json(document.read_bytes())
+        foreign = page if page.exists() and not document.exists() else None
+    except (OSError, ValidationError):
+        foreign = document
+    if foreign is not None:
+        raise UserError(
+            f"{foreign} is not of a sweep.",
+            why="Writing the results would overwrite something of yours.",
+            fix="Choose another --output, or move this file away.",
+        )
+
+
+def _run(recipe: Recipe, folder: Path, others: Sequence[Path], *, quiet: bool) -> Report:
+    job = prepare(recipe, folder, quiet=quiet)
+    with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
+        _share_scores(job.folder, others)
+    report = run_job(job, "report")
+    assert report is not None
+    return report
+
+
+def _share_scores(folder: Path, others: Sequence[Path]) -> None:
+    """Take over another run's scores; where they do not answer this recipe, the stage measures them again."""
+    if (folder / _SHARED).exists():
+        return
+    for other in others:
+        if other.absolute() != folder and open_artifact(other / _SHARED) is not None:
+            draft = folder / f".{_SHARED}.shared"
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(other / _SHARED, draft)
+            draft.rename(folder / _SHARED)
+            return
+
+
+def _points(reports: Mapping[str, Report], batch: int | None) -> list[SweepPoint]:
+    """Every runtime and precision of every run that was timed and judged; the dense network once."""
+    labelled = all(own.top1 is not None for report in reports.values() for own in report.accuracy)
+    timed: dict[tuple[str, str], list[tuple[str, Comparison]]] = {}
+    for name, report in reports.items():
+        for own in comparisons(report):
+            if own.batch == batch:
+                timed.setdefault((own.runtime, own.precision), []).append((name, own))
+    found = []
+    for (runtime, precision), runs in timed.items():
+        dense_ms = median(own.dense.median for _, own in runs)
+        first = reports[runs[0][0]]
+        judged = [("dense", "dense", first, first.dense.macs, 1.0)]
+        judged += [(name, "pruned", reports[name], reports[name].pruned.macs, own.speedup) for name, own in runs]
+        for name, model, report, macs, speedup in judged:
+            accuracy = _accuracy(report, model, runtime, precision, labelled=labelled)
+            if accuracy is not None:
+                values = {"run": name, "model": model, "runtime": runtime, "precision": precision, "macs": macs}
+                values |= {"ms": dense_ms / speedup, "speedup": speedup, "accuracy": accuracy}
+                found.append(SweepPoint.model_validate(values))
+    return found
+
+
+def _accuracy(report: Report, model: str, runtime: str, precision: str, *, labelled: bool) -> float | None:
+    for own in report.accuracy:
+        if (own.model, own.runtime, own.precision) == (model, runtime, precision):
+            return own.top1 if labelled else own.agreement
+    return None
+
+
+def _by_runtime(points: Sequence[SweepPoint]) -> dict[str, list[SweepPoint]]:
+    names = dict.fromkeys(point.runtime for point in points)
+    return {name: [point for point in points if point.runtime == name] for name in names}
+
+
+def _choices(points: Sequence[SweepPoint]) -> list[Choice]:
+    precisions = list(dict.fromkeys(point.precision for point in points))
+    return [
+        Choice(
+            label=point.run,
+            name=f"{point.run} {point.precision}",
+            model=point.model,
+            series=point.precision,
+            mark=precisions.index(point.precision),
+            ms=point.ms,
+            accuracy=point.accuracy,
+        )
+        for point in points
+    ]
+
+
+def _front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    choices = _choices(points)
+    best = pareto(choices)
+    return [point for point, choice in zip(points, choices, strict=True) if choice in best]
+
+
+def _chart(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Scatter | None:
+    return scatter(f"Accuracy over latency, {runtime}, batch {found.batch}", _choices(points), found.accuracy, 360)
+
+
+def _table(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Section:
+    rows = tuple(
+        (
+            words(point.run),
+            words(point.precision),
+            ms(point.ms),
+            times(point.speedup),
+            percent(point.accuracy),
+            Cell(short_count(point.macs), point.macs),
+            Cell(f"{100 * point.macs / found.dense_macs:.0f}", point.macs / found.dense_macs),
+            words("*" if point.on_front else ""),
+        )
+        for point in sorted(points, key=lambda own: own.ms)
+    )
+    return Section(
+        f"runtime-{runtime}",
+        f"{runtime}, batch {found.batch}, {found.device}",
+        ("run", "precision", "ms", "faster", found.accuracy, "MACs", "MACs, %", "Pareto"),
+        rows,
+        ("*: nothing here is both faster and more accurate.",),
+        text_columns=(0, 1, 7),
+        terminal=(0, 1, 2, 3, 4, 6, 7),
+        sortable=True,
+    )

@@ -1,0 +1,303 @@
+"""Creating, saving and loading networks.
+
+A model folder holds `model.safetensors` and `config.json` in the layout of timm's `local-dir:` source. When all widths
+are such that stock timm can build them, the folder loads with timm alone; otherwise `config.json` also names the width
+of every group under `upvits`, and `toolchain.load` rebuilds the network from timm's dense architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from upvits.calib_data import Preprocess, demo_weights
+from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.toolchain.families import family_of, groups_of, narrow
+from upvits.toolchain.networks.checkpoints import (
+    as_fp32,
+    check_state,
+    image_size_in,
+    num_classes_in,
+    read_checkpoint,
+    resample_position_embedding,
+)
+from upvits.toolchain.networks.names import candidates, canonical_name
+from upvits.toolchain.structure.groups import Widths, widths_of
+from upvits.toolchain.structure.layers import adopt_parameters
+from upvits.toolchain.structure.timm_config import architecture_of, config_of, update_config
+
+FORMAT = 1
+_PREPROCESS_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def create_model(
+    name: str, *, weights: str = "random", num_classes: int | None = None, image_size: int | None = None
+) -> nn.Module:
+    """A timm network of a supported family, in eval mode.
+
+    Args:
+        name: timm's name or a common spelling (`pvtv2_b0`, `deit_tiny`).
+        weights: `demo` (ships with this package), `timm` (pretrained, from the hub), `random`, a checkpoint file in
+            timm naming, or a model folder.
+        num_classes: classes of the head; read from the checkpoint, or the architecture's default.
+        image_size: side in pixels; read from the checkpoint, or the architecture's default.
+
+    Raises:
+        UserError: unknown name, unsupported model, or weights that don't fit.
+        MissingDependencyError: the hub cannot be reached.
+    """
+    architecture = canonical_name(name)
+    with torch.device("meta"):
+        family_of(_build(architecture, None, None))  # refuses what cannot be pruned before it fills memory
+    if weights in ("demo", "random", "timm"):
+        model = _create_known(architecture, weights, num_classes, image_size)
+    elif Path(weights).is_dir():
+        model = _at_size(load(Path(weights)), image_size, weights)
+        _check_architecture(model, architecture, weights)
+    else:
+        model = _create_from_file(architecture, Path(weights), num_classes, image_size)
+    family_of(model)
+    return model.eval()
+
+
+def _create_known(architecture: str, weights: str, num_classes: int | None, image_size: int | None) -> nn.Module:
+    if weights == "demo":
+        folder = demo_weights(architecture)
+        if folder is None:
+            raise UserError(
+                f"There are no demo weights for {architecture}.",
+                why="Pruning needs a trained network.",
+                fix="Give your own with --weights FILE, or --weights timm for pretrained ones from the hub "
+                "(--weights random only to look at sizes and speed). The demo covers pvtv2_b0.",
+            )
+        return _at_size(load(folder), image_size, "The demo checkpoint")
+    if weights == "random":
+        return _build(architecture, num_classes, image_size)
+    try:
+        return _build(architecture, num_classes, image_size, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MissingDependencyError(
+            f"The pretrained weights of {architecture} cannot be had here ({str(error).splitlines()[0][:200]}).",
+            why="timm downloads them from the Hugging Face hub, which this machine does not reach or does not cache.",
+            fix="On a machine with network: `timm.create_model(NAME, pretrained=True)`, save its state_dict with "
+            "safetensors, copy the file here and give it as --weights FILE.",
+        ) from error
+
+
+def _at_size(model: nn.Module, image_size: int | None, source: str) -> nn.Module:
+    """A loaded network at another image size, which only networks without position embedding take as they are."""
+    if image_size is None or preprocess_of(model).input_size[1:] == (image_size, image_size):
+        return model
+    if getattr(model.get_submodule("patch_embed"), "img_size", None) is not None:
+        raise UserError(
+            f"{source} holds a network for images of {preprocess_of(model).input_size[1]} pixels, not {image_size}.",
+            why="Its position embedding belongs to that size.",
+            fix="Leave --image-size out, or give the weights as a checkpoint file: that is resampled.",
+        )
+    update_config(model, input_size=(3, image_size, image_size))
+    return model
+
+
+def _build(
+    architecture: str, num_classes: int | None, image_size: int | None, pretrained: bool = False, **args: Any
+) -> nn.Module:
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    if image_size is not None and "pvt" not in architecture:
+        args["img_size"] = image_size
+    model = cast(nn.Module, timm.create_model(architecture, pretrained=pretrained, **args))
+    if image_size is not None:
+        update_config(model, input_size=(3, image_size, image_size))
+    return model
+
+
+def _create_from_file(architecture: str, path: Path, num_classes: int | None, image_size: int | None) -> nn.Module:
+    state = read_checkpoint(path)
+    found = num_classes_in(state)
+    if num_classes is not None and found != num_classes:
+        raise UserError(
+            f"{path} has {found} classes, but {num_classes} are wanted.",
+            why="Accuracy would be measured against the wrong labels.",
+            fix="Fine-tune the network on these classes first, or give the data that it was trained on.",
+        )
+    with torch.device("meta"):
+        probe = _build(architecture, found, None)
+    model = _build(architecture, found, image_size or image_size_in(state, probe))
+    state = resample_position_embedding(state, model)
+    check_state(state, model, str(path), architecture)
+    model.load_state_dict(state)
+    return model
+
+
+def _check_architecture(model: nn.Module, architecture: str, weights: str) -> None:
+    found = architecture_of(model)
+    if found != architecture.partition(".")[0]:
+        raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f"Give --model {found}.")
+
+
+def supported(pattern: str = "") -> Iterator[str]:
+    """Names of the timm models that can be pruned, those that contain `pattern`; each is built without weights."""
+    for name in candidates():
+        if pattern in name:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            with suppress(UserError):
+                family_of(model)
+                yield name
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """How images are prepared for this network: timm's data configuration, at the size that it was built for."""
+    config = resolve_model_data_config(model)
+    built_for = getattr(model.get_submodule("patch_embed"), "img_size", None)
+    if built_for is not None and not getattr(model, "dynamic_img_size", False):
+        config["input_size"] = (config["input_size"][0], *built_for)
+    found: dict[str, Any] = {key: config[key] for key in _PREPROCESS_KEYS}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return Preprocess(**plain)
+
+
+def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Class names that came with the weights, in the order of the logits."""
+    names = config_of(model).get("label_names")
+    return None if names is None else tuple(names)
+
+
+def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The structure document from which `hollow` builds the network again: timm's arguments, or widths of every group.
+
+    Args:
+        model: a timm network of a supported family, pruned or not.
+        model_args: timm arguments that it was built with, beyond image size, pooling and widths.
+    """
+    family = family_of(model)
+    uniform = family.uniform_args(model)
+    config = _config(model, {**family.constructor_args(model), **(model_args or {}), **(uniform or {})})
+    if uniform is None:
+        config["upvits"] = {"format": FORMAT, "widths": asdict(widths_of(groups_of(model)))}
+    return config
+
+
+def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = None) -> None:
+    """Write a network as a model folder, and prove that it loads: it is read back and must give the same output.
+
+    Args:
+        model: a timm network of a supported family, pruned or not.
+        folder: is created; must not exist yet.
+        model_args: timm arguments that the model was built with, beyond image size, pooling and widths.
+
+    Raises:
+        UserError: the folder exists, or the model was built with timm arguments that are not recorded.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
+    config = structure_of(model, model_args)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        draft.chmod(0o755)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+            draft / "model.safetensors",
+        )
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _check_same_output(model, load(draft))
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
+    known = config_of(model)
+    kept = ("classifier", "first_conv", "fixed_input_size")
+    config = {
+        "architecture": known["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": model_args,
+        "pretrained_cfg": {
+            **{key: known[key] for key in kept if known.get(key) is not None},
+            **asdict(preprocess_of(model)),
+            "num_classes": model.num_classes,
+        },
+    }
+    names = label_names_of(model)
+    return config if names is None else {**config, "label_names": list(names)}
+
+
+def _check_same_output(model: nn.Module, loaded: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, *preprocess_of(model).input_size, generator=generator)
+    on_cpu = copy.deepcopy(model).cpu().eval()  # where both round alike
+    with torch.inference_mode():
+        same = torch.allclose(on_cpu(image), loaded(image), rtol=1e-5, atol=1e-6, equal_nan=True)
+    if not same:
+        raise UserError(
+            "The saved network does not compute what this one does.",
+            why="It was built with timm arguments that its architecture name does not imply.",
+            fix="Pass them as `model_args`, e.g. save(model, folder, model_args={'act_layer': 'quick_gelu'}).",
+        )
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The network in a model folder, in eval mode on the CPU; weights are cast to fp32.
+
+    Raises:
+        UserError: the folder is no model folder, or its weights don't fit its structure.
+    """
+    folder = Path(folder)
+    config = structure_in(folder)
+    model = hollow(config)
+    path = folder / "model.safetensors"
+    try:
+        state = as_fp32(load_file(path), str(path))
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read ({error}).", fix="Is the file complete?") from error
+    check_state(state, model, str(path), config["architecture"])
+    return adopt_parameters(model, state).eval()
+
+
+def structure_in(folder: Path) -> dict[str, Any]:
+    """The structure document (config.json) of a model folder.
+
+    Raises:
+        UserError: the folder is no model folder.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        _ = config["architecture"], dict(config.get("model_args", {})), config.get("upvits", {"widths": None})["widths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no model folder ({error}).",
+            fix="Expected are config.json and model.safetensors, as `upvits-deploy prune` or timm write them.",
+        ) from error
+    return config
+
+
+def hollow(structure: Mapping[str, Any]) -> nn.Module:
+    """The network of a structure document on the meta device, without weights."""
+    widths = structure.get("upvits", {"widths": None})["widths"]
+    with torch.device("meta"):
+        model = _build(
+            structure["architecture"], structure.get("num_classes"), None, **dict(structure.get("model_args", {}))
+        )
+        model = model if widths is None else narrow(model, Widths(**widths))
+    labels = {"label_names": tuple(structure["label_names"])} if structure.get("label_names") else {}
+    update_config(model, **{**structure.get("pretrained_cfg", {}), **labels, "architecture": structure["architecture"]})
+    return model

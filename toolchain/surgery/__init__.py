@@ -1,0 +1,1 @@
+"""Cutting what a plan gives up, at once or in rounds."""

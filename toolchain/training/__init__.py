@@ -1,0 +1,1 @@
+"""Fine-tuning against the dense parent, in one process or several, and accuracy."""

@@ -1,0 +1,381 @@
+"""Fine-tuning of a pruned model against its dense parent: the UP-ViTs recipe (arXiv 2111.15127, section on
+fine-tuning) on timm's optimizer, schedule and moving average.
+
+Every image is mixed with another one by CutMix, teacher and student see the same mixed image, and
+
+    loss = label_weight * cross-entropy against both labels (by area)
+         + logit_weight * mean KL(teacher || student), temperature 1
+         + feature_weight * mean squared error of the penultimate features
+
+The paper adds 0.2 * *sum* of the KL over the 32 images of one GPU; 6.4 * mean is the same and does not depend on the
+batch size. Without labels the first term is left out; without a head only the last one is there.
+"""
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from upvits.calib_data import DataSource, Preprocess, batches
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.training.evaluate import Accuracy, evaluate, require_finite_weights
+from upvits.toolchain.training.objective import Fit, Learner, compare, cutmix, losses, outputs
+from upvits.toolchain.training.processes import Process, join_processes
+from upvits.toolchain.training.state import (
+    EpochLog,
+    TrainState,
+    restore_state,
+    save_state,
+    seeded,
+    settings_key,
+    write_log,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """The paper's recipe; `epochs` is the dial."""
+
+    epochs: int = 200
+    batch_size: int = 256  # global: several processes share it
+    lr: float = 1e-3  # peak at a global batch of 256, scaled linearly with `batch_size`
+    weight_decay: float = 1e-3  # none on biases, norms, tokens and position embedding
+    warmup_epochs: float = 2.0  # linear; at most half of the training
+    drop_path: float | None = 0.1  # stochastic depth of the last block, growing linearly; None: what the model has
+    cutmix: float = 0.5  # lambda ~ Beta(cutmix, cutmix); 0: images are not mixed
+    label_weight: float = 1.0
+    logit_weight: float = 6.4
+    feature_weight: float = 0.0
+    ema_decay: float = 0.9999  # reached gradually, so that the average also follows a short training
+    clip_grad: float | None = None  # largest norm of all gradients together
+    amp: bool = True  # on CUDA: bfloat16, float16 where the GPU lacks it; the CPU computes in float32
+    eval_every: int = 1  # epochs; the last one always is
+    seed: int = 0
+    workers: int = 0  # processes that read and augment images; does not change the result
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1 or self.eval_every < 1 or self.workers < 0:
+            raise UserError("Distillation needs epochs and workers >= 0, batch_size and eval_every >= 1.")
+        rates = (self.weight_decay, self.warmup_epochs, self.cutmix, *self.weights)
+        if self.lr <= 0 or min(rates) < 0 or not 0 <= self.ema_decay < 1 or not 0 <= (self.drop_path or 0) < 1:
+            raise UserError(
+                "Distillation needs lr > 0, weights, rates and warm-up >= 0, ema_decay and drop_path in [0, 1)."
+            )
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the label, the logit and the feature loss."""
+        return (self.label_weight, self.logit_weight, self.feature_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillResult:
+    """`model` is the moving average of the student's weights, a new model in eval mode on the student's device."""
+
+    model: nn.Module
+    history: tuple[EpochLog, ...]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: DataSource,
+    preprocess: Preprocess,
+    settings: DistillSettings,
+    folder: Path | None = None,
+    *,
+    device: str = "auto",
+    quiet: bool = True,
+) -> DistillResult:
+    """Trains a copy of `student` on `data.train` to answer as `teacher` does.
+
+    Several processes started by `torchrun` share every batch; all of them return the same weights. With a `folder`,
+    checkpoint.safetensors and log.jsonl are replaced there at the end of every epoch: the same call, after having
+    been killed at any moment, continues at the last finished epoch and ends with the weights that it would have had
+    (bit-identical on the same machine with the same number of threads and processes). A checkpoint of another
+    student, teacher, data set, preprocessing or of other settings is not continued but replaced. A finished
+    training returns at once.
+
+    Args:
+        student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
+            changed. Feature widths may differ when `feature_weight` > 0 (see `Learner`).
+        data: without class names the labels are not used.
+        folder: is made when it is missing; only checkpoint.safetensors and log.jsonl are written into it.
+        device: "auto" or a torch device.
+
+    Raises:
+        UserError: models and data do not fit each other, weights or loss are not finite (the last checkpoint then
+            stays), nothing to learn from, unwritable folder.
+
+    Example:
+        >>> import torch, toolchain
+        >>> from upvits.calib_data.demo import demo_images, demo_source
+        >>> from dataclasses import replace
+        >>> data = replace(demo_source(), train=demo_images("train", 24), val=demo_images("val", 12))
+        >>> dense = toolchain.create_model("pvtv2_b0", weights="demo")
+        >>> small = toolchain.prune(dense, toolchain.plan(dense, toolchain.score(dense, method="magnitude"), ratio=0.5))
+        >>> settings = DistillSettings(epochs=1, batch_size=12, feature_weight=20.0)
+        >>> result = distill(small, dense, data, toolchain.preprocess_of(dense), settings)
+        >>> len(result.history), toolchain.count_params(result.model) == toolchain.count_params(small)
+        (1, True)
+    """
+    if settings.epochs == 0:
+        return DistillResult(student, ())
+    require_finite_weights(student, "student")
+    require_finite_weights(teacher, "teacher")
+    key = settings_key(
+        {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")},
+        [data.digest, asdict(preprocess)],
+        [weights_digest(student), weights_digest(teacher)],
+    )
+    with join_processes(device) as process:
+        if settings.batch_size % process.world_size:
+            raise UserError(
+                f"A batch of {settings.batch_size} images cannot be shared evenly by {process.world_size} processes.",
+                fix="Choose a multiple of the number of processes as batch_size.",
+            )
+        run = _prepare(student, teacher, data, preprocess, settings, process)
+        _train(run, key, folder, quiet=quiet or not process.is_main)
+    home = next(student.parameters()).device
+    return DistillResult(run.state.ema.to(home).eval().requires_grad_(True), tuple(run.state.history))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Everything that a training needs, fixed before its first step; `state` holds what changes."""
+
+    settings: DistillSettings
+    data: DataSource
+    preprocess: Preprocess
+    process: Process
+    fit: Fit
+    teacher: nn.Module
+    module: nn.Module  # the learner, or the learner wrapped to average gradients over the processes
+    ema: ModelEmaV3
+    scheduler: CosineLRScheduler
+    steps_per_epoch: int
+    autocast: torch.dtype | None
+    state: TrainState
+
+
+def _prepare(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: DataSource,
+    preprocess: Preprocess,
+    settings: DistillSettings,
+    process: Process,
+) -> _Run:
+    """Copies of both models on the device, checked against each other and the data, with their optimizer."""
+    student = copy.deepcopy(student).to(process.device).requires_grad_(True)
+    teacher = copy.deepcopy(teacher).to(process.device).eval().requires_grad_(False)
+    fit = compare(student, teacher, data, preprocess, settings.weights)
+    ema = ModelEmaV3(student, decay=settings.ema_decay, use_warmup=True)
+    if settings.drop_path is not None:
+        _set_drop_path(student, settings.drop_path)
+    with seeded(process.device, settings.seed):
+        narrow = fit.weights[2] > 0 and fit.student_width != fit.teacher_width
+        projection = nn.Linear(fit.student_width, fit.teacher_width) if narrow else nn.Identity()
+    learner = Learner(student, projection.to(process.device)).train()
+    optimizer = create_optimizer_v2(
+        learner, "adamw", settings.lr * settings.batch_size / 256, settings.weight_decay, fused=True
+    )
+    steps_per_epoch = max(len(data.train) // settings.batch_size, 1)  # as `batches` does: only whole ones
+    module: nn.Module = learner
+    if process.world_size > 1:
+        # Without a loss on the logits the head gets no gradient, and DDP would wait for it.
+        module = DistributedDataParallel(learner, find_unused_parameters=fit.weights[0] == fit.weights[1] == 0)
+    autocast = _autocast_type(process.device) if settings.amp else None
+    return _Run(
+        settings=settings,
+        data=data,
+        preprocess=preprocess,
+        process=process,
+        fit=fit,
+        teacher=teacher,
+        module=module,
+        ema=ema,
+        scheduler=_schedule(optimizer, settings, steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        autocast=autocast,
+        state=TrainState(
+            learner=learner,
+            ema=ema.module,
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler("cuda", enabled=autocast == torch.float16),
+            history=[],
+        ),
+    )
+
+
+def _autocast_type(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the GPU computes it (compute capability 8 and later), else float16; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth growing linearly from 0 at the first block to `rate` at the last, as timm's models have it."""
+    blocks = [block for block in model.modules() if hasattr(block, "drop_path1")]
+    for index, block in enumerate(blocks):
+        share = rate * index / max(len(blocks) - 1, 1)
+        block.drop_path1 = DropPath(share) if share > 0 else nn.Identity()
+        block.drop_path2 = DropPath(share) if share > 0 else nn.Identity()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: DistillSettings, steps_per_epoch: int) -> CosineLRScheduler:
+    """Linear warm-up from a hundredth of the peak, then half a cosine down to a hundredth; per step."""
+    steps = settings.epochs * steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps // 2)
+    edge = settings.lr * settings.batch_size / 256 / 100
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(steps - warmup, 1),
+        lr_min=edge,
+        warmup_t=warmup,
+        warmup_lr_init=edge,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
+    """Epoch by epoch from where the checkpoint in `folder` stands; checkpoint first, then the log that it holds."""
+    history = run.state.history
+    if folder is not None:
+        _make_folder(folder)
+        restore_state(folder / "checkpoint.safetensors", key, run.state)
+    reference = _predictions_of_teacher(run)
+    for epoch in range(len(history), run.settings.epochs):
+        with seeded(run.process.device, run.settings.seed, epoch, run.process.rank):
+            history.append(_train_epoch(run, epoch, reference, quiet=quiet))
+        if folder is not None and run.process.is_main:
+            save_state(folder / "checkpoint.safetensors", key, run.state)
+            write_log(folder / "log.jsonl", history)
+    if folder is not None and run.process.is_main:
+        write_log(folder / "log.jsonl", history)  # a run killed between checkpoint and log lacks the last line
+
+
+def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, *, quiet: bool) -> EpochLog:
+    """One pass over this process's share of the images, then the moving average on the validation images."""
+    settings, process = run.settings, run.process
+    start = time.perf_counter()
+    rng = np.random.default_rng([settings.seed, epoch, process.rank])
+    loader = batches(
+        process.training_share(run.data.train, settings.seed, epoch),
+        run.preprocess,
+        settings.batch_size // process.world_size,
+        train=True,
+        seed=settings.seed + process.rank,
+        epoch=epoch,
+        workers=settings.workers,
+    )
+    sums = torch.zeros(4, device=process.device)  # the three losses over the images so far, and their number
+    step = 0
+    title = f"distill {epoch + 1}/{settings.epochs}"
+    for step, (images, labels) in enumerate(watched(loader, title, quiet=quiet, total=run.steps_per_epoch)):
+        run.scheduler.step_update(epoch * run.steps_per_epoch + step)
+        parts = _train_step(run, images, labels, rng)
+        run.ema.update(run.state.learner.model, epoch * run.steps_per_epoch + step + 1)
+        sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
+        if process.device.type == "cpu" or step % 50 == 49:  # looking waits for the GPU
+            _require_finite(sums, settings, epoch, step)
+    # The loss of the last step was finite, the weights after it may not be.
+    _require_finite(torch.stack([p.detach().sum() for p in run.state.learner.parameters()]), settings, epoch, step)
+    sums = process.sum(sums)
+    if not sums[3]:
+        raise UserError("No training images were read.", fix="Check the training split of --data and the batch size.")
+    seconds = time.perf_counter() - start
+    means = (sums[:3] / sums[3]).tolist()
+    last = epoch + 1 == settings.epochs
+    top1, agreement = _validate(run, reference) if last or (epoch + 1) % settings.eval_every == 0 else (None, None)
+    return EpochLog(
+        epoch=epoch + 1,
+        lr=run.state.optimizer.param_groups[0]["lr"],
+        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
+        label_loss=means[0],
+        logit_loss=means[1],
+        feature_loss=means[2],
+        top1=top1,
+        agreement=agreement,
+        seconds=round(time.perf_counter() - start, 3),
+        images_per_s=round(float(sums[3]) / seconds, 1),
+    )
+
+
+def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mixes, compares, updates the weights; returns the losses [3], detached."""
+    device, state, fit = run.process.device, run.state, run.fit
+    images, share = cutmix(images.to(device, non_blocking=True), run.settings.cutmix, rng)
+    with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
+        with torch.no_grad():
+            answers = outputs(run.teacher, images)
+        predicted = run.module(images)
+    parts = losses(predicted, answers, labels.to(device, non_blocking=True), share, fit.weights)
+    loss = sum(weight * part for weight, part in zip(fit.weights, parts, strict=True))
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    if run.settings.clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.learner.parameters(), run.settings.clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return parts.detach()
+
+
+def _validate(run: _Run, reference: Tensor | None) -> tuple[float | None, float | None]:
+    """Top-1 and agreement with the teacher (`reference`) of the moving average, in percent, over all processes."""
+    accuracy = _evaluate(run, run.state.ema, reference)
+    value = None if accuracy is None else accuracy.top1 if reference is None else accuracy.agreement
+    counts = torch.zeros(2, device=run.process.device, dtype=torch.float64)
+    if accuracy is not None and value is not None:
+        counts = counts.new_tensor([value * accuracy.images, accuracy.images])
+    total, images = run.process.sum(counts).tolist()
+    if not images:
+        return None, None
+    return (total / images, None) if reference is None else (None, total / images)
+
+
+def _evaluate(run: _Run, model: nn.Module, reference: Tensor | None = None) -> Accuracy | None:
+    """On this process's share of the validation images; None where there are none or nothing to compare with."""
+    share = run.process.validation_share(run.data.val)
+    if run.fit.headless or not len(share):
+        return None
+    size = max(run.settings.batch_size // run.process.world_size, 1)
+    return evaluate(model, batches(share, run.preprocess, size, workers=run.settings.workers), reference=reference)
+
+
+def _predictions_of_teacher(run: _Run) -> Tensor | None:
+    """What the teacher says about the validation images: the only measure where there are no labels."""
+    accuracy = None if run.fit.labelled else _evaluate(run, run.teacher)
+    return None if accuracy is None else accuracy.predictions
+
+
+def _require_finite(values: Tensor, settings: DistillSettings, epoch: int, step: int) -> None:
+    if not values.isfinite().all():
+        raise UserError(
+            f"Training diverged: the loss or the weights are not finite (epoch {epoch + 1}, by step {step + 1}).",
+            why="The last finished epoch's checkpoint was kept.",
+            fix=f"Lower lr (now {settings.lr:g}), or set clip_grad=1; check the student's accuracy before training.",
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {folder}.", why=str(error), fix="Choose a folder that you may write."
+        ) from error

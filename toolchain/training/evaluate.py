@@ -1,0 +1,132 @@
+"""Top-1 accuracy, and how often a model agrees with another one. A model that computes NaN is refused."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.progress import watched
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What a model did on a set of images."""
+
+    top1: float | None  # percent of the labelled images; None: there are no labels, or the model has no classes
+    images: int
+    agreement: float | None  # percent of all images on which the prediction equals `reference`; None: not asked
+    predictions: Tensor  # [images] int64 on the CPU, in the order of the batches; [0] for a model without classes
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    reference: Tensor | None = None,
+    quiet: bool = True,
+    total: int | None = None,
+) -> Accuracy:
+    """Runs the model over batches, in fp32, in eval mode and on the model's own device.
+
+    Args:
+        model: any timm classifier; its training mode is as before afterwards. Without classes (`num_classes` 0)
+            it is still run, so that NaN is found, but there are no predictions.
+        batches: (images [B, 3, H, W] float32, labels [B] int64); label -1 means unlabelled.
+        reference: predictions [images] of another model on the same batches, for `agreement`.
+        total: number of batches, for the progress bar.
+
+    Raises:
+        UserError: there are no images, or the model's output has NaN or infinite values.
+
+    >>> import torch
+    >>> accuracy = evaluate(torch.nn.Flatten(), [(torch.eye(3), torch.tensor([0, 1, 1]))])
+    >>> accuracy.predictions.tolist(), round(accuracy.top1, 1)
+    ([0, 1, 2], 66.7)
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    was_training = model.training
+    model.eval()
+    predictions: list[Tensor] = []
+    labels: list[Tensor] = []
+    try:
+        with torch.inference_mode():
+            steps = watched(batches, "evaluate", quiet=quiet, total=total)
+            for index, (images, batch_labels) in enumerate(steps):
+                predictions.append(_predict(model, images.to(device, non_blocking=True), index))
+                labels.append(batch_labels)
+    finally:
+        model.train(was_training)
+    if not labels:
+        raise UserError("There are no images to evaluate on.", fix="Check the validation split of --data.")
+    return _accuracy(model, torch.cat(predictions).cpu(), torch.cat(labels).cpu(), reference)
+
+
+def require_finite_weights(model: nn.Module, name: str) -> None:
+    """Refuses weights with NaN or infinite values.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    for tensor_name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"The {name}'s weights have NaN or infinite values (first in {tensor_name}).",
+                why="Nothing useful can be computed from them.",
+                fix="Use another checkpoint: this one comes from a training that diverged or from a damaged file.",
+            )
+
+
+def _predict(model: nn.Module, images: Tensor, index: int) -> Tensor:
+    """Predictions [B] int64 of one batch, on the model's device."""
+    logits = model(images)
+    if not logits.isfinite().all():
+        layer = _first_broken_layer(model, images)
+        raise UserError(
+            f"The model's output has NaN or infinite values (batch {index}, first in {layer}).",
+            why="The weights are damaged or overflow on these images.",
+            fix="Check the checkpoint and the images' normalisation, or use other weights.",
+        )
+    prediction: Tensor = logits.argmax(dim=1)
+    return prediction
+
+
+def _first_broken_layer(model: nn.Module, images: Tensor) -> str:
+    """The first layer, in running order, whose output is not finite: the batch is run once more with hooks."""
+    broken: list[str] = []
+
+    def watch(name: str, layer: nn.Module) -> RemovableHandle:
+        def check(_layer: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(name)
+
+        return layer.register_forward_hook(check)
+
+    leaves = [(name, layer) for name, layer in model.named_modules() if not any(layer.children())]
+    hooks = [watch(name, layer) for name, layer in leaves]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not images.isfinite().all():
+        return "the input images"
+    return broken[0] if broken else "the output"
+
+
+def _accuracy(model: nn.Module, predictions: Tensor, labels: Tensor, reference: Tensor | None) -> Accuracy:
+    images = len(labels)
+    if getattr(model, "num_classes", None) == 0:
+        return Accuracy(None, images, None, torch.empty(0, dtype=torch.int64))
+    labelled = labels >= 0
+    top1 = None
+    if labelled.any():
+        top1 = 100.0 * int((predictions == labels)[labelled].sum()) / int(labelled.sum())
+    agreement = None
+    if reference is not None:
+        if len(reference) != images:
+            raise ValueError(f"{len(reference)} reference predictions for {images} images")
+        agreement = 100.0 * int((predictions == reference.cpu()).sum()) / images
+    return Accuracy(top1, images, agreement, predictions)

@@ -1,0 +1,1 @@
+"""Make a trained vision transformer smaller, build an engine from it, and prove that it is faster and still right."""
