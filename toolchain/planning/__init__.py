@@ -1,9 +1,10 @@
 """What to keep: pruning plans and the planners that make them."""
 
+from upvits.toolchain.choices import DEFAULT_COMPONENTS, Component, Planner
 from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.planning.counted import count_costs
 from upvits.toolchain.planning.curves import Curve, curve_of
-from upvits.toolchain.planning.document import DEFAULT_COMPONENTS, Change, Component, Planner, PruningPlan, Size
+from upvits.toolchain.planning.document import Change, PruningPlan, Size
 from upvits.toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
 from upvits.toolchain.planning.plan import plan
 from upvits.toolchain.planning.request import check_request

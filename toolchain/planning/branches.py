@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Component
 from upvits.toolchain.planning.curves import Curve, curve_of
-from upvits.toolchain.planning.document import Component
 from upvits.toolchain.planning.request import groups_to_cut
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.structure.groups import ChannelGroup

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import pydantic
 from torch import nn
@@ -16,17 +15,6 @@ from upvits.toolchain.networks.depth import after_shortening, name_after
 from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.structure.groups import Widths
 from upvits.toolchain.structure.macs import count_macs, count_params
-
-Component = Literal["embed", "attention", "heads", "qk_v", "ffn", "depth"]
-"""What may be cut. Of attention one of: `attention` (dims of every head; q, k and v lose the same ones), `heads` (whole
-heads), `qk_v` (dims of every head; q·k and v choose their own). `depth` (whole and shifted blocks) is for the global
-planner, which weighs it against the others."""
-
-Planner = Literal["uniform", "global"]
-"""How widths are chosen: equal shares of every dimension, or one budget over all groups."""
-
-DEFAULT_COMPONENTS: tuple[Component, ...] = ("embed", "attention", "ffn")
-
 
 FORMAT = 2
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Component
 from upvits.toolchain.families import family_of, groups_of, skeleton
 from upvits.toolchain.networks.depth import after_shortening, name_after, shorten
 from upvits.toolchain.planning.branches import (
@@ -32,7 +33,7 @@ from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.planning.counted import count_costs
 from upvits.toolchain.planning.curves import Curve
 from upvits.toolchain.planning.depth_cut import Pairs, blocks_left, merged_steps
-from upvits.toolchain.planning.document import Component, PruningPlan, sizer, widths_kept
+from upvits.toolchain.planning.document import PruningPlan, sizer, widths_kept
 from upvits.toolchain.planning.knapsack import Item, cheapest_choice, hull, lower_bound
 from upvits.toolchain.planning.request import check_scores, groups_to_cut
 from upvits.toolchain.planning.uniform import uniform_widths

@@ -8,12 +8,13 @@ from dataclasses import replace
 from torch import nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import DEFAULT_COMPONENTS, Component, Planner
 from upvits.toolchain.families import family_of, groups_of, skeleton
 from upvits.toolchain.networks.depth import after_shortening, shorten
 from upvits.toolchain.planning.choose import kept_by_scores
 from upvits.toolchain.planning.curves import Curve
 from upvits.toolchain.planning.depth_cut import blocks_at_ratio
-from upvits.toolchain.planning.document import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, sizer
+from upvits.toolchain.planning.document import PruningPlan, sizer
 from upvits.toolchain.planning.global_plan import FLOOR, plan_at_size
 from upvits.toolchain.planning.like import blocks_like, widths_like
 from upvits.toolchain.planning.request import check_request, check_scores, groups_to_cut

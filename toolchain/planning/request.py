@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Component, Planner
 from upvits.toolchain.networks.checkpoints import weights_digest
-from upvits.toolchain.planning.document import Component, Planner
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.structure.groups import ChannelGroup
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from upvits.calib_data.errors import UserError
-from upvits.toolchain.planning.document import Component, Size
+from upvits.toolchain.choices import Component
+from upvits.toolchain.planning.document import Size
 from upvits.toolchain.planning.request import groups_to_cut
 from upvits.toolchain.structure.groups import ChannelGroup, Widths, partition
 

@@ -1,7 +1,8 @@
 """The importance of every unit of every group."""
 
+from upvits.toolchain.choices import METHODS, Method
 from upvits.toolchain.scores.divergence import divergence
-from upvits.toolchain.scores.document import METHODS, Method, Scores, check_method
+from upvits.toolchain.scores.document import Scores, check_method
 from upvits.toolchain.scores.measure import images_digest, score
 from upvits.toolchain.scores.stability import Stability, unstable
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import METHODS, Method
 from upvits.toolchain.networks.depth import DepthPath
 from upvits.toolchain.scores.stability import Stability
-
-Method = Literal["fisher", "refined", "kl", "magnitude", "random"]
-
-
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Method
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.scores.divergence import output_scale
-from upvits.toolchain.scores.document import Method, Scores
+from upvits.toolchain.scores.document import Scores
 from upvits.toolchain.scores.exact import Units, exact_kl
 from upvits.toolchain.scores.fisher import fisher
 from upvits.toolchain.scores.refined import refined

@@ -1,0 +1,20 @@
+"""What may be chosen by name. Importing this is quick: command line and recipe read it before torch is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Method = Literal["fisher", "refined", "kl", "magnitude", "random"]
+"""How units are scored."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Component = Literal["embed", "attention", "heads", "qk_v", "ffn", "depth"]
+"""What may be cut. Of attention one of: `attention` (dims of every head; q, k and v lose the same ones), `heads` (whole
+heads), `qk_v` (dims of every head; q·k and v choose their own). `depth` (whole and shifted blocks) is for the global
+planner, which weighs it against the others."""
+
+DEFAULT_COMPONENTS: tuple[Component, ...] = ("embed", "attention", "ffn")
+
+Planner = Literal["uniform", "global"]
+"""How widths are chosen: equal shares of every dimension, or one budget over all groups."""
