@@ -22,7 +22,8 @@ from upvits.deploy.recipe.checks import (
     warn_of_skipped,
     with_names,
 )
-from upvits.deploy.recipe.document import IDENTITY, Recipe, make_recipe, resolve, run_name
+from upvits.deploy.recipe.document import IDENTITY, Recipe, make_recipe
+from upvits.deploy.recipe.request import resolve, run_name
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.views import save_report
 from upvits.deploy.runtimes import resolve_runtimes

@@ -16,6 +16,7 @@ import numpy as np
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import progress_bar
+from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.runtimes.interface import Arrays, CallTimes, Floats, Session
 
@@ -23,7 +24,6 @@ UNSTABLE_CV = 0.025
 LAUNCH_BOUND = 0.8
 """Share of the compute time from which submitting the work limits it; trtexec warns at the same one."""
 
-MAX_STREAMS = 256
 _PARTS = ("h2d", "compute", "d2h", "enqueue")
 _WARMUP_CHUNK_SECONDS = 0.05
 

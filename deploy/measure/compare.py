@@ -18,10 +18,10 @@ from rich.text import Text
 
 from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.progress import progress_bar
+from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.machine.environment import environment, usable_cores
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.bench import (
-    MAX_STREAMS,
     BenchSettings,
     LatencyReport,
     interleave_own,

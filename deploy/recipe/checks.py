@@ -16,8 +16,8 @@ from upvits.calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from upvits.calib_data.errors import UserError
 from upvits.deploy.precision import PRECISIONS
 from upvits.deploy.recipe.document import PlanRecipe, Recipe, split_names
-from upvits.deploy.recipe.target import parse_speedup, parse_target
 from upvits.deploy.runtimes import BatchProfile, Runtime
+from upvits.deploy.speed.target import parse_speedup, parse_target
 from upvits.deploy.stages.precision import precisions_for
 from upvits.toolchain.compensation import MIN_IMAGES
 from upvits.toolchain.networks.models import label_names_of

@@ -1,7 +1,7 @@
 """The recipe: everything that decides a result, in one document that is written next to the results.
 
-A command line (or a TOML file) gives a few values; `resolve` fills in the rest from the model and the data. What is
-written to `recipe.toml` is the resolved recipe: running it again gives the same result.
+A command line (or a TOML file) gives a few values; `resolve` in `deploy/recipe/request.py` fills in the others from the
+model and the data. What is written to `recipe.toml` is the resolved recipe: running it again gives the same result.
 """
 
 from __future__ import annotations
@@ -9,21 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
-from upvits.calib_data import DataSource
-from upvits.deploy.machine.environment import usable_cores
-from upvits.deploy.measure.bench import MAX_STREAMS
+from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
-from upvits.deploy.recipe.detect import resolved as resolved_detection
 from upvits.deploy.recipe.validation import validated
 from upvits.deploy.store.run_dir import read_recipe, read_toml
-from upvits.toolchain.families import FAMILIES, family_of
 from upvits.toolchain.planning import Component
 from upvits.toolchain.scores import Method
-from upvits.toolchain.training.distillation import DistillSettings
 
 Planner = Literal["uniform", "global", "latency"]
 IDENTITY = ("model", "weights", "data", "image_size", "plan")
@@ -166,67 +159,6 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     return read_recipe(path) if path.is_dir() else read_toml(path)
 
 
-def run_name(recipe: Recipe) -> str:
-    """Default name of the run's directory, e.g. `pvt_v2_b0-r0.50`."""
-    plan = recipe.plan
-    target = plan.target_latency or plan.speedup
-    if plan.like is not None:
-        cut = f"like-{plan.like}"
-    elif target is not None:
-        cut = target.replace(" ", "")
-    elif plan.target_macs is not None:
-        cut = f"macs{plan.target_macs:.2f}"
-    elif plan.target_params is not None:
-        cut = f"params{plan.target_params:.2f}"
-    else:
-        cut = f"r{plan.ratio or 0:.2f}"
-    depth = "" if plan.depth_ratio is None else f"-d{plan.depth_ratio:.2f}"
-    planner = f"-{plan.planner}" if plan.planner == "global" else ""
-    return f"{recipe.model}-{cut}{depth}{planner}"
-
-
-def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.device) -> Recipe:
-    """Fill in what depends on the model and the data.
-
-    PVTv2 learns from the dense parent's penultimate features too (weight 20), a ViT from its logits alone. Small data
-    sets get small batches and larger steps, since they see few of them. The demo ends within minutes.
-    """
-    distill = recipe.distill
-    images = len(source.train)
-    demo = source.spec == "demo"
-    small = images < 20_000
-    # measured on the demo at ratio 0.5: compensated, 2 epochs at 3e-3 give 98.75 % (12e-3: 98.6 %); after plain
-    # deletion, 3 epochs at 12e-3 give 98.1 %
-    compensated = recipe.compensate.enabled is not False
-    features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
-    filled = {
-        "epochs": (2 if compensated else 3) if demo else 30,
-        "warmup_epochs": 0.3 if demo else 2.0,
-        "batch_size": min(images, 32 if small else 256),
-        "lr": (3e-3 if compensated else 12e-3) if demo else 4e-3 if small else 1e-3,
-        # measured on the demo at 3 epochs: 98.1 % without CutMix, 96.7 % with it; long trainings want it
-        "cutmix": 0.0 if demo else 0.5,
-        "drop_path": 0.0 if small else 0.1,
-        "feature_weight": 20.0 if features else 0.0,
-        # on CPUs, reading processes would take the cores that train
-        "workers": min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0,
-    }
-    distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
-    score = recipe.score.model_copy(
-        update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
-    )
-    compensate = recipe.compensate.model_copy(
-        update={"refit_images": min(recipe.compensate.refit_images or 512, images)}
-    )
-    detect = None if recipe.detect is None else resolved_detection(recipe.detect)
-    return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate, "detect": detect})
-
-
 def split_names(spec: str) -> list[str]:
     """Names in a list separated by commas."""
     return [name.strip() for name in spec.split(",") if name.strip()]
-
-
-def distill_settings(recipe: Recipe) -> DistillSettings:
-    """The distillation of a resolved recipe."""
-    return DistillSettings(**recipe.distill.model_dump(), seed=recipe.seed)

@@ -12,9 +12,9 @@ from torch import nn
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.measure.bench import Speedup
-from upvits.deploy.recipe.target import Target
 from upvits.deploy.speed.deployment import Baseline, Deployment, check_deployment, measure, opened, opened_baseline
 from upvits.deploy.speed.table import LatencyCosts, measure_table, predicted, spread
+from upvits.deploy.speed.target import Target
 from upvits.toolchain.planning import NotReachableError, PruningPlan
 from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.surgery.prune import prune

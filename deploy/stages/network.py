@@ -21,7 +21,8 @@ from upvits import toolchain
 from upvits.calib_data import proxy_images
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
-from upvits.deploy.recipe.document import Recipe, distill_settings
+from upvits.deploy.recipe.document import Recipe
+from upvits.deploy.recipe.request import distill_settings
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.stages.job import (
     Job,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from upvits import toolchain
 from upvits.calib_data import Preprocess, proxy_images
 from upvits.deploy.recipe.document import Recipe
-from upvits.deploy.recipe.target import parse_speedup, parse_target
 from upvits.deploy.runtimes import BatchProfile, Runtime
 from upvits.deploy.speed.deployment import Deployment, check_deployment
 from upvits.deploy.speed.search import Found, LatencyRecord, search
+from upvits.deploy.speed.target import parse_speedup, parse_target
 from upvits.deploy.stages.job import Job, accuracy_of, read_json, stage, write_accuracy, write_json
 from upvits.deploy.stages.precision import precisions_for
 from upvits.deploy.stages.steadiness import small_proxy, unsteady

@@ -9,7 +9,6 @@ from typing import Any
 from upvits.deploy.detectors.compare import read_comparison
 from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.measure.figures import Pair
-from upvits.deploy.recipe.target import parse_speedup
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import (
     AccuracyFigures,
@@ -28,6 +27,7 @@ from upvits.deploy.report.document import (
 )
 from upvits.deploy.runtimes import Engine, runtime_named
 from upvits.deploy.speed.search import ALLOWED, LatencyRecord
+from upvits.deploy.speed.target import parse_speedup
 from upvits.deploy.stages.engines import Engines, engine_of, runs_here
 from upvits.deploy.stages.job import MODELS, Job, read_json
 from upvits.deploy.stages.precision import graph_name, left_out

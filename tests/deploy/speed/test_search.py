@@ -13,12 +13,12 @@ from tests.deploy.speed.planner import uniform_planner
 from upvits import toolchain
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.recipe.document import make_recipe
-from upvits.deploy.recipe.target import parse_speedup, parse_target
 from upvits.deploy.runtimes import RUNTIMES, BatchProfile
 from upvits.deploy.speed import search as searching
 from upvits.deploy.speed import table as tables
 from upvits.deploy.speed.deployment import Deployment, check_deployment, measure, opened
 from upvits.deploy.speed.search import ALLOWED, search
+from upvits.deploy.speed.target import parse_speedup, parse_target
 from upvits.deploy.stages.prune import deployment_of
 from upvits.toolchain.compensation import compensated_curves
 from upvits.toolchain.planning import Costs, PruningPlan, plan_within
