@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from upvits.deploy.detectors.prune import PruneRecipe, prune_detector
+from upvits.deploy.detectors.prune import prune_detector
 from upvits.deploy.detectors.runs import detect_in_run
 from upvits.deploy.detectors.train_stage import figures_of
 from upvits.deploy.pipeline import build
-from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe
 from upvits.deploy.store.artifacts import Artifact
 
 RATIO = 0.5

@@ -119,9 +119,9 @@ def prune(
     quiet: opt.Quiet = False,
 ) -> None:
     """Prune a trained detector itself: backbone, and by ratio pyramid and head; then fine-tune it."""
-    from upvits.deploy.detectors.prune import make_prune_recipe, prune_detector
+    from upvits.deploy.detectors.prune import prune_detector
     from upvits.deploy.detectors.tables import trained_table
-    from upvits.deploy.recipe.detect import make_detect_recipe
+    from upvits.deploy.recipe.detect import make_detect_recipe, make_prune_recipe
 
     cut = {
         "ratio": ratio, "target_macs": target_macs, "head_ratio": head_ratio, "planner": planner, "task": task,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,8 +14,7 @@ from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors.flow import check_request, open_data
 from upvits.deploy.detectors.train_stage import detector_digest, images_of, judged, tidy, train_into
-from upvits.deploy.recipe.detect import DetectRecipe, resolved, size_for, size_of
-from upvits.deploy.recipe.validation import validated
+from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe, resolved, size_for, size_of
 from upvits.deploy.stages.job import announce, write_json
 from upvits.deploy.store.artifacts import Artifact, run_stage
 from upvits.deploy.store.run_dir import open_run
@@ -31,50 +28,11 @@ from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.training.processes import pick_device
 
-Task = Literal["detection", "random"]
 VERSION = 1
 EPOCHS, LR = 0.4, 0.3
 """Shares of the usual schedule for fine-tuning. On the drawn scenes, 3 epochs at 0.1, 0.3 and 1 of the rate brought a
 refitted detector from AP 72.4 to 80.0, 80.4 and 80.1 (dense 82.3; one seed each): it matters little."""
 _IDENTITY = ("detector", "prune")
-
-
-class PruneRecipe(BaseModel):
-    """What is cut from a detector.
-
-    `ratio` or `target_macs` are for the backbone, as in the main job; `head_ratio` is the share of the channels of
-    pyramid and head that leave. `task` says what the scores are: KL of the class maps and deviation of boxes
-    (`detection`), or `random`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    ratio: float | None = Field(None, ge=0, lt=1)
-    target_macs: float | None = Field(None, gt=0, lt=1)
-    head_ratio: float = Field(0.0, ge=0, lt=1)
-    planner: Literal["uniform", "global"] = "uniform"
-    task: Task = "detection"
-    images: int = Field(128, ge=10)
-    compensate: bool = True
-    align: int = Field(8, ge=1)
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_target(self) -> PruneRecipe:
-        if self.ratio is not None and self.target_macs is not None:
-            raise ValueError("give ratio or target_macs, not both")
-        if self.ratio is None and self.target_macs is None and not self.head_ratio:
-            raise ValueError("give ratio or target_macs for the backbone, or head_ratio for pyramid and head")
-        return self
-
-
-def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
-    """Validate plain values.
-
-    Raises:
-        UserError: a value is out of range, of the wrong type, or unknown.
-    """
-    return validated(PruneRecipe, values, "This cannot be done", "upvits-deploy detect prune")
 
 
 def prune_detector(

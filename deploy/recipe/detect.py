@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.recipe.setting import setting
 from upvits.deploy.recipe.validation import validated
 from upvits.detection.configs import Detector, Schedule
+from upvits.toolchain.choices import Planner
 
 Backbones = Literal["both", "dense", "pruned"]
+Task = Literal["detection", "random"]
 
 
 class DetectRecipe(BaseModel):
@@ -24,26 +27,71 @@ class DetectRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    coco: str = "demo"
-    detector: Detector = "retinanet"
-    backbones: Backbones = "both"
-    epochs: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float | None = Field(None, ge=0)
-    scale: tuple[int, int] | None = None
-    size: tuple[int, int] | None = None
-    fpn_channels: int | None = Field(None, ge=8)
-    stacked_convs: int | None = Field(None, ge=1)
-    warmup: int | None = Field(None, ge=1)
-    grad_clip: float | None = Field(None, gt=0)
-    workers: int | None = Field(None, ge=0)
-    amp: bool = False
-    tensorboard: bool = False
-    imitation: float = Field(0.0, ge=0)
-    cfg_options: dict[str, Any] = {}
-    batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = (1,)
-    ap_images: int = Field(500, ge=1)
+    coco: str = setting("demo", "Folder in COCO's layout, or demo.", "--coco")
+    detector: Detector = setting("retinanet", "What is built on the network.", "--detector")
+    backbones: Backbones = setting("both", "Networks that get a detector.", "--backbones")
+    epochs: int | None = setting(
+        None, "Passes over the training images.", "--epochs", shown="8 on the demo, else 12", ge=1
+    )
+    batch_size: int | None = setting(
+        None, "Images per step and process.", "--batch-size", shown="8 on the demo, else 2", ge=1
+    )
+    lr: float | None = setting(
+        None, "Peak rate for 16 images a step.", "--lr", shown="2e-3 on the demo, else 1e-4", gt=0
+    )
+    weight_decay: float | None = setting(None, "Of AdamW.", shown="1e-2 on the demo, else 1e-4", ge=0)
+    scale: tuple[int, int] | None = setting(
+        None, "Largest sides in pixels, e.g. 1333x800.", "--scale", shown="128x128 on the demo, else 1333x800"
+    )
+    size: tuple[int, int] | None = setting(
+        None, "(height, width) that is exported, multiples of 32.", shown="what images of `scale` fit into"
+    )
+    fpn_channels: int | None = setting(
+        None, "Width of pyramid and head.", "--fpn-channels", shown="96 on the demo, else 256", ge=8
+    )
+    stacked_convs: int | None = setting(
+        None, "Convolutions of each branch of the head.", "--stacked-convs", shown="2 on the demo, else 4", ge=1
+    )
+    warmup: int | None = setting(None, "Steps with a rising rate.", shown="50 on the demo, else 500", ge=1)
+    grad_clip: float | None = setting(None, "Largest norm of all gradients.", shown="10 on the demo, else none", gt=0)
+    workers: int | None = setting(None, "Reading processes.", "--workers", shown="0 on the demo, else 2", ge=0)
+    amp: bool = setting(False, "Mixed precision.", "--amp")
+    tensorboard: bool = setting(False, "Write curves for it.", "--tensorboard")
+    imitation: float = setting(0.0, "Weight of the dense detector's features.", "--imitation", ge=0)
+    cfg_options: dict[str, Any] = setting(
+        {}, "key=value of mmdet's configuration; may be repeated.", "--cfg-options", shown="none"
+    )
+    batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = setting((1,), "Batch sizes to time.", "--bench-batches")
+    ap_images: int = setting(500, "Validation images that engines are judged on.", "--ap-images", ge=1)
+
+
+class PruneRecipe(BaseModel):
+    """What is cut from a detector.
+
+    `ratio` or `target_macs` are for the backbone, as in the main job; `head_ratio` is the share of the channels of
+    pyramid and head that leave. `task` says what the scores are: KL of the class maps and deviation of boxes
+    (`detection`), or `random`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ratio: float | None = setting(None, "Share of every dimension to remove.", "--ratio", "-r", ge=0, lt=1)
+    target_macs: float | None = setting(None, "Share of the MACs to keep.", "--target-macs", gt=0, lt=1)
+    head_ratio: float = setting(0.0, "Share of the channels of pyramid and head to remove.", "--head-ratio", ge=0, lt=1)
+    planner: Planner = setting("uniform", "What chooses widths.", "--planner")
+    task: Task = setting("detection", "Scores: of class maps and boxes, or random.", "--task")
+    images: int = setting(128, "Unlabelled images to score and refit on.", "--images", ge=10)
+    compensate: bool = setting(True, "Rotate and refit.", "--compensate/--no-compensate")
+    align: int = setting(8, "Widths are multiples of this.", ge=1)
+    seed: int = setting(0, "Of everything that is drawn.", ge=0)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruneRecipe:
+        if self.ratio is not None and self.target_macs is not None:
+            raise ValueError("give ratio or target_macs, not both")
+        if self.ratio is None and self.target_macs is None and not self.head_ratio:
+            raise ValueError("give ratio or target_macs for the backbone, or head_ratio for pyramid and head")
+        return self
 
 
 PUBLISHED = {
@@ -71,6 +119,15 @@ def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
     return validated(DetectRecipe, values, "This cannot be done", "upvits-deploy detect train")
+
+
+def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
+    """Validate plain values.
+
+    Raises:
+        UserError: a value is out of range, of the wrong type, or unknown.
+    """
+    return validated(PruneRecipe, values, "This cannot be done", "upvits-deploy detect prune")
 
 
 def resolved(recipe: DetectRecipe) -> DetectRecipe:

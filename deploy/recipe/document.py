@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.setting import BENCH, ENGINE, PLAN, REQUIRED, RUN, TRAIN, setting
 from upvits.deploy.recipe.validation import validated
 from upvits.deploy.store.run_dir import read_recipe, read_toml
-from upvits.toolchain.planning import Component
-from upvits.toolchain.scores import Method
+from upvits.toolchain.choices import Component, Method
 
 Planner = Literal["uniform", "global", "latency"]
 IDENTITY = ("model", "weights", "data", "image_size", "plan")
@@ -27,14 +27,6 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ScoreRecipe(_Part):
-    """How units are scored: on `num_images` training images, equally many of every class."""
-
-    method: Method = "fisher"
-    num_images: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
-
-
 class PlanRecipe(_Part):
     """How much is cut, exactly one of the first six (`depth_ratio` may stand alone or beside `ratio`), and by whom.
 
@@ -42,17 +34,39 @@ class PlanRecipe(_Part):
     first batch size that is timed.
     """
 
-    ratio: float | None = None
-    target_macs: float | None = None
-    target_params: float | None = None
-    like: str | None = None
-    target_latency: str | None = None
-    speedup: str | None = None
-    depth_ratio: float | None = None
-    planner: Planner | None = None
-    rounds: int = Field(1, ge=1, le=64)
-    align: int = 8
-    components: tuple[Component, ...] | None = None
+    ratio: float | None = setting(None, "Share of every dimension to remove.", "--ratio", "-r", panel=PLAN)
+    target_macs: float | None = setting(None, "Share of the MACs to keep.", "--target-macs", panel=PLAN)
+    target_params: float | None = setting(None, "Share of the parameters to keep.", "--target-params", panel=PLAN)
+    like: str | None = setting(None, "Depth, widths and heads of this smaller published model.", "--like", panel=PLAN)
+    target_latency: str | None = setting(
+        None, "Milliseconds per batch, e.g. 2.0ms, measured here.", "--target-latency", panel=PLAN
+    )
+    speedup: str | None = setting(None, "Against the dense model, e.g. 2x, measured here.", "--speedup", panel=PLAN)
+    depth_ratio: float | None = setting(
+        None, "Share of the blocks to remove, also beside --ratio; planner uniform.", "--depth-ratio", panel=PLAN
+    )
+    planner: Planner | None = setting(
+        None, "What chooses widths.", "--planner", panel=PLAN, shown="uniform; latency where one is asked for"
+    )
+    rounds: int = setting(1, "Prune in steps, scoring again in between.", "--rounds", panel=PLAN, ge=1, le=64)
+    align: int = setting(8, "Widths are multiples of this.", "--align", panel=PLAN)
+    components: tuple[Component, ...] | None = setting(
+        None,
+        "What may be cut: of attention, heads and qk_v one; depth not with planner uniform.",
+        "--components",
+        panel=PLAN,
+        shown="embed,attention,ffn, and depth unless uniform",
+    )
+
+
+class ScoreRecipe(_Part):
+    """How units are scored: on `num_images` training images, equally many of every class."""
+
+    method: Method = setting("fisher", "How units are scored.", "--method", panel=PLAN)
+    num_images: int | None = setting(
+        None, "Images to score on.", "--proxy-images", panel=PLAN, shown="1024; 256 on the demo", ge=1
+    )
+    batch_size: int = setting(8, "Images per step of scoring.", ge=1)
 
 
 class CompensateRecipe(_Part):
@@ -61,34 +75,62 @@ class CompensateRecipe(_Part):
     `enabled` None means: unless there are too few images for it.
     """
 
-    enabled: bool | None = None
-    refit_images: int | None = Field(None, ge=1)
+    enabled: bool | None = setting(
+        None, "Rotate and refit.", "--compensate/--no-compensate", panel=PLAN, shown="on with enough images"
+    )
+    refit_images: int | None = setting(None, "Images to refit on.", "--refit-images", panel=PLAN, shown="512", ge=1)
 
 
 class DistillRecipe(_Part):
     """Fine-tuning against the dense parent; what is None is resolved from the model and the data."""
 
-    epochs: int | None = Field(None, ge=0)
-    batch_size: int | None = Field(None, ge=1)
-    lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(1e-3, ge=0)
-    warmup_epochs: float | None = Field(None, ge=0)
-    cutmix: float | None = Field(None, ge=0)
-    drop_path: float | None = Field(None, ge=0, lt=1)
-    label_weight: float = Field(1.0, ge=0)
-    logit_weight: float = Field(6.4, ge=0)
-    feature_weight: float | None = Field(None, ge=0)
-    workers: int | None = Field(None, ge=0)
-
-
-class ExportRecipe(_Part):
-    """How the ONNX files are written, and on how many validation images graphs and engines are judged."""
-
-    opset: int = Field(20, ge=18, le=23)
-    uint8_input: bool = False
-    external_data: bool = False
-    parity_images: int = Field(64, ge=1)
-    accuracy_images: int = Field(1000, ge=1)
+    epochs: int | None = setting(
+        None,
+        "Passes over the training images; 0 skips.",
+        "--epochs",
+        panel=TRAIN,
+        shown="30; on the demo 2, or 3 with --no-compensate",
+        ge=0,
+    )
+    batch_size: int | None = setting(
+        None, "Images per step.", "--batch-size", panel=TRAIN, shown="256; 32 below 20,000 images", ge=1
+    )
+    lr: float | None = setting(
+        None,
+        "Peak rate at batch 256.",
+        "--lr",
+        panel=TRAIN,
+        shown="1e-3; 4e-3 below 20,000 images; on the demo 3e-3, or 12e-3 with --no-compensate",
+        gt=0,
+    )
+    weight_decay: float = setting(1e-3, "Of AdamW; none on biases, norms, tokens and position embedding.", ge=0)
+    warmup_epochs: float | None = setting(None, "Epochs of a rising rate.", shown="2; 0.3 on the demo", ge=0)
+    cutmix: float | None = setting(
+        None,
+        "CutMix, shares from Beta(cutmix, cutmix); 0: none.",
+        shown="0.5; 0 on the demo",
+        ge=0,
+    )
+    drop_path: float | None = setting(
+        None,
+        "Stochastic depth of the last block, growing linearly.",
+        shown="0.1; 0 below 20,000 images",
+        ge=0,
+        lt=1,
+    )
+    label_weight: float = setting(1.0, "Weight of the labels' loss.", ge=0)
+    logit_weight: float = setting(6.4, "Weight of the KL to the dense network's logits.", ge=0)
+    feature_weight: float | None = setting(
+        None,
+        "Weight of feature distillation.",
+        "--feature-weight",
+        panel=TRAIN,
+        shown="20 for PVTv2 and networks without classes, else 0",
+        ge=0,
+    )
+    workers: int | None = setting(
+        None, "Reading processes.", "--workers", panel=TRAIN, shown="0; on GPUs cores - 1, at most 8", ge=0
+    )
 
 
 class PrecisionRecipe(_Part):
@@ -98,51 +140,79 @@ class PrecisionRecipe(_Part):
     points (of agreement with it where there are no labels).
     """
 
-    calib: str | None = None
-    calib_images: int = Field(256, ge=1)
-    max_drop: float = Field(0.5, ge=0)
+    max_drop: float = setting(0.5, "Points of accuracy that a precision may cost.", "--max-drop", panel=ENGINE, ge=0)
+    calib: str | None = setting(
+        None, "Images to calibrate on, like --data.", "--calib", panel=ENGINE, shown="those of --data"
+    )
+    calib_images: int = setting(256, "How many images to calibrate on.", "--calib-images", panel=ENGINE, ge=1)
 
 
 class EngineRecipe(_Part):
     """What is built: every runtime in every precision that it has."""
 
-    runtime: str = "auto"
-    precision: str = "auto"
-    batch: str = "1:8:32"
-    targets: tuple[str, ...] = ()
-    workspace_mib: int | None = Field(None, ge=1)
-    require_fused_attention: bool = False
+    runtime: str = setting("auto", "Some of onnxruntime, tensorrt-rtx, ...", "--runtime", panel=ENGINE)
+    precision: str = setting(
+        "auto", "Some of fp32,fp16,bf16,int8,fp8; auto: what suits the runtime.", "--precision", panel=ENGINE
+    )
+    batch: str = setting("1:8:32", "Batch sizes min:opt:max.", "--batch", "--batch-profile", panel=ENGINE)
+    targets: tuple[str, ...] = setting(
+        (), "GPU targets, e.g. sm86,sm120.", "--targets", panel=ENGINE, shown="the runtime's"
+    )
+    workspace_mib: int | None = setting(None, "Most scratch memory, MiB.", "--workspace", panel=ENGINE, ge=1)
+    require_fused_attention: bool = setting(
+        False, "Refuse engines with attention in pieces.", "--require-fused-attention", panel=ENGINE
+    )
+
+
+class ExportRecipe(_Part):
+    """How the ONNX files are written, and on how many validation images graphs and engines are judged."""
+
+    opset: int = setting(20, "ONNX operator set, 18 to 23.", "--opset", panel=ENGINE, ge=18, le=23)
+    uint8_input: bool = setting(
+        False, "Raw NHWC pixels as input, normalised in the graph.", "--uint8-input", panel=ENGINE
+    )
+    external_data: bool = setting(False, "ONNX weights in a file of their own.", "--save-external-data", panel=ENGINE)
+    parity_images: int = setting(64, "Images that exported graphs and engines are compared on.", ge=1)
+    accuracy_images: int = setting(1000, "Images that accuracy is measured on, at most.", ge=1)
 
 
 class BenchRecipe(_Part):
     """How latency is measured; `seconds` is the time per batch size for each pair of dense and pruned engines."""
 
-    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
-    seconds: float = Field(6.0, gt=0)
-    warmup: int = Field(5, ge=1)
-    rounds: int = Field(20, ge=2)
-    streams: tuple[Annotated[int, Field(ge=1, le=MAX_STREAMS)], ...] = (1,)
-    cuda_graph: bool = False
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = setting(
+        (1, 8), "Batch sizes to time.", "--bench-batches", panel=BENCH
+    )
+    seconds: float = setting(6.0, "Seconds per batch size and pair.", "--bench-seconds", panel=BENCH, gt=0)
+    warmup: int = setting(5, "Calls of every engine before the first that is timed.", ge=1)
+    rounds: int = setting(20, "Turns of the engines that are compared.", ge=2)
+    streams: tuple[Annotated[int, Field(ge=1, le=MAX_STREAMS)], ...] = setting(
+        (1,), "Sessions at once, e.g. 1,4.", "--streams", panel=BENCH
+    )
+    cuda_graph: bool = setting(False, "Replay recorded work on GPUs.", "--cuda-graph", panel=BENCH)
 
 
 class Recipe(_Part):
     """One run of the main job."""
 
-    model: str
-    weights: str | None = None
-    data: str = "demo"
-    image_size: int | None = Field(None, ge=16, le=4096)
-    seed: int = Field(0, ge=0, lt=2**63)
-    device: str = "auto"
-    score: ScoreRecipe = ScoreRecipe()
+    model: str = setting(REQUIRED, "timm name, e.g. pvtv2_b0 or deit_tiny (see `models`).", "--model", "-m")
+    weights: str | None = setting(
+        None, "Checkpoint file, model folder, timm (hub), random, or demo.", "--weights", shown="demo on the demo data"
+    )
+    data: str = setting("demo", "imagefolder:DIR, hfds:NAME, wds:DIR, torch:NAME, or demo.", "--data")
+    image_size: int | None = setting(None, "Side in pixels.", "--image-size", shown="the model's", ge=16, le=4096)
     plan: PlanRecipe = PlanRecipe()
+    score: ScoreRecipe = ScoreRecipe()
     compensate: CompensateRecipe = CompensateRecipe()
     distill: DistillRecipe = DistillRecipe()
-    export: ExportRecipe = ExportRecipe()
-    precision: PrecisionRecipe = PrecisionRecipe()
+    device: str = setting("auto", "auto, cpu or cuda.", "--device", panel=TRAIN)
     engine: EngineRecipe = EngineRecipe()
+    precision: PrecisionRecipe = PrecisionRecipe()
+    export: ExportRecipe = ExportRecipe()
     bench: BenchRecipe = BenchRecipe()
-    detect: DetectRecipe | None = None
+    detect: DetectRecipe | None = setting(
+        None, "Detectors too, on this COCO folder or demo.", "--detect", panel=RUN, shown="none"
+    )
+    seed: int = setting(0, "Of everything that is drawn.", "--seed", panel=RUN, ge=0, lt=2**63)
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:

@@ -13,7 +13,7 @@ import pytest
 
 from upvits.deploy.cli import app as cli
 
-from .conftest import Exported
+from ..conftest import Exported
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "from upvits.deploy.cli.app import main; main()"
