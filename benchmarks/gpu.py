@@ -118,9 +118,9 @@ class Networks:
         """Of an image, (channels, height, width)."""
         return toolchain.preprocess_of(self.dense).input_size
 
-    def onnx(self, which: str, precision: str, rest: str) -> Path:
+    def onnx(self, which: str, precision: str, base_precision: str) -> Path:
         """The ONNX file of "dense" or "pruned" in a precision."""
-        path = self.folder / which / f"{precision}-{rest}.onnx"
+        path = self.folder / which / f"{precision}-{base_precision}.onnx"
         if not path.exists():
             fp32 = self.folder / which / "fp32.onnx"
             if not fp32.exists():
@@ -129,7 +129,7 @@ class Networks:
             graph = onnx.load(fp32)
             noise = [np.random.default_rng(0).standard_normal((4, *self.size)).astype(np.float32)]
             ranges = calibrate(graph, noise) if precision in QUANTIZED else None
-            onnx.save(convert(graph, precision, ranges=ranges, rest=rest).model, path)
+            onnx.save(convert(graph, precision, ranges=ranges, base_precision=base_precision).model, path)
         return path
 
 
@@ -155,12 +155,12 @@ def open_pair(networks: Networks, way: Way, batches: Sequence[int], device: str)
     if missing is not None:
         raise MissingDependencyError(missing.why, fix=missing.fix)
     capability = compute_capability()
-    here = (f"sm{capability[0]}{capability[1]}",) if capability and way.runtime.startswith("tensorrt") else ()
+    here = (f"sm{capability[0]}{capability[1]}",) if capability and runtime.has_targets else ()
     middle = sorted(batches)[len(batches) // 2]
     options = BuildOptions(way.precision, BatchProfile(min(batches), middle, max(batches)), targets=here)
     sessions = []
     for which in ("dense", "pruned"):
-        path = networks.onnx(which, way.precision, runtime.rest)
+        path = networks.onnx(which, way.precision, runtime.base_precision)
         folder = networks.folder / which / str(way).replace(" ", "-")
         runtime.build(path, folder, options)
         sessions.append(runtime.open(folder, RunOptions(cuda_graph=way.cuda_graph)))

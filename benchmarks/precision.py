@@ -79,8 +79,12 @@ def measure_run(run: Path, calib_images: int, eval_images: int, quiet: bool) -> 
         plain = load_model(run / "4-export" / network / "model.onnx")
         for outliers, model in ((False, plain), (True, with_outliers(plain))):
             ranges = calibrate(model, calibration, quiet=quiet)
-            graphs = {f"{p}{f' ({rest})' if rest else ''}": convert(model, p, ranges=ranges, rest=rest or "fp16").model
-                      for p, rest in RECIPES}  # fmt: skip
+            graphs = {
+                f"{p}{f' ({base})' if base else ''}": convert(
+                    model, p, ranges=ranges, base_precision=base or "fp16"
+                ).model
+                for p, base in RECIPES
+            }
             graphs["int8 (fp16), no fold"] = without_fold(model, ranges)
             for name, found in _judge(model, graphs, source, preprocess, eval_images, quiet).items():
                 yield {

@@ -166,7 +166,7 @@ def runtimes_here() -> list[str]:
     """CPU runtimes that work on this machine, and those of its GPU where there is one."""
     usable = [name for name, runtime in RUNTIMES.items() if runtime.missing_to_run() is None]
     usable = [name for name in usable if RUNTIMES[name].missing_to_build() is None and name != "openvino-gpu"]
-    return [name for name in usable if name in CPU_RUNTIMES or RUNTIMES[name].rest != "fp32"]
+    return [name for name in usable if name in CPU_RUNTIMES or not RUNTIMES[name].on_cpu]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -83,7 +83,7 @@ def _engine(work: Work, runtime: Runtime, precision: str) -> Artifact:
     options = BuildOptions(
         precision=precision,
         batch=BatchProfile(1, min(work.wanted.batches), max(judge.BATCH, *work.wanted.batches)),
-        targets=job.recipe.engine.targets if runtime.name.startswith("tensorrt") else (),
+        targets=job.recipe.engine.targets if runtime.has_targets else (),
         workspace_mib=job.recipe.engine.workspace_mib,
     )
     builder = builder_facts(runtime)
@@ -120,20 +120,20 @@ def _graphs(work: Work, runtime: Runtime, precision: str) -> Artifact:
         figures = {}
         for name, detector in work.detectors.items():
             decode = load_model(detector.folder / "model.onnx")
-            converted, figures[name] = _converted(work, detector, decode, precision, runtime.rest)
+            converted, figures[name] = _converted(work, detector, decode, precision, runtime.base_precision)
             (folder / name).mkdir()
             save_model(with_network(decode, converted.model), folder / name / "model.onnx")
         write_json(folder / "ap.json", figures)
 
     recipe = job.recipe.precision
-    settings = {"precision": precision, "rest": runtime.rest, "max_drop": recipe.max_drop,
+    settings = {"precision": precision, "rest": runtime.base_precision, "max_drop": recipe.max_drop,
                 "ap_images": work.wanted.ap_images, "calib_images": recipe.calib_images}  # fmt: skip
     inputs = {name: detector.digest for name, detector in work.detectors.items()}
     return stage(job, f"{DETECT}/graph-{graph_name(runtime, precision)}", settings, inputs, make)
 
 
 def _converted(
-    work: Work, detector: Artifact, decode: ModelProto, precision: str, rest: str
+    work: Work, detector: Artifact, decode: ModelProto, precision: str, base_precision: str
 ) -> tuple[Converted, dict[str, Any]]:
     """A detector's network in a precision, with as few layers put back as its AP allows."""
     limit, calib = work.job.recipe.precision.max_drop, work.job.recipe.precision.calib_images
@@ -152,10 +152,12 @@ def _converted(
         )
 
     ranges = calibrate(network, fed(calib), quiet=work.job.quiet) if precision in QUANTIZED else None
-    converted = convert(network, precision, ranges=ranges, rest=rest)
+    converted = convert(network, precision, ranges=ranges, base_precision=base_precision)
     if cost(converted)["drop"] > limit:
         order = list(layer_sqnr(network, converted, fed(_SENSITIVITY_IMAGES), quiet=work.job.quiet))
-        search = put_back(network, ranges, precision, rest, order, lambda one: bool(cost(one)["drop"] <= limit))
+        search = put_back(
+            network, ranges, precision, base_precision, order, lambda one: bool(cost(one)["drop"] <= limit)
+        )
         converted = search.converted
     return converted, {**cost(converted), "kept": list(converted.kept), "graphs_tried": len(known)}
 

@@ -128,7 +128,7 @@ def builder_facts(runtime: Runtime) -> dict[str, str]:
     """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
     here = environment()
     versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
-    if runtime.rest == "fp32":  # runtimes of the CPU are tuned to the cores that they may use
+    if runtime.on_cpu:  # these are tuned to the cores that they may use
         device = f"{here.cpu}, {here.cores_usable} cores"
     else:
         device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])

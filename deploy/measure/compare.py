@@ -150,7 +150,7 @@ def compare(
             feeds = {own.name: feeds[own.name] for own in models}
             with GpuMonitor() as monitor:
                 measured = interleave_own(sessions, feeds, settings, quiet=quiet)
-            on_gpu = [own.name for own in models if own.runtime.rest == "fp16"] if monitor.samples else []
+            on_gpu = [own.name for own in models if not own.runtime.on_cpu] if monitor.samples else []
             joules = {(n, b): joules_per_image(sessions[n], feeds[n][b]) for n in on_gpu for b in batches}
         rates = _throughputs(models, folders, feeds, [n for n in streams if n > 1], options, seconds, quiet=quiet)
     return Comparison(
@@ -267,7 +267,7 @@ def _check_memory(models: Sequence[Target], feeds: Mapping[str, Mapping[int, Arr
 def _bytes_of_calls(own: Target, feeds: Mapping[int, Arrays]) -> int:
     """Memory of a session that has run all of its batch sizes: copies of the inputs, and the largest activations."""
     inputs = sum(array.nbytes for arrays in feeds.values() for array in arrays.values())
-    if own.graph is None or own.runtime.rest != "fp32":
+    if own.graph is None or not own.runtime.on_cpu:
         return inputs
     return inputs + activation_bytes(own.graph, feeds[max(feeds)])
 
@@ -334,7 +334,7 @@ def _build(own: Target, folder: Path, feeds: Mapping[int, Arrays]) -> tuple[Path
     except GateError:
         engine = own.runtime.build(own.path, folder, anyhow)
     try:
-        check_built(engine.built, wanted, own.runtime.name)
+        check_built(engine.built, wanted, own.runtime)
     except GateError as error:
         return folder, [f"{own.name} runs wider than the file asks for: {error.what}. {error.why}"]
     return folder, []

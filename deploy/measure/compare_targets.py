@@ -198,7 +198,7 @@ def _named_runtimes(names: str) -> Iterator[Runtime]:
 def _of_file(path: Path, label: str, wanted: Sequence[Runtime] | None) -> tuple[list[Target], list[Skipped]]:
     model = load_model(path)
     inputs, precision = inputs_of(model, str(path)), _precision(model)
-    here = [own for own in RUNTIMES.values() if own.rest == "fp32" and own.missing_to_run() is None]
+    here = [own for own in RUNTIMES.values() if own.on_cpu and own.missing_to_run() is None]
     skipped = [] if here or wanted else [Skipped(label, "Neither ONNX Runtime nor OpenVINO works here.")]
     graph = declared_only(model)
     targets = [
@@ -291,7 +291,7 @@ def _in_the_way(engine: Engine, batches: Sequence[int]) -> str | None:
         return f"It was built for {', '.join(engine.targets)}; this machine has {device_here()}."
     profile = engine.batch
     outside = [batch for batch in batches if not profile.min <= batch <= profile.max]
-    if outside and "tensorrt" in runtime.name:  # the others take every batch
+    if outside and runtime.has_batch_profile:  # the others take every batch
         return f"It takes batches of {profile.min} to {profile.max}, not {', '.join(map(str, outside))}."
     return None
 

@@ -24,7 +24,7 @@ class Converted:
     Attributes:
         model: the graph to build.
         precision: what was asked for.
-        rest: what the layers that are not quantized compute in; the precision itself for fp32, fp16 and bf16.
+        base_precision: what the layers that are not quantized compute in; the precision itself for fp32, fp16 and bf16.
         quantized: names of the nodes that compute in int8 or fp8.
         kept: names of the nodes that were kept out of the precision.
         folded: names of the LayerNorms whose outliers moved into weights.
@@ -33,7 +33,7 @@ class Converted:
 
     model: ModelProto
     precision: str
-    rest: str
+    base_precision: str
     quantized: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
@@ -41,24 +41,29 @@ class Converted:
 
 
 def convert(
-    model: ModelProto, precision: str, *, ranges: Ranges | None = None, rest: str = "fp16", keep: Sequence[str] = ()
+    model: ModelProto,
+    precision: str,
+    *,
+    ranges: Ranges | None = None,
+    base_precision: str = "fp16",
+    keep: Sequence[str] = (),
 ) -> Converted:
     """The model in a precision; the same object for "fp32".
 
     int8: outliers of LayerNorms move into weights, then matrix products and convolutions with constant weights are
-    quantized, then the rest becomes fp16. fp8 has exponents of its own and needs no such fold: with channels of
+    quantized, then everything else becomes fp16. fp8 has exponents of its own and needs no such fold: with channels of
     LayerNorm 30 to 100 times too large PVTv2-B0 keeps 33 dB in fp8 without it, but 4 dB in int8.
 
-    With a rest of fp32, as CPUs have it, results of int8 convolutions are quantized too: ONNX Runtime has no int8
-    convolution with an fp32 result and would dequantize the weights in every call. PVTv2-B0 at 64 pixels, batch 8, one
-    thread: 18.4 ms in fp32, 48.7 without, 14.8 with it; OpenVINO 21.3, 15.6 and 15.9. It costs 4.9 dB of 40.2.
+    With a base precision of fp32, as CPUs have it, results of int8 convolutions are quantized too: ONNX Runtime has no
+    int8 convolution with an fp32 result and would dequantize the weights in every call. PVTv2-B0 at 64 pixels, batch 8,
+    one thread: 18.4 ms in fp32, 48.7 without, 14.8 with it; OpenVINO 21.3, 15.6 and 15.9. It costs 4.9 dB of 40.2.
 
     Args:
         model: fp32 ONNX model.
         precision: one of PRECISIONS.
         ranges: from `calibrate`, for int8 and fp8.
-        rest: "fp16" or "fp32", of what is not quantized.
-        keep: names of nodes that stay in `rest`, with fp16 and bf16 in fp32.
+        base_precision: "fp16" or "fp32", of what is not quantized.
+        keep: names of nodes that stay in `base_precision`, with fp16 and bf16 in fp32.
 
     Raises:
         UserError: the precision is unknown, ranges are missing, there is nothing to quantize, a weight is too large
@@ -80,16 +85,16 @@ def convert(
     folded: tuple[str, ...] = ()
     if precision == "int8":
         base, base_ranges, folded = fold_outliers(base, ranges)
-    on_cpu = precision == "int8" and rest == "fp32"
+    on_cpu = precision == "int8" and base_precision == "fp32"
     layers = quantizable_layers(base, precision, on_cpu=on_cpu)
     if not layers:
         raise nothing_to_quantize()
     chosen = [layer for layer in layers if layer.name not in keep]
     result = quantize(base, base_ranges, precision, chosen, conv_results=on_cpu)
     return Converted(
-        to_half(result, rest) if rest in HALVES else result,
+        to_half(result, base_precision) if base_precision in HALVES else result,
         precision,
-        rest,
+        base_precision,
         quantized=tuple(layer.name for layer in chosen),
         kept=tuple(layer.name for layer in layers if layer.name in keep),
         folded=folded,

@@ -30,7 +30,7 @@ def put_back(
     model: ModelProto,
     ranges: Ranges | None,
     precision: str,
-    rest: str,
+    base_precision: str,
     order: Sequence[str],
     holds: Callable[[Converted], bool],
 ) -> PutBack:
@@ -40,7 +40,7 @@ def put_back(
         model: fp32 ONNX model.
         ranges: from `calibrate`, for int8 and fp8.
         precision: "fp16", "bf16", "int8" or "fp8".
-        rest: what layers that are put back compute in; fp32 with fp16 and bf16.
+        base_precision: what layers that are put back compute in; fp32 with fp16 and bf16.
         order: names of nodes, worst first (`layer_sqnr` gives them so).
         holds: judges a model.
 
@@ -51,7 +51,7 @@ def put_back(
     count = 0
     tried = 0
     while True:
-        best = convert(model, precision, ranges=ranges, rest=rest, keep=order[:count])
+        best = convert(model, precision, ranges=ranges, base_precision=base_precision, keep=order[:count])
         tried += 1
         if holds(best):
             break
@@ -60,7 +60,7 @@ def put_back(
         failed, count = count, min(max(1, 2 * count), len(order))
     while count - failed > 1:
         middle = (failed + count) // 2
-        candidate = convert(model, precision, ranges=ranges, rest=rest, keep=order[:middle])
+        candidate = convert(model, precision, ranges=ranges, base_precision=base_precision, keep=order[:middle])
         tried += 1
         if holds(candidate):
             best, count = candidate, middle

@@ -201,7 +201,7 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
         raise UserError(f"Batch profile {wanted.batch!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
     profile = BatchProfile(*(int(part) for part in parts))
     outside = [batch for batch in recipe.bench.batches if not profile.min <= batch <= profile.max]
-    if outside and any("tensorrt" in runtime.name for runtime in runtimes):
+    if outside and any(runtime.has_batch_profile for runtime in runtimes):
         raise UserError(
             f"Batch {outside[0]} is to be timed, but engines are built for {profile.min} to {profile.max}.",
             fix="Widen --batch-profile, or time other batches with --bench-batches.",
@@ -210,7 +210,7 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
     strange = [target for target in wanted.targets if re.fullmatch(r"sm[1-9][0-9]{1,2}", target) is None]
     if strange:
         raise UserError(f"Unknown target {strange[0]!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
-    if wanted.targets and not any(runtime.name.startswith("tensorrt") for runtime in runtimes):
+    if wanted.targets and not any(runtime.has_targets for runtime in runtimes):
         raise UserError(
             "--targets means nothing to the chosen runtimes.",
             why=f"{', '.join(runtime.name for runtime in runtimes)} build for the machine that they run on.",
@@ -218,7 +218,7 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
         )
     for runtime in runtimes:
         for precision in precisions_for(runtime, wanted.precision):
-            runtime.targets_for(precision, wanted.targets if runtime.name.startswith("tensorrt") else ())
+            runtime.targets_for(precision, wanted.targets if runtime.has_targets else ())
 
 
 def check_precision(spec: str, runtimes: Sequence[Runtime]) -> None:

@@ -24,7 +24,6 @@ from upvits.deploy.store.artifacts import atomic_write, disk_full_error, file_di
 BUILD_RECORD = "build.json"
 _FORMAT_VERSIONS = (1, 2)  # 2 added `built`
 _NARROW = ("fp16", "bf16", "int8", "fp8")
-_ON_CPU = ("onnxruntime", "openvino")  # names of the runtimes that compute there
 _REBUILD = "Build it again with `upvits-deploy engine`."
 
 
@@ -103,7 +102,7 @@ def require(missing: Missing | None, what: str) -> None:
         raise MissingDependencyError(what, why=missing.why, fix=missing.fix)
 
 
-def check_built(built: Built | None, options: BuildOptions, runtime_name: str) -> None:
+def check_built(built: Built | None, options: BuildOptions, runtime: Runtime) -> None:
     """Refuse an engine that is less than what its graph asks for. What cannot be read passes.
 
     Raises:
@@ -119,25 +118,25 @@ def check_built(built: Built | None, options: BuildOptions, runtime_name: str) -
         if found + removed < planned:
             others = ", ".join(f"{count} in {name}" for name, count in built.gemms.items() if name != precision)
             raise GateError(
-                f"{runtime_name} built {found} of {planned} {precision} layers",
+                f"{runtime.name} built {found} of {planned} {precision} layers",
                 why=f"Of the graph's matrix products and convolutions, {others or 'none'} are in the engine instead "
                 f"({built.source}).",
-                fix=f"Use a precision that {runtime_name} follows for this model, or another runtime.",
+                fix=f"Use a precision that {runtime.name} follows for this model, or another runtime.",
             )
     fused = built.attention_fused
     if options.require_fused_attention and fused is not None and fused < built.attention_blocks:
         raise GateError(
-            f"{runtime_name} fused {fused} of {built.attention_blocks} attention blocks",
+            f"{runtime.name} fused {fused} of {built.attention_blocks} attention blocks",
             why=f"The others run as separate matrix products and softmax, which is slower ({built.source}).",
-            fix=_to_fuse(options.precision, runtime_name),
+            fix=_to_fuse(options.precision, runtime),
         )
 
 
-def _to_fuse(precision: str, runtime_name: str) -> str:
+def _to_fuse(precision: str, runtime: Runtime) -> str:
     """What to do about attention that is not fused."""
-    if runtime_name in _ON_CPU:
+    if runtime.on_cpu:
         return (
-            f"{runtime_name} does not fuse this attention on this machine: --require-fused-attention is for engines of "
+            f"{runtime.name} does not fuse this attention on this machine: --require-fused-attention is for engines of "
             "GPUs. Leave it out, or leave this runtime out."
         )
     shape = "Fused kernels need head_dim to be a multiple of 8 in 16..256 (--align 8)"

@@ -232,8 +232,24 @@ class Runtime(Protocol):
         ...
 
     @property
-    def rest(self) -> str:
-        """What the layers around int8 and fp8 ones run in here: "fp16", or "fp32" without fp16 arithmetic."""
+    def base_precision(self) -> str:
+        """What layers that are not quantized compute in, in an int8 or fp8 engine: "fp16", or "fp32" on devices
+        without fp16 arithmetic."""
+        ...
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether engines run on the CPU."""
+        ...
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether an engine is built for GPUs of some compute capabilities, and runs on no other ones."""
+        ...
+
+    @property
+    def has_batch_profile(self) -> bool:
+        """Whether an engine refuses batches outside the `BatchProfile` that it was built for."""
         ...
 
     @property

@@ -126,7 +126,7 @@ def save_plan(
     Raises:
         GateError: it is less.
     """
-    check_built(built, options, runtime.name)
+    check_built(built, options, runtime)
     return save_engine(
         runtime,
         folder,

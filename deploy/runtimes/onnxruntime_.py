@@ -59,7 +59,16 @@ class OnnxRuntime:
     name: str
     provider: str
     precisions: tuple[str, ...]
-    rest: str
+    base_precision: str
+    has_targets: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.provider == providers.CPU
+
+    @property
+    def has_batch_profile(self) -> bool:
+        return self.provider in (providers.TENSORRT, providers.TENSORRT_RTX)
 
     @property
     def libraries(self) -> tuple[str, ...]:
@@ -69,7 +78,7 @@ class OnnxRuntime:
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return Missing("onnxruntime is not installed.", "pip install onnxruntime-gpu")
-        return None if self.provider == providers.CPU else _missing_provider(self.provider)
+        return None if self.on_cpu else _missing_provider(self.provider)
 
     def missing_to_run(self) -> Missing | None:
         return self.missing_to_build()
@@ -87,7 +96,7 @@ class OnnxRuntime:
         ):
             source = openable(self._ready(model), Path(weights), apart=keeps_weights_apart(onnx_path))
             settings, built = self._compile(onnx_path, model, source, options, Path(work))
-            check_built(built, options, self.name)
+            check_built(built, options, self)
             self._save_cache(Path(work), folder)
             return save_engine(
                 self,
@@ -118,7 +127,7 @@ class OnnxRuntime:
 
     def _ready(self, model: ModelProto) -> ModelProto:
         """The graph in the form that the provider runs best."""
-        if self.provider != providers.CPU:
+        if not self.on_cpu:
             return model
         ready = biases_apart(model)
         return unsigned_activations(ready) if platform.machine().lower() in ("x86_64", "amd64") else ready
@@ -131,7 +140,6 @@ class OnnxRuntime:
         Raises:
             BuildError: ONNX Runtime refused the model, or left layers to another provider.
         """
-        on_cpu = self.provider == providers.CPU
         chosen = providers.build_settings(self.provider, model, options)
         settings: dict[str, str | int | bool] = {"provider": self.provider, **chosen}
         try:
@@ -146,7 +154,7 @@ class OnnxRuntime:
                 why = f"These stay on the CPU: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}."
                 raise BuildError(f"{self.name} does not take the whole of {onnx_path.name}", why=why)
             built = built_of(optimised_graph(source, self.provider, chosen), model) if _shows_graph(self) else None
-            if on_cpu:
+            if self.on_cpu:
                 feeds = random_feeds(model, options.batch.opt)
                 settings["intra_op_threads"] = worthwhile_threads(
                     lambda count: OnnxRuntimeSession(source, threads=count), feeds, usable_cores()
@@ -163,7 +171,7 @@ class OnnxRuntime:
         require(self.missing_to_run(), f"{self.name} cannot run here")
         tuned = int(engine.settings.get("intra_op_threads", 0)) or None
         stored = {name: str(value) for name, value in engine.settings.items() if name not in _OWN_SETTINGS}
-        graph = options.cuda_graph and self.provider != providers.CPU
+        graph = options.cuda_graph and not self.on_cpu
         try:
             return OnnxRuntimeSession(
                 engine.path,

@@ -70,8 +70,14 @@ class OpenVino:
 
     name: str
     device: str
-    rest: str
+    base_precision: str
     libraries: tuple[str, ...] = ("openvino",)
+    has_targets: bool = False
+    has_batch_profile: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "CPU"
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -105,12 +111,12 @@ class OpenVino:
         model = only_products_quantized(model)
         with tempfile.TemporaryDirectory(prefix="upvits-") as work:
             source = openable(widened(model), Path(work), apart=keeps_weights_apart(onnx_path))
-            hint = _HINTS[options.precision if options.precision in _HINTS else self.rest]
+            hint = _HINTS[options.precision if options.precision in _HINTS else self.base_precision]
             settings: dict[str, str | int | bool] = {"device": self.device, "inference_precision": hint}
             try:
                 built = _built(_compile(source, self.device, hint, 1), model)
-                check_built(built, options, self.name)
-                if self.device == "CPU":
+                check_built(built, options, self)
+                if self.on_cpu:
                     settings["threads"] = worthwhile_threads(
                         lambda count: OpenVinoSession(source, self.device, hint, count),
                         random_feeds(model, options.batch.opt),

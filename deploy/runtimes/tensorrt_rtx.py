@@ -37,7 +37,10 @@ class TensorRtRtx:
 
     name: str = "tensorrt-rtx"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
-    rest: str = "fp16"
+    base_precision: str = "fp16"
+    on_cpu: bool = False
+    has_targets: bool = True
+    has_batch_profile: bool = True
     libraries: tuple[str, ...] = ("tensorrt-rtx",)
 
     def missing_to_build(self) -> Missing | None:

@@ -147,7 +147,9 @@ def _build(deployment: Deployment, model: nn.Module, preprocess: Preprocess, fol
             feeds = random_feeds(graph, 2)
             assert feeds is not None
             ranges = calibrate(graph, list(feeds.values()), quiet=True)
-        converted = convert(graph, deployment.precision, ranges=ranges, rest=deployment.runtime.rest)
+        converted = convert(
+            graph, deployment.precision, ranges=ranges, base_precision=deployment.runtime.base_precision
+        )
         save_model(converted.model, path)
     options = BuildOptions(precision=deployment.precision, batch=deployment.profile)
     deployment.runtime.build(path, folder / "engine", options)

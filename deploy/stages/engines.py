@@ -96,7 +96,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
     options = BuildOptions(
         precision=precision,
         batch=job.profile,
-        targets=recipe.targets if runtime.name.startswith("tensorrt") else (),
+        targets=recipe.targets if runtime.has_targets else (),
         workspace_mib=recipe.workspace_mib,
         require_fused_attention=recipe.require_fused_attention,
     )
@@ -328,7 +328,7 @@ def _energy(
     return {
         (pair.session(model), batch): joules_per_image(sessions[pair.session(model)], feed)
         for pair in pairs
-        if runtime_named(pair.runtime).rest != "fp32"
+        if not runtime_named(pair.runtime).on_cpu
         for model in MODELS
         for batch, feed in feeds.items()
     }

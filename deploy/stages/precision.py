@@ -33,21 +33,21 @@ _FEW_IMAGES = 32
 
 def precisions_for(runtime: Runtime, spec: str) -> tuple[str, ...]:
     """Precisions to build: those asked for; by default fp32, bf16 and int8 on CPUs, fp16 and int8 elsewhere."""
-    usual = ("fp32", "bf16", "int8") if runtime.rest == "fp32" else ("fp16", "int8")
+    usual = ("fp32", "bf16", "int8") if runtime.on_cpu else ("fp16", "int8")
     wanted = dict.fromkeys(p for name in split_names(spec) for p in (usual if name == "auto" else (name,)))
     return tuple(name for name in wanted if name in runtime.precisions)
 
 
 def graph_name(runtime: Runtime, precision: str) -> str:
     """Name of the graph that a runtime builds for a precision: quantized ones differ in what runs around them."""
-    return f"{precision}-{runtime.rest}" if precision in QUANTIZED else precision
+    return f"{precision}-{runtime.base_precision}" if precision in QUANTIZED else precision
 
 
 def precisions(job: Job, exported: Artifact) -> dict[str, Artifact]:
     """4-precision: the graphs that the engines need beside the fp32 ones, by name."""
     spec = job.recipe.engine.precision
     wanted = {
-        graph_name(runtime, precision): (precision, runtime.rest)
+        graph_name(runtime, precision): (precision, runtime.base_precision)
         for runtime in job.runtimes.runtimes
         for precision in precisions_for(runtime, spec)
         if precision != "fp32"
@@ -55,7 +55,7 @@ def precisions(job: Job, exported: Artifact) -> dict[str, Artifact]:
     return {name: _graphs(job, exported, name, *how) for name, how in wanted.items()}
 
 
-def _graphs(job: Job, exported: Artifact, name: str, precision: str, rest: str) -> Artifact:
+def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precision: str) -> Artifact:
     recipe = job.recipe.precision
 
     def work(folder: Path) -> None:
@@ -63,12 +63,12 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, rest: str) 
         for model in MODELS:
             fp32 = load_model(exported.folder / model / "model.onnx")
             reference = load_file(exported.folder / "accuracy_reference.safetensors")
-            graph, records[model] = _graph(job, fp32, precision, rest, reference[model], reference["labels"])
+            graph, records[model] = _graph(job, fp32, precision, base_precision, reference[model], reference["labels"])
             (folder / model).mkdir()
             save_model(graph, folder / model / "model.onnx", external_data=job.recipe.export.external_data)
         write_json(folder / "precision.json", records)
 
-    settings = {"precision": precision, "rest": rest, "max_drop": recipe.max_drop}
+    settings = {"precision": precision, "rest": base_precision, "max_drop": recipe.max_drop}
     inputs = {"onnx": exported.digest}
     if precision in QUANTIZED:
         settings |= {"calib_images": recipe.calib_images, "seed": job.recipe.seed}
@@ -79,7 +79,12 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, rest: str) 
 
 
 def _graph(
-    job: Job, fp32: ModelProto, precision: str, rest: str, reference: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+    job: Job,
+    fp32: ModelProto,
+    precision: str,
+    base_precision: str,
+    reference: np.ndarray[Any, Any],
+    labels: np.ndarray[Any, Any],
 ) -> tuple[ModelProto, dict[str, Any]]:
     """One network in one precision, and the record of how it got there."""
     known: dict[tuple[str, ...], Accuracy] = {}
@@ -91,17 +96,17 @@ def _graph(
 
     chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
     ranges = calibrate(fp32, _fed(job, chosen), quiet=job.quiet) if precision in QUANTIZED else None
-    converted = convert(fp32, precision, ranges=ranges, rest=rest)
+    converted = convert(fp32, precision, ranges=ranges, base_precision=base_precision)
     first = found = cost(converted)
     judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
     errors = layer_sqnr(fp32, converted, _fed(job, judged), quiet=job.quiet)
     if first.drop > (limit := job.recipe.precision.max_drop):
-        search = put_back(fp32, ranges, precision, rest, list(errors), lambda one: cost(one).drop <= limit)
+        search = put_back(fp32, ranges, precision, base_precision, list(errors), lambda one: cost(one).drop <= limit)
         converted, found = search.converted, cost(search.converted)
     worst = next((node for node in errors if node not in converted.kept), None)
     return converted.model, {
         "precision": precision,
-        "rest": converted.rest,
+        "rest": converted.base_precision,
         "in_fp32": GraphFacts(converted.model).in_fp32(),
         "accuracy": asdict(found),
         "drop_without_search": first.drop,

@@ -60,11 +60,11 @@ def write(path: Path, **arguments: str) -> Path:
     return path
 
 
-def write_converted(path: Path, precision: str, rest: str) -> Path:
+def write_converted(path: Path, precision: str, base_precision: str) -> Path:
     """The small model in a precision: runtimes build graphs as they are."""
     model = small_model()
     ranges = calibrate(model, [IMAGES], quiet=True) if precision in ("int8", "fp8") else None
-    onnx.save(convert(model, precision, ranges=ranges, rest=rest).model, path)
+    onnx.save(convert(model, precision, ranges=ranges, base_precision=base_precision).model, path)
     return path
 
 
@@ -87,6 +87,21 @@ def options_for(precision: str = "fp32") -> BuildOptions:
     return BuildOptions(precision, PROFILE, workspace_mib=256)
 
 
+def test_a_runtime_says_what_its_engines_run_on(runtime: Runtime) -> None:
+    assert runtime.on_cpu == (runtime.base_precision == "fp32")  # no CPU of today computes in fp16
+    assert not (runtime.on_cpu and (runtime.has_targets or runtime.has_batch_profile))
+    assert {"fp32", runtime.base_precision} <= {*runtime.precisions}
+
+
+def test_only_a_runtime_with_targets_takes_some(ready: Runtime) -> None:
+    if ready.has_targets:
+        assert ready.targets_for("fp32", ())
+        return
+    assert ready.targets_for("fp32", ()) == ()
+    with pytest.raises(UserError, match="no particular device"):
+        ready.targets_for("fp32", ("sm86",))
+
+
 def test_what_is_missing_is_said_and_building_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     missing = runtime.missing_to_build()
     if missing is None:
@@ -105,7 +120,7 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
     if precision not in ready.precisions:
         pytest.skip(f"{ready.name} does not build {precision}")
     plain = write(tmp_path / "plain.onnx")
-    path = write_converted(tmp_path / "model.onnx", precision, ready.rest)
+    path = write_converted(tmp_path / "model.onnx", precision, ready.base_precision)
     engine = ready.build(path, tmp_path / "engine", options_for(precision))
     content = engine.path.read_bytes()
     assert engine.path.parent == engine.folder == tmp_path / "engine"
@@ -146,6 +161,8 @@ def test_build_records_what_it_made_and_what_runs_is_right(ready: Runtime, preci
         for stage in (times.total, times.h2d, times.compute, times.d2h, times.enqueue):
             assert stage is None or (np.isfinite(stage).all() and (stage >= 0).all())
         assert (times.total > 0).all()
+        if not ready.has_batch_profile:  # twice the largest batch that it was built for
+            assert session.run({"images": np.concatenate([IMAGES, IMAGES])})["logits"].shape == (8, 8)
         layers = session.layer_times({"images": IMAGES[:2]}, 2)
         assert all(layer.ms >= 0 and layer.name for layer in layers)
     with pytest.raises(ValueError, match="closed"):

@@ -41,7 +41,7 @@ def test_fp8_rounds_inputs_and_weights(rest: str) -> None:
     x[0, 0] = 30.0
     model = product(w)
     ranges = calibrate(model, [x[1:]], quiet=True)  # so that the 30 lies outside and has to saturate
-    ours = run(for_cpu(convert(model, "fp8", ranges=ranges, rest=rest).model), x)
+    ours = run(for_cpu(convert(model, "fp8", ranges=ranges, base_precision=rest).model), x)
 
     def fp8(values: Array, amax: Array) -> Array:
         scale = amax / 448
@@ -67,6 +67,6 @@ def test_networks(name: str, precision: str, rest: str, request: pytest.FixtureR
     exported: Exported = request.getfixturevalue(name)
     model, images = onnx.load(exported.report.path), exported.images.numpy()
     ranges = calibrate(model, [images], quiet=True)
-    converted = for_cpu(convert(model, precision, ranges=ranges, rest=rest).model)
+    converted = for_cpu(convert(model, precision, ranges=ranges, base_precision=rest).model)
     onnx.checker.check_model(converted, full_check=True)
     assert (32 if precision == "bf16" else 15) < sqnr(run(model, images), run(converted, images)) < 60

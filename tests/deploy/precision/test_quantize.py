@@ -31,7 +31,7 @@ def test_weight_layers_are_int8_and_attention_is_not(name: str, rest: str, reque
     original, images = onnx.load(exported.report.path), exported.images.numpy()
     before = original.SerializeToString()
     ranges = calibrate(original, [images], quiet=True)
-    converted = convert(original, "int8", ranges=ranges, rest=rest)
+    converted = convert(original, "int8", ranges=ranges, base_precision=rest)
     assert original.SerializeToString() == before
     model = converted.model
     onnx.checker.check_model(model, full_check=True)
@@ -120,7 +120,7 @@ def foreign_model() -> ModelProto:
 def test_models_of_others(precision: str, rest: str) -> None:
     original, batch = foreign_model(), random(3, 7, 8, seed=5)
     ranges = calibrate(original, [batch, batch[:, :4]], quiet=True)
-    converted = convert(original, precision, ranges=ranges, rest=rest)
+    converted = convert(original, precision, ranges=ranges, base_precision=rest)
     onnx.checker.check_model(converted.model, full_check=True)
     assert len(converted.quantized) == len(set(converted.quantized)) == 4
     assert converted.model.opset_import[0].version >= 19
@@ -146,7 +146,7 @@ def test_cpus_get_quantized_results_of_convolutions_too() -> None:
     quantized = {
         rest: [
             own.input[0]
-            for own in convert(model, "int8", ranges=ranges, rest=rest).model.graph.node
+            for own in convert(model, "int8", ranges=ranges, base_precision=rest).model.graph.node
             if own.op_type == "QuantizeLinear"
         ]
         for rest in ("fp16", "fp32")

@@ -49,7 +49,7 @@ def test_the_demo_network_keeps_its_accuracy_in_int8(
     assert right > 0.95
     ranges = calibrate(model, np.split(calibration, 4), quiet=True)
     for rest in ("fp32",) if outliers else ("fp32", "fp16"):
-        converted = convert(model, "int8", ranges=ranges, rest=rest)
+        converted = convert(model, "int8", ranges=ranges, base_precision=rest)
         assert len(converted.quantized) == (58 if rest == "fp32" else 59)
         outputs = run(for_cpu(converted.model), held_out)
         assert sqnr(reference, outputs) > 33.0

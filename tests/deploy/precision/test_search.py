@@ -35,7 +35,7 @@ def rows(count: int = 64) -> Array:
 
 def test_the_error_is_that_of_the_layer_alone() -> None:
     model, batch = chain(1), rows()
-    converted = convert(model, "int8", ranges=calibrate(model, [batch], quiet=True), rest="fp32")
+    converted = convert(model, "int8", ranges=calibrate(model, [batch], quiet=True), base_precision="fp32")
     assert converted.ranges is not None
     scale = float(activation_scale(converted.ranges, "x", "int8"))
     weight = onnx.numpy_helper.to_array(model.graph.initializer[0])
@@ -60,7 +60,7 @@ def test_every_layer_of_a_network_worst_first(precision: str, pvt: Exported) -> 
 
 def test_the_layer_with_outliers_is_the_worst() -> None:
     model, batch = chain(5, outlier=2), rows()
-    converted = convert(model, "int8", ranges=calibrate(model, [batch], quiet=True), rest="fp32")
+    converted = convert(model, "int8", ranges=calibrate(model, [batch], quiet=True), base_precision="fp32")
     found = layer_sqnr(model, converted, [batch], quiet=True)
     assert next(iter(found)) in ("product2", "product3")  # the weight itself, or what follows from it
     with pytest.raises(UserError, match="no images"):

@@ -42,7 +42,7 @@ def test_outliers_cost_int8_nothing_after_the_fold(name: str, request: pytest.Fi
     model = prepared(with_outliers(onnx.load(exported.report.path)))
     reference, ranges = run(model, images), calibrate(model, [images], quiet=True)
     without = sqnr(reference, run(quantize(model, ranges, "int8", weight_layers(model)), images))
-    folded = sqnr(reference, run(convert(model, "int8", ranges=ranges, rest="fp32").model, images))
+    folded = sqnr(reference, run(convert(model, "int8", ranges=ranges, base_precision="fp32").model, images))
     assert folded > 27.0
     assert folded > without + 10.0
 

@@ -15,7 +15,16 @@ import upvits.deploy.graphs.files
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.precision import calibrate, convert
-from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, Built, Engine, Runtime, open_model, read_engine
+from upvits.deploy.runtimes import (
+    RUNTIMES,
+    BatchProfile,
+    BuildOptions,
+    Built,
+    Engine,
+    Runtime,
+    open_model,
+    read_engine,
+)
 from upvits.deploy.runtimes.engine_folder import check_built
 from upvits.deploy.runtimes.nvinfer import compile_engine
 from upvits.deploy.runtimes.tensorrt import TENSORRT
@@ -78,7 +87,7 @@ def test_a_large_model_becomes_an_engine_of_two_files(
         pytest.skip(f"{runtime.name} does not build {precision} here")
     model, images = onnx.load(vit.report.path), vit.images.numpy()
     ranges = calibrate(model, [images], quiet=True) if precision == "int8" else None
-    onnx.save(convert(model, precision, ranges=ranges, rest="fp32").model, path := tmp_path / "model.onnx")
+    onnx.save(convert(model, precision, ranges=ranges, base_precision="fp32").model, path := tmp_path / "model.onnx")
     whole = runtime.build(path, tmp_path / "whole", options(precision))
     monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", LIMIT)
     apart = runtime.build(path, tmp_path / "apart", options(precision))
@@ -263,6 +272,6 @@ def test_the_parser_gets_a_file_only_above_the_limit(
 def test_advice_on_unfused_attention_fits_the_engine(runtime_name: str, precision: str, said: str, unsaid: str) -> None:
     made = Built("test", 80, {}, {}, {}, 12, 0, 0, 0, None)
     with pytest.raises(GateError, match="fused 0 of 12") as refusal:
-        check_built(made, BuildOptions(precision, require_fused_attention=True), runtime_name)
+        check_built(made, BuildOptions(precision, require_fused_attention=True), RUNTIMES[runtime_name])
     assert said in refusal.value.fix
     assert unsaid not in refusal.value.fix

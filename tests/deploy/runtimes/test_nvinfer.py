@@ -33,14 +33,14 @@ def built(gemms: dict[str, int], planned: dict[str, int], fused: int | None = 12
     ],
 )
 def test_as_much_as_planned_passes(gemms: dict[str, int], planned: dict[str, int]) -> None:
-    check_built(built(gemms, planned), BuildOptions("int8", require_fused_attention=True), "some-runtime")
-    check_built(None, BuildOptions(require_fused_attention=True), "some-runtime")
+    check_built(built(gemms, planned), BuildOptions("int8", require_fused_attention=True), TENSORRT_RTX)
+    check_built(None, BuildOptions(require_fused_attention=True), TENSORRT_RTX)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
 def test_less_than_planned_is_refused_with_both_numbers(precision: str) -> None:
-    with pytest.raises(GateError, match=f"some-runtime built 3 of 50 {precision} layers") as refusal:
-        check_built(built({precision: 3, "fp32": 47}, {precision: 50}), BuildOptions(precision), "some-runtime")
+    with pytest.raises(GateError, match=f"tensorrt-rtx built 3 of 50 {precision} layers") as refusal:
+        check_built(built({precision: 3, "fp32": 47}, {precision: 50}), BuildOptions(precision), TENSORRT_RTX)
     assert refusal.value.exit_code == 4
     assert "47 in fp32" in refusal.value.why
     assert refusal.value.fix
@@ -51,10 +51,10 @@ def test_unfused_attention_is_refused_only_on_request(fused: int | None, require
     made = built({"fp16": 50}, {"fp16": 50}, fused)
     options = BuildOptions("fp16", require_fused_attention=required)
     if not refused:
-        check_built(made, options, "some-runtime")
+        check_built(made, options, TENSORRT_RTX)
         return
     with pytest.raises(GateError, match="fused 11 of 12 attention blocks") as refusal:
-        check_built(made, options, "some-runtime")
+        check_built(made, options, TENSORRT_RTX)
     assert "head_dim" in refusal.value.fix
 
 

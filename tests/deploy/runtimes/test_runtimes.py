@@ -24,7 +24,7 @@ from upvits.deploy.runtimes.onnxruntime_ import CPU, CUDA
 from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 from upvits.deploy.runtimes.tensorrt_rtx import DEFAULT_TARGETS, TENSORRT_RTX
 
-from .conftest import Exported
+from ..conftest import Exported
 
 
 def test_auto_takes_what_can_be_built_and_says_why_not_the_rest() -> None:
