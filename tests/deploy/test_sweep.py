@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tests.deploy.report.test_run_comparison import run_at
 from upvits.calib_data.errors import GateError, UserError
-from upvits.deploy.speed import sweep as sweeping
+from upvits.deploy import sweep as sweeping
 from upvits.deploy.store.run_dir import RECIPE
 from upvits.deploy.sweep import PAGE, SWEEP, SweepReport, compare_cuts, sweep, sweep_html, sweep_terminal
 

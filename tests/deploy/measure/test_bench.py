@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.deploy.machine.test_gpu_monitor import FakeNvml
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.bench import (
     BenchSettings,
@@ -25,7 +26,6 @@ from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 
 from ..conftest import Exported
-from .test_gpu_monitor import FakeNvml
 
 QUICK = BenchSettings(seconds=0.05, warmup=1, warmup_seconds=0, rounds=4, min_iterations=30)
 

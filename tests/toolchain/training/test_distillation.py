@@ -264,8 +264,9 @@ def test_pvt_with_features_and_distilled_deit() -> None:
         return VisionTransformerDistilled(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=4)
 
     settings = replace(SHORT, epochs=1, feature_weight=20.0, clip_grad=1.0)
-    for student, teacher in ((pvt(8), pvt(16)), (deit(0), deit(1))):
-        result = distill(student, teacher, source(32), preprocess(size=32), settings, device="cpu")
+    # at 64 px the last stages still attend to several tokens: with a single one, queries have no gradient
+    for student, teacher, size in ((pvt(8), pvt(16), 64), (deit(0), deit(1), 32)):
+        result = distill(student, teacher, source(32), preprocess(size=size), settings, device="cpu")
         assert all(np.isfinite([result.history[0].loss, result.history[0].feature_loss]))
         moved = [
             name
@@ -414,7 +415,13 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert [loss for loss, _ in figures] == pytest.approx([entry.loss for entry in alone.history], rel=1e-4)
     assert [top1 for _, top1 in figures] == pytest.approx([entry.top1 for entry in alone.history], abs=2)
     for name, tensor in alone.model.state_dict().items():
-        torch.testing.assert_close(first[name], tensor, rtol=1e-2, atol=1e-4)
+        compared = torch.arange(len(tensor))
+        if name.endswith("attn.qkv.bias"):
+            # Softmax ignores what a bias of the keys adds: its gradient is rounding, which Adam scales to a full step.
+            queries, keys, values = torch.arange(len(tensor)).chunk(3)
+            assert (first[name][keys] - tensor[keys]).abs().max() < 1e-3
+            compared = torch.cat([queries, values])
+        torch.testing.assert_close(first[name][compared], tensor[compared], rtol=1e-2, atol=1e-4)
 
 
 def test_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
