@@ -83,7 +83,7 @@ class ConvGroup:
     layers: tuple[str, ...]
 
 
-def neck_and_head(detector: nn.Module) -> list[ConvGroup]:
+def conv_groups(detector: nn.Module) -> list[ConvGroup]:
     """Groups of a RetinaNet's pyramid and head: within the pyramid, between it and the head, and inside the head."""
     neck, head = detector.get_submodule("neck"), detector.get_submodule("bbox_head")
     inner = tuple(f"neck.lateral_convs.{i}" for i in range(len(neck.lateral_convs)))  # type: ignore[arg-type]
@@ -99,10 +99,10 @@ def neck_and_head(detector: nn.Module) -> list[ConvGroup]:
 
 @dataclass(frozen=True, slots=True)
 class DetectorScores:
-    """Importance of the units of the backbone, and of the channels of pyramid and head by group, in nats per image."""
+    """Scores of the units of the backbone, and of the channels of pyramid and head by group, in nats per image."""
 
     backbone: Scores
-    rest: dict[str, Tensor]
+    neck_and_head: dict[str, Tensor]
 
 
 def score_detector(
@@ -121,15 +121,15 @@ def score_detector(
         UserError: it is another detector, or scores are not finite.
     """
     net, maps = detector.get_submodule("backbone.net"), Maps(detector).eval()
-    groups, rest = groups_of(net), neck_and_head(detector)
-    sizes = {group.name: group.size for group in groups} | {group.name: group.size for group in rest}
+    groups, convs = groups_of(net), conv_groups(detector)
+    sizes = {group.name: group.size for group in groups} | {group.name: group.size for group in convs}
     generator = torch.Generator().manual_seed(seed)
     halves = {name: torch.zeros(2, size, dtype=torch.float64) for name, size in sizes.items()}
 
     @contextmanager
     def masked_by(masks: Mapping[str, Tensor]) -> Iterator[None]:
         own = {group.name: masks[group.name] for group in groups}
-        with masked(net, groups, own), _masked_channels(detector, rest, masks):
+        with masked(net, groups, own), _masked_channels(detector, convs, masks):
             yield
 
     number = 0
@@ -151,7 +151,7 @@ def score_detector(
         data_digest=images_digest(images),
         stability=stability_of(groups, {name: own for name, own in halves.items() if name in named}, None),
     )
-    return DetectorScores(scores, {group.name: means[group.name] for group in rest})
+    return DetectorScores(scores, {group.name: means[group.name] for group in convs})
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.detection import openmm
 from upvits.detection.detector import DetectorInfo
-from upvits.detection.detector_scores import DetectorScores, Maps, neck_and_head
+from upvits.detection.detector_scores import DetectorScores, Maps, conv_groups
 from upvits.toolchain.compensation import compress
 from upvits.toolchain.compensation.refit import coefficients_of, solve
 from upvits.toolchain.compensation.statistics import Moments, input_rows, output_rows, split
@@ -34,7 +34,7 @@ ROWS_PER_IMAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Shrunk:
+class CutDetector:
     """A cut detector, and how far its maps are from the dense one's on held-out images (nats per image).
 
     Attributes:
@@ -53,7 +53,7 @@ class Shrunk:
 def kept_channels(
     detector: nn.Module, scores: DetectorScores, ratio: float, align: int = 8
 ) -> dict[str, tuple[int, ...]]:
-    """Channels of pyramid and head that stay, by group: the most important ones, equally many everywhere.
+    """Channels of pyramid and head that stay, by group: those with the highest scores, equally many in every group.
 
     Args:
         detector: RetinaNet.
@@ -67,14 +67,14 @@ def kept_channels(
     if not 0 <= ratio < 1:
         raise UserError(f"A head ratio of {ratio:g} is not possible.", fix="Give a share from 0 to below 1.")
     kept = {}
-    for group in neck_and_head(detector):
+    for group in conv_groups(detector):
         count = min(group.size, max(align, round(group.size * (1 - ratio) / align) * align)) if ratio else group.size
-        order = scores.rest[group.name].argsort(descending=True)[:count]
+        order = scores.neck_and_head[group.name].argsort(descending=True)[:count]
         kept[group.name] = tuple(sorted(order.tolist()))
     return kept
 
 
-def shrink(
+def cut_detector(
     detector: nn.Module,
     info: DetectorInfo,
     plan: PruningPlan,
@@ -83,7 +83,7 @@ def shrink(
     *,
     compensate: bool = True,
     quiet: bool = True,
-) -> Shrunk:
+) -> CutDetector:
     """The detector that a plan for its backbone and kept channels of its pyramid and head describe.
 
     Args:
@@ -102,13 +102,13 @@ def shrink(
     held = torch.split(split(images)[1], 4)
     divergence_cut = _divergence(detector, cut, held)
     if not compensate:
-        return Shrunk(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
+        return CutDetector(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
     fitted = copy.deepcopy(cut)
     changed = _refit(fitted, detector, kept, images, quiet)
     found = _divergence(detector, fitted, held)
     if found > divergence_cut:
-        return Shrunk(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
-    return Shrunk(fitted.cpu(), new_info, divergence_cut, found, changed)
+        return CutDetector(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
+    return CutDetector(fitted.cpu(), new_info, divergence_cut, found, changed)
 
 
 def _cut(
@@ -170,7 +170,7 @@ def _refit(cut: nn.Module, dense: nn.Module, kept: Mapping[str, Sequence[int]], 
     """Fit every convolution of pyramid and head in place; how many changed."""
     fit, held = split(images)
     chunks = [(part, False) for part in torch.split(fit, 4)] + [(part, True) for part in torch.split(held, 4)]
-    outputs = {f"{layer}.conv": list(kept[g.name]) for g in neck_and_head(dense) for layer in g.layers}
+    outputs = {f"{layer}.conv": list(kept[g.name]) for g in conv_groups(dense) for layer in g.layers}
     layers = [*outputs, "bbox_head.retina_cls", "bbox_head.retina_reg"]
     changed = 0
     for name in watched(layers, "Refitting pyramid and head", quiet=quiet, total=len(layers)):

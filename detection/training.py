@@ -18,8 +18,8 @@ from upvits.calib_data.progress import progress_bar
 from upvits.detection import openmm
 from upvits.detection.coco import CocoData
 from upvits.detection.configs import Config, Schedule, training
-from upvits.detection.crew import ALONE, Crew
 from upvits.detection.detector import load_detector, read_weights
+from upvits.toolchain.training.crew import ALONE, Crew
 
 Losses = dict[str, float]
 

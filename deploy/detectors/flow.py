@@ -22,7 +22,7 @@ from upvits.deploy.stages.job import Job, write_json
 from upvits.deploy.store.artifacts import Artifact, disk_errors
 from upvits.detection import openmm
 from upvits.detection.coco import CocoData, open_coco
-from upvits.detection.crew import ALONE, Crew
+from upvits.toolchain.training.crew import ALONE, Crew
 
 RECIPE = "recipe.json"
 

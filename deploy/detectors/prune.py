@@ -19,16 +19,16 @@ from upvits.deploy.stages.job import announce, write_json
 from upvits.deploy.store.artifacts import Artifact, run_stage
 from upvits.deploy.store.run_dir import open_run
 from upvits.detection.coco import CocoData
-from upvits.detection.crew import Crew, gathered
 from upvits.detection.detector import DetectorInfo, load_detector, read_info, save_detector
-from upvits.detection.detector_scores import DetectorScores, neck_and_head, score_detector
-from upvits.detection.detector_surgery import kept_channels, shrink
+from upvits.detection.detector_scores import DetectorScores, conv_groups, score_detector
+from upvits.detection.detector_surgery import cut_detector, kept_channels
 from upvits.detection.training import train_along
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
+from upvits.toolchain.training.crew import Crew, gathered
 from upvits.toolchain.training.processes import pick_device
 
-VERSION = 1
+VERSION = 2
 EPOCHS, LR = 0.4, 0.3
 """Shares of the usual schedule for fine-tuning. On the drawn scenes, 3 epochs at 0.1, 0.3 and 1 of the rate brought a
 refitted detector from AP 72.4 to 80.0, 80.4 and 80.1 (dense 82.3; one seed each): it matters little."""
@@ -129,18 +129,18 @@ def _cut_stages(
             score_detector(detector, images, seed=wanted.seed, quiet=quiet) if chosen else _random(detector, wanted)
         )
         scores.backbone.save(place)
-        save_file(scores.rest, place / "rest.safetensors")
+        save_file(scores.neck_and_head, place / "neck_and_head.safetensors")
 
     def cut(place: Path) -> None:
         detector = load_detector(folder)[0].to(pick_device("auto"))
-        scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "rest.safetensors"))
+        scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "neck_and_head.safetensors"))
         plan = _plan(detector, scores.backbone, wanted, training)
         (place / "plan.json").write_text(plan.to_json())
         kept = kept_channels(detector, scores, wanted.head_ratio, wanted.align)
         images = _images(data, info, training, wanted.images)
-        found = shrink(detector, info, plan, kept, images, compensate=wanted.compensate, quiet=quiet)
+        found = cut_detector(detector, info, plan, kept, images, compensate=wanted.compensate, quiet=quiet)
         save_detector(found.detector, found.info, place / "detector")
-        write_json(place / "shrink.json", {
+        write_json(place / "surgery.json", {
             "divergence_cut": found.divergence_cut, "divergence": found.divergence, "refitted": found.refitted,
             "kept": kept,
         })  # fmt: skip
@@ -205,6 +205,6 @@ def _images(data: CocoData, info: DetectorInfo, training: DetectRecipe, most: in
 def _random(detector: nn.Module, wanted: PruneRecipe) -> DetectorScores:
     """Scores that mean nothing, to compare with."""
     generator = torch.Generator().manual_seed(wanted.seed)
-    rest = {group.name: torch.rand(group.size, generator=generator).double() for group in neck_and_head(detector)}
+    channels = {group.name: torch.rand(group.size, generator=generator).double() for group in conv_groups(detector)}
     net = detector.get_submodule("backbone.net")
-    return DetectorScores(toolchain.score(net, method="random", seed=wanted.seed), rest)
+    return DetectorScores(toolchain.score(net, method="random", seed=wanted.seed), channels)

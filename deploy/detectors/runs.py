@@ -15,8 +15,8 @@ from upvits.deploy.report.document import REPORT, load_report
 from upvits.deploy.report.views import save_report
 from upvits.deploy.store.artifacts import Artifact, disk_errors, open_artifact
 from upvits.deploy.store.run_dir import open_run, read_recipe
-from upvits.detection.crew import gathered
 from upvits.detection.training import train_along
+from upvits.toolchain.training.crew import gathered
 
 
 def detect_in_run(

@@ -25,13 +25,13 @@ from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_diges
 from upvits.detection import configs, openmm
 from upvits.detection.average_precision import average_precision
 from upvits.detection.coco import CocoData, Split
-from upvits.detection.crew import ALONE, Crew
 from upvits.detection.decode import DecodedBoxes, Levels
 from upvits.detection.detector import DetectorInfo, load_detector, save_detector
 from upvits.detection.pictures import Fitted, fitted
 from upvits.detection.training import train_detector
 from upvits.toolchain.families import FAMILIES, family_of
 from upvits.toolchain.structure.macs import count_macs, count_params
+from upvits.toolchain.training.crew import ALONE, Crew
 from upvits.toolchain.training.processes import pick_device
 
 DETECT = "7-detect"

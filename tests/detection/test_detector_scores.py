@@ -9,8 +9,8 @@ from torch import nn
 from tests.detection.conftest import small_retinanet
 from upvits import toolchain
 from upvits.detection.detector import DetectorInfo
-from upvits.detection.detector_scores import Maps, neck_and_head, score_detector
-from upvits.detection.detector_surgery import kept_channels, shrink
+from upvits.detection.detector_scores import Maps, conv_groups, score_detector
+from upvits.detection.detector_surgery import cut_detector, kept_channels
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.scores.masks import masked
 
@@ -76,9 +76,9 @@ def test_channels_of_the_head_are_scored(detector: tuple[nn.Module, DetectorInfo
     with torch.no_grad():  # nobody reads this channel
         network.get_submodule("bbox_head.retina_cls").weight[:, 3] = 0  # type: ignore[index]
     found = score_detector(network, images())
-    assert found.rest.keys() == {group.name for group in neck_and_head(network)}
-    assert float(found.rest["bbox_head.cls_convs.0"][3]) == 0
-    assert int((found.rest["bbox_head.cls_convs.0"] == 0).sum()) >= 1
+    assert found.neck_and_head.keys() == {group.name for group in conv_groups(network)}
+    assert float(found.neck_and_head["bbox_head.cls_convs.0"][3]) == 0
+    assert int((found.neck_and_head["bbox_head.cls_convs.0"] == 0).sum()) >= 1
     assert 3 not in kept_channels(network, found, 0.5, align=4)["bbox_head.cls_convs.0"]
 
 
@@ -88,7 +88,7 @@ def test_nothing_cut_is_nothing_changed(detector: tuple[nn.Module, DetectorInfo]
     found = score_detector(network, images())
     plan = toolchain.plan(network.get_submodule("backbone.net"), found.backbone, ratio=0.01, align=1)
     plan_of_everything = type(plan)(**{**{n: getattr(plan, n) for n in plan.__dataclass_fields__}, "keep": {}})
-    same = shrink(
+    same = cut_detector(
         network, info, plan_of_everything, kept_channels(network, found, 0.0), images(), compensate=compensate
     )
     with torch.inference_mode():
@@ -102,8 +102,8 @@ def test_a_cut_detector_is_refitted(detector: tuple[nn.Module, DetectorInfo]) ->
     found = score_detector(network, images(40))
     plan = toolchain.plan(network.get_submodule("backbone.net"), found.backbone, ratio=0.5, align=4)
     kept = kept_channels(network, found, 0.25, align=4)
-    refitted = shrink(network, info, plan, kept, images(40))
-    copied = shrink(network, info, plan, kept, images(40), compensate=False)
+    refitted = cut_detector(network, info, plan, kept, images(40))
+    copied = cut_detector(network, info, plan, kept, images(40), compensate=False)
     assert refitted.refitted > 0
     assert refitted.divergence < min(
         0.85 * copied.divergence, refitted.divergence_cut

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from upvits.detection.configs import Schedule
 from upvits.detection.coco import open_coco
-from upvits.detection.crew import gathered
+from upvits.toolchain.training.crew import gathered
 from upvits.detection.training import train_along, train_detector
 
 model, scenes, out, batch = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

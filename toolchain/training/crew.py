@@ -1,6 +1,7 @@
-"""Training in several processes that torchrun or slurm started: the first one leads, the others train along.
+"""Training in several processes that torchrun or slurm started: the first process leads, the others train along.
 
-Only the leader knows the run, its stages and its files. Before each training it tells the others what to train on.
+Only the leader knows the run, its stages and its files. Before each training it sends the others an order, the
+arguments of the training.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ import torch.distributed as dist
 from upvits.toolchain.training.processes import join_processes
 
 _PATIENCE = timedelta(days=2)
-"""So long the others wait while the leader judges, exports and builds."""
+"""How long the others wait for an order: meanwhile the leader judges, exports and builds."""
 
 
 @dataclass(slots=True)
 class Crew:
-    """The processes of a training. Alone, there is nobody to tell."""
+    """The processes of a training; a single process is a crew, too, without anybody to send orders to.
+
+    Attributes:
+        is_leader: whether this is the first process.
+        group: of torch.distributed, for orders; None for a single process.
+        busy: whether the others carry out an order, and do not listen.
+    """
 
     is_leader: bool = True
     group: Any = None
@@ -36,41 +43,41 @@ class Crew:
         return 1 if self.group is None else int(dist.get_world_size(self.group))
 
     def tell(self, order: dict[str, Any]) -> None:
-        """What to train, arguments by name."""
+        """Send the others what to train, arguments by name."""
         if self.group is not None:
             dist.broadcast_object_list([order], src=0, group=self.group)
             self.busy = True
 
     def finish(self) -> None:
-        """The last order is carried out: the others listen again."""
+        """Note that the last order is carried out: the others listen again."""
         self.busy = False
 
     def dismiss(self) -> None:
-        """End the others' work."""
+        """Send the others home."""
         if self.group is not None:
             dist.broadcast_object_list([None], src=0, group=self.group)
             self.group = None
 
     def orders(self) -> Iterator[dict[str, Any]]:
-        """What the leader tells, until it ends."""
+        """Orders of the leader, until it sends this process home."""
         while True:
-            heard: list[Any] = [None]
-            dist.broadcast_object_list(heard, src=0, group=self.group)
-            if heard[0] is None:
+            received: list[Any] = [None]
+            dist.broadcast_object_list(received, src=0, group=self.group)
+            if received[0] is None:
                 return
-            yield heard[0]
+            yield received[0]
 
 
 ALONE = Crew()
 
 
 def _slurm_places() -> dict[str, str]:
-    """What torchrun would say, from what slurm says to a process of `srun`."""
+    """The environment variables that torchrun would set, from those that slurm sets for a process of `srun`."""
     slurm = os.environ
     first = subprocess.run(
         ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
     ).stdout.split()[0]
-    gpus = max(1, torch.cuda.device_count())  # one where every task sees its own only
+    gpus = max(1, torch.cuda.device_count())  # 1 where slurm shows every task its own GPU alone
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
@@ -84,8 +91,8 @@ def _slurm_places() -> dict[str, str]:
 def gathered(device: str = "auto") -> Iterator[Crew]:
     """Join the processes that torchrun or slurm started.
 
-    When the leader fails while the others wait for orders, they are let go. While they train they cannot hear: then its
-    end ends them, which is torchrun's and slurm's work.
+    A leader that fails while the others wait for orders sends them home. While they train they do not listen; then
+    torchrun or slurm ends them, since a process of the group ended.
     """
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
         os.environ.update(_slurm_places())
@@ -98,6 +105,6 @@ def gathered(device: str = "auto") -> Iterator[Crew]:
             yield crew
         finally:
             if crew.is_leader and not crew.busy:
-                with suppress(RuntimeError):  # one of them ended already, and says why
+                with suppress(RuntimeError):  # another process ended already, and says why
                     crew.dismiss()
-            crew.group = None  # whoever keeps it keeps its threads, which abort the interpreter when it ends
+            crew.group = None  # a group that is kept keeps threads, which abort the interpreter when it ends
