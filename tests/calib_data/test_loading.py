@@ -50,6 +50,8 @@ def test_evaluation_transform_is_timms(crop_mode: str):
     torch.testing.assert_close(preprocess.eval_transform()(image), expected, rtol=0, atol=0)
 
 
+# torch warns where there are more workers than cores: that is about speed, and this about results.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 def test_training_batches_depend_on_seed_and_epoch_alone(images: Images):
     def run(**options) -> tuple[torch.Tensor, torch.Tensor]:
         return all_of(batches(images, PREPROCESS, 8, train=True, **options))
