@@ -58,7 +58,8 @@ def make(variant: Variant, seed: int = 0) -> nn.Module:
             else:
                 parameter.mul_(3)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, variant.size, variant.size)}
-    return model.eval()
+    built: nn.Module = model.eval()
+    return built
 
 
 def pictures(variant: Variant, count: int = 3) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -26,10 +27,10 @@ def preprocess_for(size: int) -> Preprocess:
     return Preprocess((3, size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.9, "center")
 
 
-def small_model(name: str, seed: int = 0, **arguments: object) -> nn.Module:
+def small_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
     """A timm model with no parameter left at 0 or 1: simplifiers drop what does nothing."""
     generator = torch.Generator().manual_seed(seed)
-    model = timm.create_model(name, **arguments)
+    model: nn.Module = timm.create_model(name, **arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -52,5 +53,5 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def pvt(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    widths = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "num_heads": (1, 2, 5, 8)}
+    widths: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "num_heads": (1, 2, 5, 8)}
     return export_small(tmp_path_factory.mktemp("pvt"), small_model("pvt_v2_b0", num_classes=7, **widths), 64)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.conftest import Exported
 from upvits.deploy.cli import app as cli
-
-from ..conftest import Exported
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "from upvits.deploy.cli.app import main; main()"

@@ -15,6 +15,7 @@ from torch import nn
 
 import upvits.deploy.graphs.export
 import upvits.deploy.graphs.files
+from tests.deploy.conftest import Exported, export_small, preprocess_for, small_model
 from upvits.calib_data.errors import BuildError, UserError
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import load_model
@@ -22,8 +23,6 @@ from upvits.deploy.graphs.surgery import ffn_to_channels_first
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.runtimes.onnxruntime_ import OnnxRuntimeSession
-
-from ..conftest import Exported, export_small, preprocess_for, small_model
 
 
 @pytest.mark.parametrize("name", ["vit", "pvt"])

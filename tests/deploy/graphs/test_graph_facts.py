@@ -5,10 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.deploy.conftest import Exported
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.precision import calibrate, convert
-
-from ..conftest import Exported
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 

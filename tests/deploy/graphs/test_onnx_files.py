@@ -11,13 +11,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import upvits.deploy.graphs.export
 import upvits.deploy.graphs.files
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import data_files, load_model, model_digest, save_model, with_shapes
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.store.artifacts import file_digest
-
-from ..conftest import Exported
 
 
 def small(values: int = 4096) -> ModelProto:

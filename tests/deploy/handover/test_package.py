@@ -22,6 +22,7 @@ import tomli_w
 import torch
 from PIL import Image
 
+from tests.deploy.conftest import Exported
 from upvits import toolchain
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
@@ -41,8 +42,6 @@ from upvits.deploy.runtimes import BuildOptions, read_engine, runtime_named
 from upvits.deploy.runtimes.engine_folder import save_engine
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import atomic_write, run_stage
-
-from ..conftest import Exported
 
 LABELS = ("shirt", "shoe", "hat", "coat", "dress", "sock", "scarf")
 WEIGHTS = "/home/some body & co/weights.safetensors"

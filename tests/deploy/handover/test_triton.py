@@ -6,11 +6,10 @@ from typing import Any
 import onnx
 import pytest
 
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import UserError
 from upvits.deploy.handover.triton import config_text, ports, write_repository
 from upvits.deploy.runtimes.interface import BatchProfile, Engine
-
-from ..conftest import Exported
 
 LABELS = ['a "quoted" name', "b", "c", "d", "e", "f", "g"]
 

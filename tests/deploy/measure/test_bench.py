@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.deploy.conftest import Exported
 from tests.deploy.machine.test_gpu_monitor import FakeNvml
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.bench import (
@@ -24,8 +25,6 @@ from upvits.deploy.measure.bench import (
 )
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
-
-from ..conftest import Exported
 
 QUICK = BenchSettings(seconds=0.05, warmup=1, warmup_seconds=0, rounds=4, min_iterations=30)
 

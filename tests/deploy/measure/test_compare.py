@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
 from upvits.deploy.measure import compare as compare_module
 from upvits.deploy.measure import compare_targets
@@ -26,7 +27,6 @@ from upvits.deploy.precision.half import to_half
 from upvits.deploy.runtimes import BuildOptions, Missing, runtime_named
 from upvits.deploy.store.artifacts import run_stage
 
-from ..conftest import Exported
 from ..runtimes.foreign import quantized
 
 FLOAT = np.dtype(np.float32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import GateError
 from upvits.deploy.measure.parity import (
     FP16,
@@ -18,8 +19,6 @@ from upvits.deploy.measure.parity import (
     session_outputs,
 )
 from upvits.deploy.runtimes import open_onnx
-
-from ..conftest import Exported
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(20, 10)).astype(np.float32)

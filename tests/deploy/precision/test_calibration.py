@@ -7,10 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.deploy.precision.graphs import Array, graph_of
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy.precision import calibrate
-
-from .graphs import Array, graph_of
 
 node = onnx.helper.make_node
 

@@ -5,10 +5,9 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.deploy.conftest import Exported
+from tests.deploy.precision.graphs import Array, graph_of, run, sqnr
 from upvits.deploy.precision import calibrate, convert, for_cpu
-
-from ..conftest import Exported
-from .graphs import Array, graph_of, run, sqnr
 
 node = onnx.helper.make_node
 

@@ -6,12 +6,11 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import UserError
 from upvits.deploy.precision import for_cpu
 from upvits.deploy.precision.half import to_half
 from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
-
-from ..conftest import Exported
 
 FLOAT, HALF, BF16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 

@@ -5,13 +5,12 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from tests.deploy.conftest import Exported
+from tests.deploy.precision.graphs import Array, graph_of, run, sqnr
 from upvits.calib_data.errors import UserError
 from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
 from upvits.deploy.precision.quantize import quantizable_layers, quantized_weight
 from upvits.deploy.precision.weight_layers import initializers, prepared
-
-from ..conftest import Exported
-from .graphs import Array, graph_of, run, sqnr
 
 node = onnx.helper.make_node
 

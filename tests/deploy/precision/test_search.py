@@ -4,12 +4,11 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.deploy.conftest import Exported
+from tests.deploy.precision.graphs import Array, graph_of, run, sqnr
 from upvits.calib_data.errors import UserError
 from upvits.deploy.precision import Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from upvits.deploy.precision.quantize import activation_scale, quantized_weight
-
-from ..conftest import Exported
-from .graphs import Array, graph_of, run, sqnr
 
 node = onnx.helper.make_node
 

@@ -5,13 +5,12 @@ import onnx
 import pytest
 
 from benchmarks.precision import with_outliers
+from tests.deploy.conftest import Exported
+from tests.deploy.precision.graphs import graph_of, run, sqnr
 from upvits.deploy.precision import calibrate, convert
 from upvits.deploy.precision.quantize import quantize
 from upvits.deploy.precision.smoothing import fold_outliers
 from upvits.deploy.precision.weight_layers import prepared, weight_layers
-
-from ..conftest import Exported
-from .graphs import graph_of, run, sqnr
 
 node = onnx.helper.make_node
 

@@ -81,9 +81,10 @@ def pictures_of(count: int) -> Array:
 
 def computed(model: ModelProto, feeds: dict[str, Array]) -> list[Array]:
     """What the standard says comes out."""
-    result: list[Array] = ReferenceEvaluator(model).run(None, feeds)
-    return result
+    outputs = ReferenceEvaluator(model).run(None, feeds)
+    assert isinstance(outputs, list)
+    return outputs
 
 
-def decibel(wanted: Array, got: Array) -> float:
-    return float(10 * np.log10((wanted**2).sum() / ((wanted - got) ** 2).sum()))
+def decibel(expected: Array, output: Array) -> float:
+    return float(10 * np.log10((expected**2).sum() / ((expected - output) ** 2).sum()))

@@ -15,6 +15,8 @@ import torch
 
 import upvits.deploy.runtimes.nvinfer
 import upvits.deploy.runtimes.tensorrt
+from tests.deploy.conftest import Exported
+from tests.deploy.runtimes.fake_trt import FLAVOURS, fake_module, names_of
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.precision import convert
@@ -22,9 +24,6 @@ from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 from upvits.deploy.runtimes.tensorrt import TENSORRT
-
-from ..conftest import Exported
-from .fake_trt import FLAVOURS, fake_module, names_of
 
 RUNTIMES = Path(upvits.deploy.runtimes.nvinfer.__file__).parent
 PROFILE = BatchProfile(1, 2, 4)

@@ -12,6 +12,8 @@ import onnx
 import pytest
 
 import upvits.deploy.graphs.files
+from tests.deploy.conftest import Exported
+from tests.deploy.runtimes.fake_trt import fake_module
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.precision import calibrate, convert
@@ -30,9 +32,6 @@ from upvits.deploy.runtimes.nvinfer import compile_engine
 from upvits.deploy.runtimes.tensorrt import TENSORRT
 from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 from upvits.deploy.store.artifacts import file_digest
-
-from ..conftest import Exported
-from .fake_trt import fake_module
 
 LIMIT = 10_000
 FILES = ["build.json", "model.onnx", "model.onnx.data"]

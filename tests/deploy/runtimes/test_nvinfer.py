@@ -9,14 +9,13 @@ import pytest
 from onnx import helper
 
 import upvits.deploy.runtimes.nvinfer
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import BuildError, GateError, UserError
 from upvits.deploy.precision import calibrate, convert
 from upvits.deploy.runtimes import BatchProfile, BuildOptions, Built, Engine, read_engine
 from upvits.deploy.runtimes.engine_folder import check_built
 from upvits.deploy.runtimes.nvinfer import check_device, check_targets, check_version, is_out_of_memory, messages
 from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
-
-from ..conftest import Exported
 
 
 def built(gemms: dict[str, int], planned: dict[str, int], fused: int | None = 12) -> Built:

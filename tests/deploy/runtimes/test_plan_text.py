@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.deploy.conftest import Exported, preprocess_for, small_model
 from upvits.calib_data.errors import GateError
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.facts import GraphFacts
@@ -14,8 +15,6 @@ from upvits.deploy.runtimes import BatchProfile, BuildOptions, Engine
 from upvits.deploy.runtimes.kernels import Compiled, Kernel, built_from
 from upvits.deploy.runtimes.plan_text import read_plan
 from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
-
-from ..conftest import Exported, preprocess_for, small_model
 
 PROFILE = BatchProfile(1, 8, 32)
 

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import upvits.deploy.runtimes.tensorrt_rtx
+from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.precision import convert
@@ -23,8 +24,6 @@ from upvits.deploy.runtimes import (
 from upvits.deploy.runtimes.onnxruntime_ import CPU, CUDA
 from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 from upvits.deploy.runtimes.tensorrt_rtx import DEFAULT_TARGETS, TENSORRT_RTX
-
-from ..conftest import Exported
 
 
 def test_auto_takes_what_can_be_built_and_says_why_not_the_rest() -> None:

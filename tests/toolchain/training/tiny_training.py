@@ -59,11 +59,12 @@ def source(images: int = 96, labelled: bool = True) -> DataSource:
     return DataSource("colours", names, train, val, f"colours-{images}-{labelled}")
 
 
-def tiny_vit(seed: int = 0, embed_dim: int = 32, num_classes: int = 4, **options: Any) -> VisionTransformer:
+def tiny_vit(seed: int = 0, embed_dim: int = 32, num_classes: int = 4, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return VisionTransformer(
+    model: nn.Module = VisionTransformer(
         img_size=16, patch_size=8, embed_dim=embed_dim, depth=2, num_heads=2, num_classes=num_classes, **options
     )
+    return model
 
 
 def damaged(model: nn.Module, noise: float) -> nn.Module:
