@@ -1,7 +1,7 @@
 """Does a converted model still compute the same? Compared output by output on real images."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,10 +62,6 @@ class Parity:
     worst_image: int
     tolerance: Tolerance
     passed: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values, for parity.json."""
-        return asdict(self)
 
 
 def model_outputs(model: nn.Module, batches: Iterable[torch.Tensor]) -> Outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
-from upvits.deploy.measure.parity import TOLERANCES, Parity, Tolerance, measure_parity, require_parity, session_outputs
+from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
 from upvits.deploy.precision import QUANTIZED, for_cpu
 from upvits.deploy.recipe.document import split_names
 from upvits.deploy.report.document import Throughput
@@ -38,19 +38,20 @@ from upvits.deploy.runtimes import (
     runtime_named,
 )
 from upvits.deploy.runtimes.nvinfer import device_here
+from upvits.deploy.stages.documents import EngineAccuracies, EngineAccuracy, Parities
 from upvits.deploy.stages.job import (
     MODELS,
     Job,
     Pixels,
     model_input,
     parity_images,
-    read_json,
     stage,
     validation_outputs,
     write_json,
 )
 from upvits.deploy.stages.precision import graph_name, holds, precisions_for
 from upvits.deploy.store.artifacts import Artifact, atomic_write
+from upvits.deploy.store.documents import read_document, write_document
 from upvits.toolchain.planning import PruningPlan
 
 _PROFILED_CALLS = 20
@@ -110,7 +111,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
             onnx_path = graph.folder / name / "model.onnx"
             runtime.build(onnx_path, folder / name, replace(options, timing_cache=timing_cache(builder)))
             parities[name] = _parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
-        write_json(folder / "parity.json", {name: p.as_json() for name, p in parities.items() if p is not None})
+        write_document(folder / "parity.json", Parities(**parities))
 
     settings = {"runtime": runtime.name, **asdict(options)}
     return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
@@ -160,8 +161,8 @@ def _parity(
 
 def _require_parity(artifact: Artifact) -> None:
     """The gate, on what the stage measured; it holds for an artifact of an earlier run too."""
-    for record in read_json(artifact.folder / "parity.json").values():
-        require_parity(Parity(**{**record, "tolerance": Tolerance(**record["tolerance"])}))
+    for parity in read_document(artifact.folder / "parity.json", Parities).by_model.values():
+        require_parity(parity)
 
 
 def _graph_outputs(onnx_path: Path, fed: Sequence[Pixels]) -> np.ndarray[Any, Any]:
@@ -183,7 +184,7 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
                 for model in MODELS
             }
             costs = _accuracies(job, exported, pairs, sessions)
-            write_json(folder / "accuracy.json", {name: asdict(cost) for name, cost in costs.items()})
+            write_document(folder / "accuracy.json", _accuracy_record(pairs, costs))
             feeds = _feeds(job, sessions)
             settings = BenchSettings(
                 seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
@@ -227,11 +228,13 @@ def _require_accuracy(job: Job, benched: Artifact) -> None:
         GateError: names the engine and its loss.
     """
     limit = job.recipe.precision.max_drop
-    for name, cost in read_json(benched.folder / "accuracy.json").items():
-        if name.split()[-1] in split_names(job.recipe.engine.precision) and cost["drop"] > limit:
+    for engine in read_document(benched.folder / "accuracy.json", EngineAccuracies).engines:
+        cost = engine.accuracy
+        if engine.precision in split_names(job.recipe.engine.precision) and cost.drop > limit:
             raise GateError(
-                f"the engine {name} loses {cost['drop']:.2f} points, {limit:g} are allowed",
-                why=f"Measured on {cost['images']} validation images; its graph kept the limit.",
+                f"the engine {engine.model} {engine.runtime} {engine.precision} loses {cost.drop:.2f} points, "
+                f"{limit:g} are allowed",
+                why=f"Measured on {cost.images} validation images; its graph kept the limit.",
                 fix="Allow more with --max-drop, or leave this precision out.",
             )
 
@@ -272,6 +275,21 @@ def _accuracies(
         for model in MODELS
     }
     return found
+
+
+def _accuracy_record(pairs: Iterable[Pair], costs: Mapping[str, Accuracy]) -> EngineAccuracies:
+    return EngineAccuracies(
+        engines=tuple(
+            EngineAccuracy(
+                model=model,
+                runtime=pair.runtime,
+                precision=pair.precision,
+                accuracy=costs[pair.session(model)],
+            )
+            for pair in pairs
+            for model in MODELS
+        )
+    )
 
 
 def _feeds(job: Job, sessions: Mapping[str, Session]) -> dict[int, dict[str, Pixels]]:

@@ -18,6 +18,7 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.accuracy import outputs_of
 from upvits.deploy.recipe.document import Recipe
 from upvits.deploy.runtimes import BatchProfile, RuntimeChoice, Session
+from upvits.deploy.stages.documents import NetworkAccuracy
 from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
 from upvits.detection.coco import CocoData
 from upvits.toolchain.planning import PruningPlan
@@ -162,7 +163,6 @@ def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> 
     return evaluate(model.to(job.device), images, reference=reference, quiet=job.quiet, total=total)
 
 
-def write_accuracy(folder: Path, accuracies: Mapping[str, Accuracy]) -> None:
-    """Write accuracy.json of a stage."""
-    document = {name: {"top1": a.top1, "agreement": a.agreement, "images": a.images} for name, a in accuracies.items()}
-    write_json(folder / "accuracy.json", document)
+def accuracy_record(accuracy: Accuracy) -> NetworkAccuracy:
+    """An accuracy as documents hold it, without the predictions."""
+    return NetworkAccuracy(top1=accuracy.top1, agreement=accuracy.agreement, images=accuracy.images)

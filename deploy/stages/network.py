@@ -24,17 +24,19 @@ from upvits.deploy.measure.parity import check_parity, model_outputs, session_ou
 from upvits.deploy.recipe.document import Recipe
 from upvits.deploy.recipe.request import distill_settings
 from upvits.deploy.runtimes import open_onnx
+from upvits.deploy.stages.documents import Parities, TunedAccuracy
 from upvits.deploy.stages.job import (
     Job,
     accuracy_of,
+    accuracy_record,
     model_input,
     parity_images,
     stage,
     validation_outputs,
-    write_accuracy,
     write_json,
 )
 from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_digest
+from upvits.deploy.store.documents import write_document
 from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import label_names_of
@@ -97,7 +99,8 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
         reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
-        write_accuracy(folder, {"after_distill": accuracy_of(job, tuned, reference)})
+        tuned_accuracy = accuracy_record(accuracy_of(job, tuned, reference))
+        write_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     return stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
@@ -135,7 +138,7 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
             folder / "export.json",
             {name: {k: v for k, v in r.items() if k != "seconds"} for name, r in reports.items()},
         )
-        write_json(folder / "parity.json", {name: parity.as_json() for name, parity in parities.items()})
+        write_document(folder / "parity.json", Parities(**parities))
 
     return stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": _model_digest(tuned)}, work)
 

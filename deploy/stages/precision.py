@@ -7,7 +7,6 @@ machine are measured again by themselves, in the bench stage.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from upvits.deploy.measure.accuracy import Accuracy, accuracy
 from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from upvits.deploy.recipe.document import split_names
 from upvits.deploy.runtimes import Runtime, open_model
-from upvits.deploy.stages.job import MODELS, Job, Pixels, model_input, read_json, stage, validation_outputs, write_json
+from upvits.deploy.stages.documents import Calibration, PrecisionRecord, Precisions
+from upvits.deploy.stages.job import MODELS, Job, Pixels, model_input, stage, validation_outputs
 from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.documents import read_document, write_document
 
 _CALIBRATION_BATCH = 8
 _SENSITIVITY_IMAGES = 32
@@ -66,7 +67,7 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precis
             graph, records[model] = _graph(job, fp32, precision, base_precision, reference[model], reference["labels"])
             (folder / model).mkdir()
             save_model(graph, folder / model / "model.onnx", external_data=job.recipe.export.external_data)
-        write_json(folder / "precision.json", records)
+        write_document(folder / "precision.json", Precisions(**records))
 
     settings = {"precision": precision, "rest": base_precision, "max_drop": recipe.max_drop}
     inputs = {"onnx": exported.digest}
@@ -85,7 +86,7 @@ def _graph(
     base_precision: str,
     reference: np.ndarray[Any, Any],
     labels: np.ndarray[Any, Any],
-) -> tuple[ModelProto, dict[str, Any]]:
+) -> tuple[ModelProto, PrecisionRecord]:
     """One network in one precision, and the record of how it got there."""
     known: dict[tuple[str, ...], Accuracy] = {}
 
@@ -104,21 +105,21 @@ def _graph(
         search = put_back(fp32, ranges, precision, base_precision, list(errors), lambda one: cost(one).drop <= limit)
         converted, found = search.converted, cost(search.converted)
     worst = next((node for node in errors if node not in converted.kept), None)
-    return converted.model, {
-        "precision": precision,
-        "rest": converted.base_precision,
-        "in_fp32": GraphFacts(converted.model).in_fp32(),
-        "accuracy": asdict(found),
-        "drop_without_search": first.drop,
-        "graphs_tried": len(known),
-        "quantized": list(converted.quantized),
-        "kept": list(converted.kept),
-        "folded": list(converted.folded),
-        "worst_layer": worst,
-        "worst_layer_sqnr_db": None if worst is None else round(errors[worst], 2),
-        "layer_sqnr_db": {node: round(decibels, 2) for node, decibels in errors.items()},
-        "calibration": ranges and {"images": ranges.images, "digest": ranges.digest, "method": ranges.method},
-    }
+    return converted.model, PrecisionRecord(
+        precision=precision,
+        base_precision=converted.base_precision,
+        in_fp32=GraphFacts(converted.model).in_fp32(),
+        accuracy=found,
+        drop_without_search=first.drop,
+        graphs_tried=len(known),
+        quantized=converted.quantized,
+        kept=converted.kept,
+        folded=converted.folded,
+        worst_layer=worst,
+        worst_layer_sqnr_db=None if worst is None else round(errors[worst], 2),
+        layer_sqnr_db={node: round(decibels, 2) for node, decibels in errors.items()},
+        calibration=ranges and Calibration(images=ranges.images, digest=ranges.digest, method=ranges.method),
+    )
 
 
 def _fed(job: Job, images: Images) -> Iterator[Pixels]:
@@ -133,9 +134,12 @@ def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
 
 def holds(artifact: Artifact, max_drop: float) -> bool:
     """Whether both networks keep their accuracy in this precision."""
-    return all(
-        record["accuracy"]["drop"] <= max_drop for record in read_json(artifact.folder / "precision.json").values()
-    )
+    return all(record.accuracy.drop <= max_drop for record in read_precisions(artifact).by_model.values())
+
+
+def read_precisions(artifact: Artifact) -> Precisions:
+    """How the graphs of a precision were made."""
+    return read_document(artifact.folder / "precision.json", Precisions)
 
 
 def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, asked: bool) -> None:
@@ -144,12 +148,12 @@ def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, as
     Raises:
         GateError: a network loses more; says how much.
     """
-    for name, record in read_json(artifact.folder / "precision.json").items():
-        drop = record["accuracy"]["drop"]
+    for name, record in read_precisions(artifact).by_model.items():
+        drop = record.accuracy.drop
         if asked and drop > max_drop:
             raise GateError(
                 f"the {name} network loses {drop:.2f} points in {precision}, {max_drop:g} are allowed",
-                why=f"Measured on {record['accuracy']['images']} validation images against fp32.",
+                why=f"Measured on {record.accuracy.images} validation images against fp32.",
                 fix="Allow more with --max-drop, calibrate on more or better images (--calib, --calib-images), or "
                 "leave this precision out.",
             )
@@ -160,11 +164,11 @@ def left_out(job: Job, graphs: Mapping[str, Artifact]) -> list[str]:
     limit = job.recipe.precision.max_drop
     notes = []
     for name, artifact in graphs.items():
-        records = read_json(artifact.folder / "precision.json")
-        lost = ", ".join(f"the {m} network loses {r['accuracy']['drop']:.2f} points" for m, r in records.items())
+        records = read_precisions(artifact).by_model
+        lost = ", ".join(f"the {m} network loses {r.accuracy.drop:.2f} points" for m, r in records.items())
         if not holds(artifact, limit):
             notes.append(f"{name} engines were left out: {lost} (--max-drop {limit:g}).")
-        seen = min((r["calibration"]["images"] for r in records.values() if r["calibration"]), default=_FEW_IMAGES)
+        seen = min((r.calibration.images for r in records.values() if r.calibration), default=_FEW_IMAGES)
         if seen < _FEW_IMAGES:
             notes.append(f"{name} was calibrated on {seen} images only; from {_FEW_IMAGES} on ranges become reliable.")
     return notes

@@ -19,10 +19,12 @@ from upvits.deploy.runtimes import BatchProfile, Runtime
 from upvits.deploy.speed.deployment import Deployment, check_deployment
 from upvits.deploy.speed.search import Found, LatencyRecord, search
 from upvits.deploy.speed.target import parse_speedup, parse_target
-from upvits.deploy.stages.job import Job, accuracy_of, read_json, stage, write_accuracy, write_json
+from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
+from upvits.deploy.stages.job import Job, accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.precision import precisions_for
 from upvits.deploy.stages.steadiness import small_proxy, unsteady
 from upvits.deploy.store.artifacts import Artifact, atomic_write
+from upvits.deploy.store.documents import write_document
 from upvits.toolchain.compensation import (
     TooFewImagesError,
     compensated_curves,
@@ -56,35 +58,42 @@ def prune(job: Job, scored: Artifact) -> Artifact:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.prune(job.dense, plan)
-        if images is None:
-            write_json(folder / "compensation.json", {"left_out": "it was switched off (--no-compensate)."})
-        compensated = None if images is None else _compensated(job, plan, images, folder)
+        compensated, record = _compensated(job, plan, images)
+        write_document(folder / "compensation.json", record)
         toolchain.save(compensated or deleted, folder / "model")
-        _warn_of_small_proxy(job, plan, scores, read_json(folder / "compensation.json").get("rotated", ()))
+        _warn_of_small_proxy(job, plan, scores, record.rotated)
         dense = accuracy_of(job, job.dense)
         save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
-        accuracies = {"dense": dense, "after_prune": accuracy_of(job, compensated or deleted, dense.predictions)}
-        if compensated is not None:
-            accuracies["after_deletion"] = accuracy_of(job, deleted, dense.predictions)
-        write_accuracy(folder, accuracies)
+        after_prune = accuracy_of(job, compensated or deleted, dense.predictions)
+        after_deletion = None if compensated is None else accuracy_of(job, deleted, dense.predictions)
+        accuracies = PrunedAccuracies(
+            dense=accuracy_record(dense),
+            after_prune=accuracy_record(after_prune),
+            after_deletion=None if after_deletion is None else accuracy_record(after_deletion),
+        )
+        write_document(folder / "accuracy.json", accuracies)
 
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
     return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
 
 
-def _compensated(job: Job, plan: PruningPlan, images: Tensor, folder: Path) -> nn.Module | None:
-    """The network rotated, cut and refitted, with a record of it; None where nobody insists and images are too few."""
+def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn.Module | None, CompensationRecord]:
+    """The network rotated, cut and refitted, and the record of it.
+
+    There is no network where compensation is switched off (no images), nor where the images are too few and the recipe
+    does not insist on it.
+    """
+    if images is None:
+        return None, CompensationRecord(left_out="it was switched off (--no-compensate).")
     try:
         compressed = compress(job.dense, plan, images, quiet=job.quiet)
     except TooFewImagesError as error:
         if job.recipe.compensate.enabled:
             raise
-        write_json(folder / "compensation.json", {"left_out": f"{error.what} {error.fix}"})
         _say(job, [f"left out. {error.what} {error.fix}"])
-        return None
-    write_json(folder / "compensation.json", compressed.report.as_document())
+        return None, CompensationRecord(left_out=f"{error.what} {error.fix}")
     _say(job, compressed.report.warnings)
-    return compressed.model
+    return compressed.model, CompensationRecord(report=compressed.report)
 
 
 def _say(job: Job, warnings: Sequence[str]) -> None:

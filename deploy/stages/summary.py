@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upvits.deploy.detectors.compare import read_comparison
 from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.measure.figures import Pair
+from upvits.deploy.precision.half import HALVES
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import (
     AccuracyFigures,
@@ -28,11 +29,21 @@ from upvits.deploy.report.document import (
 from upvits.deploy.runtimes import Engine, runtime_named
 from upvits.deploy.speed.search import ALLOWED, LatencyRecord
 from upvits.deploy.speed.target import parse_speedup
+from upvits.deploy.stages.documents import (
+    CompensationRecord,
+    EngineAccuracies,
+    Parities,
+    PrecisionRecord,
+    PrunedAccuracies,
+    TunedAccuracy,
+)
 from upvits.deploy.stages.engines import Engines, engine_of, runs_here
 from upvits.deploy.stages.job import MODELS, Job, read_json
-from upvits.deploy.stages.precision import graph_name, left_out
+from upvits.deploy.stages.precision import graph_name, left_out, read_precisions
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, open_artifact, package_versions
+from upvits.deploy.store.documents import read_document
+from upvits.toolchain.compensation import CompressionReport
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.scores import Stability as Agreement
@@ -67,9 +78,6 @@ class Artifacts:
         return [artifact for artifact in found if artifact is not None]
 
 
-_PARITY_KEYS = ("reference", "candidate", "images", "max_abs", "min_cosine", "top1_agreement", "passed")
-
-
 def summarise(job: Job, done: Artifacts) -> Report:
     """The report of a whole run."""
     assert done.pruned is not None
@@ -77,9 +85,9 @@ def summarise(job: Job, done: Artifacts) -> Report:
     assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
     scores = Scores.load(done.scored.folder)
-    before = read_json(done.pruned.folder / "accuracy.json")
-    after = read_json(done.tuned.folder / "accuracy.json")["after_distill"]
-    latency = Bench.model_validate_json((done.benched.folder / "latency.json").read_bytes())
+    before = read_document(done.pruned.folder / "accuracy.json", PrunedAccuracies)
+    after = read_document(done.tuned.folder / "accuracy.json", TunedAccuracy).after_distill
+    latency = read_document(done.benched.folder / "latency.json", Bench)
     compensated = _compensation_record(done.pruned)
     return Report(
         model=job.recipe.model,
@@ -87,16 +95,16 @@ def summarise(job: Job, done: Artifacts) -> Report:
         data=job.recipe.data,
         weights=str(job.recipe.weights),
         dense=ModelFigures(
-            params=plan.before.params, macs=plan.before.macs, top1=before["dense"]["top1"], latency_ms=latency.dense
+            params=plan.before.params, macs=plan.before.macs, top1=before.dense.top1, latency_ms=latency.dense
         ),
         pruned=PrunedFigures(
             params=plan.after.params,
             macs=plan.after.macs,
-            top1=after["top1"],
+            top1=after.top1,
             latency_ms=latency.pruned,
-            top1_after_prune=before["after_prune"]["top1"],
-            top1_after_deletion=before.get("after_deletion", {}).get("top1"),
-            agreement=after["agreement"],
+            top1_after_prune=before.after_prune.top1,
+            top1_after_deletion=before.after_deletion.top1 if before.after_deletion is not None else None,
+            agreement=after.agreement,
         ),
         speedup=latency.speedup,
         speedup_low=latency.speedup_low,
@@ -112,16 +120,16 @@ def summarise(job: Job, done: Artifacts) -> Report:
             engine_figures(name, engine_of(a, name), job.folder) for a in done.engines.artifacts for name in MODELS
         ],
         stages=[artifact.record for artifact in done.all],
-        plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.get("rotated", ()))),
-        compensation=_compensation(compensated),
+        plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.rotated)),
+        compensation=_compensation(compensated.report),
         target=_target(done.pruned, latency),
         detection=_detection(job, done),
-        measurement=_measurement(job, scores, done.benched, after["top1"] is not None, after["images"]),
+        measurement=_measurement(job, scores, done.benched, after.top1 is not None, after.images),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
         notes=[
             *_skipped_images(job),
-            *_no_compensation(compensated),
+            *([] if compensated.left_out is None else [f"Compensation was left out: {compensated.left_out}"]),
             *left_out(job, done.graphs),
             *done.engines.left_out,
             *_left_out(job, done.engines.artifacts),
@@ -135,55 +143,72 @@ def _parities(done: Artifacts) -> list[Parity]:
         *(artifact.folder for artifact in done.engines.artifacts),
     ]
     return [
-        Parity(model=name, **{key: values[key] for key in _PARITY_KEYS})
+        Parity(
+            model=name,
+            reference=parity.reference,
+            candidate=parity.candidate,
+            images=parity.images,
+            max_abs=parity.max_abs,
+            min_cosine=parity.min_cosine,
+            top1_agreement=parity.top1_agreement,
+            passed=parity.passed,
+        )
         for folder in folders
         if folder is not None
-        for name, values in read_json(folder / "parity.json").items()
+        for name, parity in read_document(folder / "parity.json", Parities).by_model.items()
     ]
 
 
 def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
     """Accuracy of every engine: its own where it runs here, otherwise that of the graph that it was built from."""
     assert done.benched is not None
-    measured = read_json(done.benched.folder / "accuracy.json")
-    records = {name: read_json(artifact.folder / "precision.json") for name, artifact in done.graphs.items()}
-    found = []
+    benched = read_document(done.benched.folder / "accuracy.json", EngineAccuracies)
+    measured = {(a.model, Pair(a.runtime, a.precision)): a.accuracy for a in benched.engines}
+    records = {name: read_precisions(artifact).by_model for name, artifact in done.graphs.items()}
+    figures = []
     for artifact in done.engines.artifacts:
         engine = engine_of(artifact, "pruned")
         pair = Pair(engine.runtime, engine.precision)
         by_model = records.get(graph_name(runtime_named(pair.runtime), pair.precision), {})
         for model in MODELS:
-            record = by_model.get(model, {})
-            own = measured.get(pair.session(model))
-            if own is None and "accuracy" not in record:
+            record, of_engine = by_model.get(model), measured.get((model, pair))
+            accuracy = of_engine or (record.accuracy if record is not None else None)
+            if accuracy is None:
                 continue
-            found.append(
+            figures.append(
                 AccuracyFigures(
                     model=model,
                     runtime=pair.runtime,
                     precision=pair.precision,
-                    measured_on="the engine" if own is not None else "its graph on ONNX Runtime (CPU)",
-                    **_precision_figures(record, engine_of(artifact, model)),
-                    **(own or record["accuracy"]),
+                    measured_on="the engine" if of_engine is not None else "its graph on ONNX Runtime (CPU)",
+                    **({} if record is None else _precision_figures(record, engine_of(artifact, model))),
+                    **asdict(accuracy),
                 )
             )
-    return found
+    return figures
 
 
-def _precision_figures(record: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+def _precision_figures(record: PrecisionRecord, engine: Engine) -> dict[str, Any]:
     """How the graph was made. Layers are named where the runtime took the graph as it is."""
-    if not record:
-        return {}
-    calibration = record["calibration"] or {}
-    figures = {f"calibration_{name}": calibration.get(name) for name in ("images", "digest", "method")}
-    figures |= {name: record[name] for name in ("rest", "kept", "drop_without_search", "graphs_tried")}
-    figures["in_fp32"] = record["in_fp32"] if record["rest"] in ("fp16", "bf16") else []
-    listed = len(record["quantized"])
+    figures: dict[str, Any] = {
+        "rest": record.base_precision,
+        "kept": list(record.kept),
+        "drop_without_search": record.drop_without_search,
+        "graphs_tried": record.graphs_tried,
+        "in_fp32": list(record.in_fp32) if record.base_precision in HALVES else [],
+    }
+    if record.calibration is not None:
+        figures |= {
+            "calibration_images": record.calibration.images,
+            "calibration_digest": record.calibration.digest,
+            "calibration_method": record.calibration.method,
+        }
+    listed = len(record.quantized)
     built = listed if engine.built is None else engine.built.planned.get(engine.precision, 0)
     if listed:
         figures["quantized"] = built
     if built == listed or not listed:
-        figures |= {name: record[name] for name in ("worst_layer", "worst_layer_sqnr_db")}
+        figures |= {"worst_layer": record.worst_layer, "worst_layer_sqnr_db": record.worst_layer_sqnr_db}
     return figures
 
 
@@ -196,25 +221,27 @@ def _reproduce(job: Job) -> list[str]:
     ]
 
 
-def _compensation_record(pruned: Artifact) -> dict[str, Any]:
-    """What compensation did, `left_out` where it could do nothing, or nothing where nobody wanted it."""
+def _compensation_record(pruned: Artifact) -> CompensationRecord:
+    """What compensation did; an empty record of runs that are older than it."""
     path = pruned.folder / "compensation.json"
-    return read_json(path) if path.exists() else {}
+    return read_document(path, CompensationRecord) if path.exists() else CompensationRecord()
 
 
-def _compensation(record: Mapping[str, Any]) -> Compensation | None:
-    if not record or "left_out" in record:
+def _compensation(report: CompressionReport | None) -> Compensation | None:
+    if report is None:
         return None
-    named = ("images", "held_out", "kl_deleted", "kl_cut", "kl", "accepted", "seconds", "warnings")
     return Compensation(
-        **{name: record[name] for name in named},
-        layers=len(record["layers"]),
-        refitted=sum(layer["action"] in ("refit", "bias") for layer in record["layers"]),
+        images=report.images,
+        held_out=report.held_out,
+        kl_deleted=report.kl_deleted,
+        kl_cut=report.kl_cut,
+        kl=report.kl,
+        accepted=report.accepted,
+        seconds=report.seconds,
+        warnings=list(report.warnings),
+        layers=len(report.layers),
+        refitted=sum(layer.action in ("refit", "bias") for layer in report.layers),
     )
-
-
-def _no_compensation(record: Mapping[str, Any]) -> list[str]:
-    return [f"Compensation was left out: {record['left_out']}"] if "left_out" in record else []
 
 
 def _target(pruned: Artifact, bench: Bench) -> Target | None:
@@ -222,7 +249,7 @@ def _target(pruned: Artifact, bench: Bench) -> Target | None:
     path = pruned.folder / "target.json"
     if not path.exists():
         return None
-    found = LatencyRecord.model_validate_json(path.read_bytes())
+    found = read_document(path, LatencyRecord)
     place = (found.runtime, found.precision, f"b{found.batch}")
     over, searched, measured = found.chosen.over_target, found.chosen, None
     if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:

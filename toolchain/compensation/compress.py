@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,6 @@ class CompressionReport:
     accepted: bool
     warnings: tuple[str, ...] = field(default=())
     seconds: float = 0.0
-
-    def as_document(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import copy
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import timm
@@ -70,7 +70,7 @@ def test_the_result_has_the_plans_widths_and_loses_less(name: str, rotate: bool)
     unseen = images(64, side, seed=2)
     assert kl(model, result.model, unseen) < share * kl(model, pruned, unseen)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    document = json.loads(json.dumps(result.report.as_document()))
+    document = json.loads(json.dumps(asdict(result.report)))
     assert document["images"] == 150
     assert document["held_out"] == 30
     assert {layer["action"] for layer in document["layers"]} <= {"refit", "bias", "kept", "exact", "skipped"}
