@@ -86,7 +86,7 @@ def _engine(work: Work, runtime: Runtime, precision: str) -> Artifact:
         targets=job.recipe.engine.targets if runtime.has_targets else (),
         workspace_mib=job.recipe.engine.workspace_mib,
     )
-    builder = builder_facts(runtime)
+    builder = builder_facts(runtime.libraries, on_cpu=runtime.on_cpu)
 
     def make(folder: Path) -> None:
         figures = {}

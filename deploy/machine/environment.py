@@ -8,16 +8,14 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from upvits.deploy.machine.gpu_monitor import Gpu, nvidia_driver
-
-if TYPE_CHECKING:  # runtimes ask this module for cores
-    from upvits.deploy.runtimes.interface import Runtime
 
 _LIBRARIES = (
     "torch",
@@ -124,11 +122,11 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def builder_facts(runtime: Runtime) -> dict[str, str]:
-    """What makes an engine invalid elsewhere: library versions, and the device that it is built for."""
+def builder_facts(libraries: Sequence[str], *, on_cpu: bool) -> dict[str, str]:
+    """What makes an engine invalid elsewhere: the versions of these libraries, and the device that it is built for."""
     here = environment()
-    versions = {name: here.libraries[name] for name in runtime.libraries if name in here.libraries}
-    if runtime.on_cpu:  # these are tuned to the cores that they may use
+    versions = {name: here.libraries[name] for name in libraries if name in here.libraries}
+    if on_cpu:  # these are tuned to the cores that they may use
         device = f"{here.cpu}, {here.cores_usable} cores"
     else:
         device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])

@@ -29,7 +29,7 @@ from upvits.deploy.measure.bench import (
     throughput,
 )
 from upvits.deploy.measure.compare_targets import Skipped, Target, activation_bytes, find_targets, random_feeds
-from upvits.deploy.report.document import Latency
+from upvits.deploy.measure.document import Latency
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
 from upvits.deploy.runtimes.engine_folder import check_built
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from upvits.deploy.measure.bench import LAUNCH_BOUND, LatencyStats
+from upvits.deploy.measure.document import Finding, Latency
 from upvits.deploy.measure.layer_table import layer_table
-from upvits.deploy.report.document import BuiltFigures, Finding, Latency
 from upvits.deploy.runtimes.interface import Built, LayerTime
 
 TRUSTED_SUM = 1.3
@@ -63,7 +63,7 @@ class Measured:
     macs: int
     latency: LatencyStats | Latency
     layers: Sequence[LayerTime] = ()
-    built: Built | BuiltFigures | None = None
+    built: Built | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     head_dims: Mapping[str, int] = field(default_factory=dict)
     threads: int | None = None

@@ -10,8 +10,8 @@ import numpy as np
 from upvits.deploy.measure.accuracy import Accuracy
 from upvits.deploy.measure.bench import LatencyReport
 from upvits.deploy.measure.diagnosis import Measured, diagnose
+from upvits.deploy.measure.document import Bench, Best, Finding, Latency, LayerTimes
 from upvits.deploy.measure.layer_table import layer_table
-from upvits.deploy.report.document import Bench, Best, Finding, Latency, LayerTimes
 from upvits.deploy.runtimes import Engine, LayerTime
 from upvits.toolchain.planning import PruningPlan
 
@@ -54,7 +54,7 @@ def bench_figures(
         names = {model: pair.session(model) for model in ("dense", "pruned")}
         for model, tree in (("dense", figures.dense), ("pruned", figures.pruned)):
             tree.setdefault(pair.runtime, {})[pair.precision] = {
-                f"b{batch}": _latency(measured, names[model], batch, joules.get((names[model], batch)))
+                batch: _latency(measured, names[model], batch, joules.get((names[model], batch)))
                 for batch in measured.stats[names[model]]
             }
         for batch in measured.stats[names["pruned"]]:
@@ -65,7 +65,7 @@ def bench_figures(
                 ("high", figures.speedup_high),
             ):
                 by_precision = table.setdefault(pair.runtime, {}).setdefault(pair.precision, {})
-                by_precision[f"b{batch}"] = round(getattr(ratio, part), 3)
+                by_precision[batch] = round(getattr(ratio, part), 3)
     runtimes = dict.fromkeys(pair.runtime for pair in pairs)
     return figures.model_copy(
         update={"best": [_best(measured, [p for p in pairs if p.runtime == r], costs, max_drop) for r in runtimes]}
@@ -87,7 +87,7 @@ def findings(
     best = min(figures.best, key=lambda best: best.pruned_ms, default=None)
     if best is None:
         return []
-    pair, batch = Pair(best.runtime, best.precision), f"b{best.batch}"
+    pair, batch = Pair(best.runtime, best.precision), best.batch
     widths = (
         {change.group: change.before for change in plan.changes},
         {change.group: change.after for change in plan.changes if change.after},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from upvits.deploy.report.document import Layer
+from upvits.deploy.measure.document import Layer
 from upvits.deploy.runtimes.interface import LayerTime
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.measure.document import Best, Finding, Latencies, LayerTimes, Speedups, Throughput
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import StageRecord
@@ -28,114 +29,6 @@ class _OpenDocument(_Document):
     """Has the named fields at least; whoever measured may say more."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Latency(_Document):
-    """One timed model at one batch size, in ms per batch, host to host.
-
-    `cv` is standard deviation over mean, `n` the number of calls, `threads` what the CPU session ran with.
-    `quantiles` are the 0th to 100th percentile in steps of 2 (51 values), enough to draw the distribution. `h2d`,
-    `compute`, `d2h` and `enqueue` are medians of the parts where there is a device. `unstable`: cv above 2.5 %.
-    `joules_per_image` is measured by NVML.
-    """
-
-    min: float
-    median: float
-    mean: float
-    p90: float
-    p95: float
-    p99: float
-    cv: float
-    images_per_s: float
-    n: int
-    unstable: bool
-    quantiles: list[float] = []
-    threads: int | None = None
-    h2d: float | None = None
-    compute: float | None = None
-    d2h: float | None = None
-    enqueue: float | None = None
-    joules_per_image: float | None = None
-
-
-# runtime -> precision -> "b<batch>" -> value
-Latencies: TypeAlias = dict[str, dict[str, dict[str, Latency]]]
-Speedups: TypeAlias = dict[str, dict[str, dict[str, float]]]
-
-
-class Throughput(_Document):
-    """Images per second of several sessions that run at the same time."""
-
-    model: Literal["dense", "pruned"]
-    runtime: str
-    precision: str
-    batch: int
-    streams: int
-    images_per_s: float
-
-
-class Best(_Document):
-    """What to deploy on a runtime: the fastest precision of the pruned model within the allowed loss of accuracy.
-
-    `speedup` is against the dense model in fp32 (in the widest precision measured, where there is no fp32), measured
-    in the same rounds. `passed_over` says for every other precision why it was not chosen.
-    """
-
-    runtime: str
-    precision: str
-    batch: int
-    dense_precision: str
-    dense_ms: float
-    pruned_ms: float
-    speedup: float
-    low: float
-    high: float
-    passed_over: dict[str, str] = {}
-
-
-class Layer(_Document):
-    """One layer and its time in both models, in ms per batch; None where a model has no such layer."""
-
-    name: str
-    op: str
-    dense_ms: float | None
-    pruned_ms: float | None
-
-
-class LayerTimes(_Document):
-    """Per-layer times in one runtime and precision, in order of execution, by the runtime's profiler."""
-
-    runtime: str
-    precision: str
-    batch: int
-    layers: list[Layer]
-
-
-class Finding(_Document):
-    """Why latency fell less than the MACs did: what was seen, and the setting that would change it."""
-
-    cause: str
-    evidence: str
-    advice: str
-
-
-class Bench(_Document):
-    """Latencies of both models and how many times faster the pruned one is, as they go into the report.
-
-    `speedup` is the median over rounds of the ratio of medians within a round, `speedup_low` and `speedup_high` the
-    10th and 90th percentile over rounds.
-    """
-
-    dense: Latencies = {}
-    pruned: Latencies = {}
-    speedup: Speedups = {}
-    speedup_low: Speedups = {}
-    speedup_high: Speedups = {}
-    throughput: list[Throughput] = []
-    best: list[Best] = []
-    layer_times: list[LayerTimes] = []
-    findings: list[Finding] = []
-    gpu: dict[str, Any] = {}
 
 
 class ModelFigures(_Document):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upvits.deploy.report.document import AccuracyFigures, Best, Latency, Report
+from upvits.deploy.measure.document import Best, Latency
+from upvits.deploy.report.document import AccuracyFigures, Report
 
 _GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
@@ -33,23 +34,23 @@ def on_gpu(runtime: str) -> bool:
 
 def comparisons(report: Report) -> list[Comparison]:
     """Return every pair of measurements, in the report's order of runtimes and precisions, small batches first."""
-    found = []
+    pairs = []
     for runtime, by_precision in report.speedup.items():
         for precision, by_batch in by_precision.items():
-            for name in sorted(by_batch, key=lambda name: int(name.removeprefix("b"))):
-                found.append(
+            for batch in sorted(by_batch):
+                pairs.append(
                     Comparison(
                         runtime=runtime,
                         precision=precision,
-                        batch=int(name.removeprefix("b")),
-                        dense=report.dense.latency_ms[runtime][precision][name],
-                        pruned=report.pruned.latency_ms[runtime][precision][name],
-                        speedup=by_batch[name],
-                        low=report.speedup_low.get(runtime, {}).get(precision, {}).get(name),
-                        high=report.speedup_high.get(runtime, {}).get(precision, {}).get(name),
+                        batch=batch,
+                        dense=report.dense.latency_ms[runtime][precision][batch],
+                        pruned=report.pruned.latency_ms[runtime][precision][batch],
+                        speedup=by_batch[batch],
+                        low=report.speedup_low.get(runtime, {}).get(precision, {}).get(batch),
+                        high=report.speedup_high.get(runtime, {}).get(precision, {}).get(batch),
                     )
                 )
-    return found
+    return pairs
 
 
 def headline(report: Report) -> Best | None:
@@ -107,6 +108,14 @@ def shortfall(report: Report) -> str | None:
     if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
         text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
     return text
+
+
+def small_proxy(groups: int, worst: str, overlap: float) -> str:
+    """What to say of so many unsteady groups, of which `worst` has the least overlap in [0, 1]."""
+    return (
+        f"The proxy set is small: in {groups} groups its two halves choose other units (least in {worst}: "
+        f"{100 * overlap:.0f} % the same). More --proxy-images make the choice steadier."
+    )
 
 
 def _speed_part(best: Best | None, report: Report) -> list[str]:

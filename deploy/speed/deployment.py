@@ -53,7 +53,7 @@ class Deployment:
     def facts(self) -> dict[str, str]:
         """All that latencies depend on beside the network: the machine, the runtime's version, and how it is built."""
         return {
-            **builder_facts(self.runtime),
+            **builder_facts(self.runtime.libraries, on_cpu=self.runtime.on_cpu),
             "runtime": self.runtime.name,
             "precision": self.precision,
             "batch": f"{self.batch} of {self.profile}",

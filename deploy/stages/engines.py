@@ -21,11 +21,11 @@ from upvits.deploy.machine.environment import builder_facts, environment
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
+from upvits.deploy.measure.document import Throughput
 from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
 from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
 from upvits.deploy.precision import QUANTIZED, for_cpu
 from upvits.deploy.recipe.document import split_names
-from upvits.deploy.report.document import Throughput
 from upvits.deploy.runtimes import (
     BuildOptions,
     Engine,
@@ -101,7 +101,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
         workspace_mib=recipe.workspace_mib,
         require_fused_attention=recipe.require_fused_attention,
     )
-    builder = builder_facts(runtime)
+    builder = builder_facts(runtime.libraries, on_cpu=runtime.on_cpu)
 
     def work(folder: Path) -> None:
         images = parity_images(job)

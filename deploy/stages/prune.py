@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from upvits import toolchain
 from upvits.calib_data import Preprocess, proxy_images
 from upvits.deploy.recipe.document import Recipe
+from upvits.deploy.report.verdict import small_proxy
 from upvits.deploy.runtimes import BatchProfile, Runtime
 from upvits.deploy.speed.deployment import Deployment, check_deployment
 from upvits.deploy.speed.search import Found, LatencyRecord, search
@@ -22,7 +23,7 @@ from upvits.deploy.speed.target import parse_speedup, parse_target
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import Job, accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.precision import precisions_for
-from upvits.deploy.stages.steadiness import small_proxy, unsteady
+from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import write_document
 from upvits.toolchain.compensation import (

@@ -40,11 +40,3 @@ def unsteady(plan: PruningPlan, scores: Scores, dense: nn.Module, rotated: Colle
     )
     found = stability_of(groups, scores.halves, widths)
     return {name: found[name] for name in unstable(found) if name in decided}
-
-
-def small_proxy(groups: int, worst: str, overlap: float) -> str:
-    """What to say of so many unsteady groups, of which `worst` has the least overlap in [0, 1]."""
-    return (
-        f"The proxy set is small: in {groups} groups its two halves choose other units (least in {worst}: "
-        f"{100 * overlap:.0f} % the same). More --proxy-images make the choice steadier."
-    )

@@ -8,12 +8,12 @@ from typing import Any
 
 from upvits.deploy.detectors.compare import read_comparison
 from upvits.deploy.detectors.train_stage import DETECT
+from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import Pair
 from upvits.deploy.precision.half import HALVES
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import (
     AccuracyFigures,
-    Bench,
     Compensation,
     ModelFigures,
     Parity,
@@ -250,7 +250,7 @@ def _target(pruned: Artifact, bench: Bench) -> Target | None:
     if not path.exists():
         return None
     found = read_document(path, LatencyRecord)
-    place = (found.runtime, found.precision, f"b{found.batch}")
+    place = (found.runtime, found.precision, found.batch)
     over, searched, measured = found.chosen.over_target, found.chosen, None
     if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:
         speedup, low, high = (_at(v, *place) for v in (bench.speedup, bench.speedup_low, bench.speedup_high))
@@ -284,7 +284,7 @@ def _detection(job: Job, done: Artifacts) -> DetectionReport | None:
     return read_comparison(found) if same and found.manifest.inputs.get("pruned") == pruned.digest else None
 
 
-def _at(values: Mapping[str, Mapping[str, Mapping[str, Any]]], runtime: str, precision: str, batch: str) -> Any:
+def _at(values: Mapping[str, Mapping[str, Mapping[int, Any]]], runtime: str, precision: str, batch: int) -> Any:
     return values.get(runtime, {}).get(precision, {}).get(batch)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from upvits.deploy.measure.diagnosis import TRUSTED_SUM
-from upvits.deploy.report.document import LayerTimes, Report
+from upvits.deploy.measure.document import LayerTimes
+from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import shortfall
 from upvits.deploy.report.views.section import (
     Bar,
@@ -280,7 +281,7 @@ def _slowed(profile: LayerTimes, totals: Sequence[float], report: Report) -> lis
     """What to make of a profile whose layers add up to more than a call takes."""
     said = []
     for name, model, total in zip(("dense", "pruned"), (report.dense, report.pruned), totals, strict=True):
-        call = model.latency_ms.get(profile.runtime, {}).get(profile.precision, {}).get(f"b{profile.batch}")
+        call = model.latency_ms.get(profile.runtime, {}).get(profile.precision, {}).get(profile.batch)
         if call is not None and total > TRUSTED_SUM * call.median:
             said.append(
                 f"The profiler slows this runtime down: layers of the {name} model add up to {total:.2f} ms, a call "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from upvits.deploy.report.document import AccuracyFigures, Best, Latency, Report
+from upvits.deploy.measure.document import Best, Latencies, Latency
+from upvits.deploy.report.document import AccuracyFigures, Report
 from upvits.deploy.report.verdict import Comparison, comparisons, headline
 from upvits.deploy.report.views.section import (
     MINUS,
@@ -195,17 +196,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def measured(latencies: dict[str, dict[str, dict[str, Latency]]]) -> Iterator[tuple[str, str, int, Latency]]:
+def measured(latencies: Latencies) -> Iterator[tuple[str, str, int, Latency]]:
     """Every measurement of a model with its runtime, precision and batch size."""
     for runtime, by_precision in latencies.items():
         for precision, by_batch in by_precision.items():
-            for name in sorted(by_batch, key=batch_of):
-                yield runtime, precision, batch_of(name), by_batch[name]
-
-
-def batch_of(name: str) -> int:
-    """The batch size of a key such as "b8"."""
-    return int(name.removeprefix("b"))
+            for batch in sorted(by_batch):
+                yield runtime, precision, batch, by_batch[batch]
 
 
 def span(low: float | None, high: float | None) -> str:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from upvits.deploy.measure.bench import UNSTABLE_CV
 from upvits.deploy.report.document import BuiltFigures, Report
-from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall
+from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall, small_proxy
 from upvits.deploy.report.views.results import engine_bytes, measured, precisions
 from upvits.deploy.report.views.section import inline, short_count, signed, three_digits
-from upvits.deploy.stages.steadiness import small_proxy
 
 
 @dataclass(frozen=True, slots=True)

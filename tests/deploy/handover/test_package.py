@@ -29,15 +29,8 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.surgery import add_uint8_input
 from upvits.deploy.handover.package import PACKAGE, SUMS, package
 from upvits.deploy.handover.texts import _render
-from upvits.deploy.report.document import (
-    AccuracyFigures,
-    Best,
-    EngineFigures,
-    Latency,
-    ModelFigures,
-    PrunedFigures,
-    Report,
-)
+from upvits.deploy.measure.document import Best, Latency
+from upvits.deploy.report.document import AccuracyFigures, EngineFigures, ModelFigures, PrunedFigures, Report
 from upvits.deploy.runtimes import BuildOptions, read_engine, runtime_named
 from upvits.deploy.runtimes.engine_folder import save_engine
 from upvits.deploy.runtimes.interface import Engine

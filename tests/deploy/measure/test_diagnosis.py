@@ -10,7 +10,7 @@ import pytest
 
 from upvits.deploy.measure.bench import LatencyStats, latency_stats
 from upvits.deploy.measure.diagnosis import Measured, diagnose, falls_short, kind_of
-from upvits.deploy.report.document import Finding
+from upvits.deploy.measure.document import Finding
 from upvits.deploy.runtimes import runtime_named
 from upvits.deploy.runtimes.interface import Built, CallTimes, LayerTime
 

@@ -7,8 +7,8 @@ import pytest
 
 from upvits.deploy.measure.accuracy import Accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, latency_stats
+from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import Pair, bench_figures, findings
-from upvits.deploy.report.document import Bench
 from upvits.deploy.runtimes.interface import BatchProfile, CallTimes, Engine, LayerTime
 from upvits.toolchain.planning import PruningPlan, Size
 from upvits.toolchain.structure.groups import Widths
@@ -44,12 +44,12 @@ def figures(**drops: float) -> Bench:
 
 def test_every_pair_is_there_with_ratios_within_rounds() -> None:
     found = figures()
-    assert found.speedup["onnxruntime"] == {"fp32": {"b8": 2.0}, "int8": {"b8": 1.75}, "bf16": {"b8": 3.0}}
+    assert found.speedup["onnxruntime"] == {"fp32": {8: 2.0}, "int8": {8: 1.75}, "bf16": {8: 3.0}}
     assert found.speedup_low == found.speedup == found.speedup_high  # both rounds say the same
-    pruned = found.pruned["onnxruntime"]["fp32"]["b8"]
+    pruned = found.pruned["onnxruntime"]["fp32"][8]
     assert (pruned.min, pruned.n, pruned.threads, pruned.joules_per_image) == (5.0, 20, 2, 0.25)
     assert len(pruned.quantiles) == 51
-    assert found.dense["onnxruntime"]["fp32"]["b8"].joules_per_image is None
+    assert found.dense["onnxruntime"]["fp32"][8].joules_per_image is None
 
 
 def test_the_fastest_precision_that_keeps_its_accuracy_is_the_best() -> None:
