@@ -19,7 +19,6 @@ from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.machine.environment import builder_facts
 from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from upvits.deploy.recipe.detect import DetectRecipe
-from upvits.deploy.recipe.document import split_names
 from upvits.deploy.report.detection import ITS_GRAPH, ITSELF
 from upvits.deploy.runtimes import BatchProfile, BuildOptions, Runtime, Session, open_model, read_engine
 from upvits.deploy.stages.engines import runs_here, timing_cache
@@ -51,7 +50,7 @@ def engines(work: Work) -> tuple[list[Artifact], list[str]]:
         BuildError: a runtime that was asked for by name cannot build a detector.
     """
     job, limit = work.job, work.job.recipe.precision.max_drop
-    asked = split_names(job.recipe.engine.precision)
+    asked = job.recipe.engine.precision
     built, notes = [], []
     for runtime in job.runtimes.runtimes:
         for precision in precisions_for(runtime, job.recipe.engine.precision):

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.handover.texts import (
     Subject,
     example_files,
@@ -33,7 +34,7 @@ from upvits.deploy.handover.texts import (
 from upvits.deploy.handover.triton import Port, ports, write_repository
 from upvits.deploy.report.document import REPORT, Report, load_report
 from upvits.deploy.runtimes.engine_folder import read_engine
-from upvits.deploy.runtimes.interface import BatchProfile, Engine
+from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
 from upvits.deploy.store.run_dir import read_recipe
 

@@ -16,7 +16,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from upvits.calib_data.errors import UserError
-from upvits.deploy.runtimes.interface import BatchProfile, Engine
+from upvits.deploy.choices import BatchProfile
+from upvits.deploy.runtimes.interface import Engine
 
 QUEUE_DELAY_US = 1000
 """How long a request may wait for others to share its batch: an order of magnitude below what a batch takes."""

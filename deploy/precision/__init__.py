@@ -5,13 +5,12 @@ written into the graph, and every runtime gets the same one.
 """
 
 from upvits.deploy.precision.calibration import Ranges, calibrate
-from upvits.deploy.precision.convert import PRECISIONS, QUANTIZED, Converted, convert
+from upvits.deploy.precision.convert import QUANTIZED, Converted, convert
 from upvits.deploy.precision.emulation import for_cpu
 from upvits.deploy.precision.search import PutBack, put_back
 from upvits.deploy.precision.sensitivity import layer_sqnr
 
 __all__ = [
-    "PRECISIONS",
     "QUANTIZED",
     "Converted",
     "PutBack",

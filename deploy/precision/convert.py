@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from onnx import ModelProto
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import PRECISIONS
 from upvits.deploy.precision.calibration import Ranges
 from upvits.deploy.precision.half import HALVES, to_half
 from upvits.deploy.precision.quantize import quantizable_layers, quantize
 from upvits.deploy.precision.smoothing import fold_outliers
 from upvits.deploy.precision.weight_layers import nothing_to_quantize, prepared
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -14,10 +12,9 @@ from torch import nn
 from upvits import toolchain
 from upvits.calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from upvits.calib_data.errors import UserError
-from upvits.deploy.precision import PRECISIONS
-from upvits.deploy.recipe.document import PlanRecipe, Recipe, split_names
-from upvits.deploy.runtimes import BatchProfile, Runtime
-from upvits.deploy.speed.target import parse_speedup, parse_target
+from upvits.deploy.choices import PRECISIONS
+from upvits.deploy.recipe.document import PlanRecipe, Recipe
+from upvits.deploy.runtimes import Runtime
 from upvits.deploy.stages.precision import precisions_for
 from upvits.toolchain.compensation import MIN_IMAGES
 from upvits.toolchain.networks.models import label_names_of
@@ -96,10 +93,6 @@ def with_planner(plan: PlanRecipe) -> PlanRecipe:
         )
     depth: tuple[Component, ...] = () if planner == "uniform" else ("depth",)
     components = (*DEFAULT_COMPONENTS, *depth) if plan.components is None else plan.components
-    if plan.target_latency is not None:
-        parse_target(plan.target_latency)
-    elif plan.speedup is not None:
-        parse_speedup(plan.speedup)
     numbers = {given[0]: getattr(plan, given[0])} if given[0] in NUMBERS else {}
     check_request(numbers, plan.align, components, "uniform" if planner == "uniform" else "global")
     return plan.model_copy(update={"planner": planner, "components": components})
@@ -192,14 +185,9 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
     """Refuse batch profiles, precisions and targets that no chosen runtime can build.
 
     Raises:
-        UserError: the profile is not min:opt:max or leaves out a batch that is to be timed, or a precision or a target
-            is unknown.
+        UserError: the profile leaves out a batch that is to be timed, or no runtime has a precision or a target.
     """
-    wanted = recipe.engine
-    parts = wanted.batch.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise UserError(f"Batch profile {wanted.batch!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
-    profile = BatchProfile(*(int(part) for part in parts))
+    wanted, profile = recipe.engine, recipe.engine.batch
     outside = [batch for batch in recipe.bench.batches if not profile.min <= batch <= profile.max]
     if outside and any(runtime.has_batch_profile for runtime in runtimes):
         raise UserError(
@@ -207,9 +195,6 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
             fix="Widen --batch-profile, or time other batches with --bench-batches.",
         )
     check_precision(wanted.precision, runtimes)
-    strange = [target for target in wanted.targets if re.fullmatch(r"sm[1-9][0-9]{1,2}", target) is None]
-    if strange:
-        raise UserError(f"Unknown target {strange[0]!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
     if wanted.targets and not any(runtime.has_targets for runtime in runtimes):
         raise UserError(
             "--targets means nothing to the chosen runtimes.",
@@ -221,21 +206,14 @@ def check_engine_request(recipe: Recipe, runtimes: Sequence[Runtime]) -> None:
             runtime.targets_for(precision, wanted.targets if runtime.has_targets else ())
 
 
-def check_precision(spec: str, runtimes: Sequence[Runtime]) -> None:
-    """Refuse precisions that do not exist, or that no chosen runtime has.
+def check_precision(precisions: Sequence[str], runtimes: Sequence[Runtime]) -> None:
+    """Refuse precisions that no chosen runtime has.
 
     Raises:
-        UserError: names the precision, and near names or those to choose from.
+        UserError: names the precision, and those to choose from.
     """
-    names = split_names(spec)
-    for name in names or [spec]:
-        if name not in (*PRECISIONS, "auto"):
-            near = difflib.get_close_matches(name.lower(), PRECISIONS, n=1, cutoff=0.4)
-            raise UserError(
-                f"Unknown precision {name!r}" + (f"; did you mean {near[0]}?" if near else "."),
-                fix=f"Choose from {', '.join(PRECISIONS)} or auto; several are separated by commas.",
-            )
-        if not any(precisions_for(runtime, name) for runtime in runtimes):
+    for name in precisions:
+        if not any(precisions_for(runtime, (name,)) for runtime in runtimes):
             having = {p for runtime in runtimes for p in runtime.precisions}
             raise UserError(
                 f"No chosen runtime has {name}.",

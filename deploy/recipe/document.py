@@ -15,6 +15,8 @@ from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
 from upvits.deploy.recipe.setting import BENCH, ENGINE, PLAN, REQUIRED, RUN, TRAIN, setting
 from upvits.deploy.recipe.validation import validated
+from upvits.deploy.recipe.values import Batch, GpuTarget, Precisions, Speedup, TargetLatency
+from upvits.deploy.speed.target import Target
 from upvits.deploy.store.run_dir import read_recipe, read_toml
 from upvits.toolchain.choices import Component, Method
 
@@ -24,7 +26,7 @@ IDENTITY = ("model", "weights", "data", "image_size", "plan")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class PlanRecipe(_Part):
@@ -38,10 +40,10 @@ class PlanRecipe(_Part):
     target_macs: float | None = setting(None, "Share of the MACs to keep.", "--target-macs", panel=PLAN)
     target_params: float | None = setting(None, "Share of the parameters to keep.", "--target-params", panel=PLAN)
     like: str | None = setting(None, "Depth, widths and heads of this smaller published model.", "--like", panel=PLAN)
-    target_latency: str | None = setting(
+    target_latency: TargetLatency | None = setting(
         None, "Milliseconds per batch, e.g. 2.0ms, measured here.", "--target-latency", panel=PLAN
     )
-    speedup: str | None = setting(None, "Against the dense model, e.g. 2x, measured here.", "--speedup", panel=PLAN)
+    speedup: Speedup | None = setting(None, "Against the dense model, e.g. 2x, measured here.", "--speedup", panel=PLAN)
     depth_ratio: float | None = setting(
         None, "Share of the blocks to remove, also beside --ratio; planner uniform.", "--depth-ratio", panel=PLAN
     )
@@ -57,6 +59,11 @@ class PlanRecipe(_Part):
         panel=PLAN,
         shown="embed,attention,ffn, and depth unless uniform",
     )
+
+    @property
+    def latency(self) -> Target | None:
+        """The latency that is aimed at, where one is."""
+        return self.target_latency or self.speedup
 
 
 class ScoreRecipe(_Part):
@@ -151,11 +158,11 @@ class EngineRecipe(_Part):
     """What is built: every runtime in every precision that it has."""
 
     runtime: str = setting("auto", "Some of onnxruntime, tensorrt-rtx, ...", "--runtime", panel=ENGINE)
-    precision: str = setting(
+    precision: Precisions = setting(
         "auto", "Some of fp32,fp16,bf16,int8,fp8; auto: what suits the runtime.", "--precision", panel=ENGINE
     )
-    batch: str = setting("1:8:32", "Batch sizes min:opt:max.", "--batch", "--batch-profile", panel=ENGINE)
-    targets: tuple[str, ...] = setting(
+    batch: Batch = setting("1:8:32", "Batch sizes min:opt:max.", "--batch", "--batch-profile", panel=ENGINE)
+    targets: tuple[GpuTarget, ...] = setting(
         (), "GPU targets, e.g. sm86,sm120.", "--targets", panel=ENGINE, shown="the runtime's"
     )
     workspace_mib: int | None = setting(None, "Most scratch memory, MiB.", "--workspace", panel=ENGINE, ge=1)
@@ -227,8 +234,3 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Values of a recipe in TOML: a file, or the run directory that holds one."""
     return read_recipe(path) if path.is_dir() else read_toml(path)
-
-
-def split_names(spec: str) -> list[str]:
-    """Names in a list separated by commas."""
-    return [name.strip() for name in spec.split(",") if name.strip()]

@@ -16,11 +16,10 @@ from upvits.toolchain.training.distillation import DistillSettings
 def run_name(recipe: Recipe) -> str:
     """Default name of the run's directory, e.g. `pvt_v2_b0-r0.50`."""
     plan = recipe.plan
-    target = plan.target_latency or plan.speedup
     if plan.like is not None:
         cut = f"like-{plan.like}"
-    elif target is not None:
-        cut = target.replace(" ", "")
+    elif plan.latency is not None:
+        cut = plan.latency.spelling.replace(" ", "")
     elif plan.target_macs is not None:
         cut = f"macs{plan.target_macs:.2f}"
     elif plan.target_params is not None:

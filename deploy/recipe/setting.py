@@ -15,11 +15,14 @@ REQUIRED: Any = ...
 """The default of a setting that has to be given."""
 
 
-def setting(default: T, help: str, *option: str, panel: str = GENERAL, shown: str | None = None, **limits: Any) -> T:
+def setting(
+    default: T | str, help: str, *option: str, panel: str = GENERAL, shown: str | None = None, **limits: Any
+) -> T:
     """A field of a recipe, which the command line, the JSON Schema and the documents read.
 
     Args:
-        default: value where nothing is given; None is filled in from the model and the data.
+        default: value where nothing is given, as text where the field parses text; None is filled in from the model
+            and the data.
         help: what the setting means, in one sentence.
         option: names on the command line, e.g. `--ratio`, `-r`; none for a setting that stands in recipe files only.
         panel: the part of the help that the option belongs to.

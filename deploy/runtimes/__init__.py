@@ -7,11 +7,11 @@ import difflib
 from dataclasses import dataclass
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.runtimes import onnxruntime_
 from upvits.deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
 from upvits.deploy.runtimes.interface import (
     Arrays,
-    BatchProfile,
     BuildOptions,
     Built,
     CallTimes,

@@ -17,8 +17,9 @@ from onnx import ModelProto, NodeProto
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
-from upvits.deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Missing, Runtime
+from upvits.deploy.runtimes.interface import BuildOptions, Built, Engine, Missing, Runtime
 from upvits.deploy.store.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
 
 BUILD_RECORD = "build.json"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import BatchProfile
 
 Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -23,23 +23,6 @@ class Missing:
 
     why: str
     fix: str
-
-
-@dataclass(frozen=True, slots=True)
-class BatchProfile:
-    """Batch sizes that an engine accepts (`min` to `max`) and the one that it is tuned for (`opt`)."""
-
-    min: int = 1
-    opt: int = 8
-    max: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise UserError(
-                f"batch profile {self.min}:{self.opt}:{self.max} is not in order",
-                why="An engine needs 1 <= smallest <= tuned-for <= largest batch.",
-                fix="Give it as min:opt:max, for example 1:8:32.",
-            )
 
 
 @dataclass(frozen=True, slots=True)

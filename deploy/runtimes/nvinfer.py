@@ -16,12 +16,13 @@ from typing import Any
 from onnx import ModelProto
 
 from upvits.calib_data.errors import BuildError, UserError
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.facts import node_name
 from upvits.deploy.graphs.files import openable
 from upvits.deploy.runtimes.cuda import compute_capability
 from upvits.deploy.runtimes.engine_folder import build_failed, check_built, save_engine
 from upvits.deploy.runtimes.inspector import read_inspector
-from upvits.deploy.runtimes.interface import BatchProfile, BuildOptions, Built, Engine, Runtime
+from upvits.deploy.runtimes.interface import BuildOptions, Built, Engine, Runtime
 from upvits.deploy.runtimes.kernels import Compiled
 from upvits.deploy.store.artifacts import atomic_write
 

@@ -25,7 +25,6 @@ from upvits.deploy.measure.document import Throughput
 from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
 from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
 from upvits.deploy.precision import QUANTIZED, for_cpu
-from upvits.deploy.recipe.document import split_names
 from upvits.deploy.runtimes import (
     BuildOptions,
     Engine,
@@ -73,7 +72,7 @@ def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Eng
         GateError: an engine is not what its graph asks for, or computes something else. A quantized one that computes
             something else and that nobody asked for by name is left out instead.
     """
-    asked = split_names(job.recipe.engine.precision)
+    asked = job.recipe.engine.precision
     wanted = [(r, p) for r in job.runtimes.runtimes for p in precisions_for(r, job.recipe.engine.precision)]
     built, left_out = [], []
     for runtime, precision in wanted:
@@ -96,7 +95,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
     recipe = job.recipe.engine
     options = BuildOptions(
         precision=precision,
-        batch=job.profile,
+        batch=recipe.batch,
         targets=recipe.targets if runtime.has_targets else (),
         workspace_mib=recipe.workspace_mib,
         require_fused_attention=recipe.require_fused_attention,
@@ -137,7 +136,7 @@ def _parity(
     A quantized engine is held against its graph: what quantization itself costs was judged by `--max-drop` before. None
     where there is nothing to hold against each other.
     """
-    size, here = job.profile.opt, runs_here(read_engine(folder))
+    size, here = job.recipe.engine.batch.opt, runs_here(read_engine(folder))
     if precision in QUANTIZED and not here:
         return None
     # engines refuse batches below their smallest; only whole ones are compared
@@ -230,7 +229,7 @@ def _require_accuracy(job: Job, benched: Artifact) -> None:
     limit = job.recipe.precision.max_drop
     for engine in read_document(benched.folder / "accuracy.json", EngineAccuracies).engines:
         cost = engine.accuracy
-        if engine.precision in split_names(job.recipe.engine.precision) and cost.drop > limit:
+        if engine.precision in job.recipe.engine.precision and cost.drop > limit:
             raise GateError(
                 f"the engine {engine.model} {engine.runtime} {engine.precision} loses {cost.drop:.2f} points, "
                 f"{limit:g} are allowed",
@@ -267,7 +266,7 @@ def _accuracies(
     """Every session on the validation images, which are decoded once for all."""
     if not sessions:
         return {}
-    outputs, labels = validation_outputs(job, sessions, job.profile.opt)
+    outputs, labels = validation_outputs(job, sessions, job.recipe.engine.batch.opt)
     reference = load_file(exported.folder / "accuracy_reference.safetensors")
     found = {
         pair.session(model): accuracy(reference[model], outputs[pair.session(model)], labels, pair.session(model))

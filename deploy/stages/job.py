@@ -17,7 +17,7 @@ from upvits.calib_data import DataSource, Images, Preprocess, batches
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.accuracy import outputs_of
 from upvits.deploy.recipe.document import Recipe
-from upvits.deploy.runtimes import BatchProfile, RuntimeChoice, Session
+from upvits.deploy.runtimes import RuntimeChoice, Session
 from upvits.deploy.stages.documents import NetworkAccuracy
 from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
 from upvits.detection.coco import CocoData
@@ -74,11 +74,6 @@ class Job:
     def device(self) -> torch.device:
         """Where the dense network is."""
         return next(self.dense.parameters()).device
-
-    @property
-    def profile(self) -> BatchProfile:
-        """Batch sizes that engines are built for."""
-        return BatchProfile(*(int(part) for part in self.recipe.engine.batch.split(":")))
 
 
 def stage(

@@ -16,10 +16,9 @@ from upvits import toolchain
 from upvits.calib_data import Preprocess, proxy_images
 from upvits.deploy.recipe.document import Recipe
 from upvits.deploy.report.verdict import small_proxy
-from upvits.deploy.runtimes import BatchProfile, Runtime
+from upvits.deploy.runtimes import Runtime
 from upvits.deploy.speed.deployment import Deployment, check_deployment
 from upvits.deploy.speed.search import Found, LatencyRecord, search
-from upvits.deploy.speed.target import parse_speedup, parse_target
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import Job, accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.precision import precisions_for
@@ -249,10 +248,7 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losse
         TargetError: none does.
     """
     wanted = job.recipe.plan
-    assert wanted.target_latency is not None or wanted.speedup is not None
-    target = (
-        parse_target(wanted.target_latency) if wanted.target_latency is not None else parse_speedup(str(wanted.speedup))
-    )
+    assert wanted.latency is not None
 
     def plan_by(costs: Costs, budget: float, own: Losses | None) -> PruningPlan:
         return plan_within(
@@ -278,7 +274,7 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losse
         job.preprocess,
         planner,
         deployment_of(job.recipe, job.runtimes.runtimes),
-        target,
+        wanted.latency,
         align=wanted.align,
         quiet=job.quiet,
     )
@@ -298,7 +294,7 @@ def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:
         runtime=runtime,
         precision=precisions_for(runtime, recipe.engine.precision)[0],
         batch=recipe.bench.batches[0],
-        profile=BatchProfile(*(int(part) for part in recipe.engine.batch.split(":"))),
+        profile=recipe.engine.batch,
         opset=recipe.export.opset,
         uint8_input=recipe.export.uint8_input,
         cuda_graph=recipe.bench.cuda_graph,

@@ -11,6 +11,7 @@ from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import Pair
 from upvits.deploy.precision.half import HALVES
+from upvits.deploy.recipe.document import PlanRecipe
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import (
     AccuracyFigures,
@@ -28,7 +29,6 @@ from upvits.deploy.report.document import (
 )
 from upvits.deploy.runtimes import Engine, runtime_named
 from upvits.deploy.speed.search import ALLOWED, LatencyRecord
-from upvits.deploy.speed.target import parse_speedup
 from upvits.deploy.stages.documents import (
     CompensationRecord,
     EngineAccuracies,
@@ -122,7 +122,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
         stages=[artifact.record for artifact in done.all],
         plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.rotated)),
         compensation=_compensation(compensated.report),
-        target=_target(done.pruned, latency),
+        target=_target(job.recipe.plan, done.pruned, latency),
         detection=_detection(job, done),
         measurement=_measurement(job, scores, done.benched, after.top1 is not None, after.images),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
@@ -244,18 +244,17 @@ def _compensation(report: CompressionReport | None) -> Compensation | None:
     )
 
 
-def _target(pruned: Artifact, bench: Bench) -> Target | None:
+def _target(plan: PlanRecipe, pruned: Artifact, bench: Bench) -> Target | None:
     """The target and how the finished engine meets it in the last measurement: at most 5 % above."""
-    path = pruned.folder / "target.json"
-    if not path.exists():
+    if plan.latency is None:
         return None
-    found = read_document(path, LatencyRecord)
+    found = read_document(pruned.folder / "target.json", LatencyRecord)
     place = (found.runtime, found.precision, found.batch)
     over, searched, measured = found.chosen.over_target, found.chosen, None
     if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:
         speedup, low, high = (_at(v, *place) for v in (bench.speedup, bench.speedup_low, bench.speedup_high))
         measured = Timing(dense_ms=dense.median, ms=own.median, speedup=speedup, low=low, high=high)
-        asked = parse_speedup(found.asked).speedup if found.asked.endswith("x") else None
+        asked = plan.latency.speedup
         over = own.median / found.target_ms if asked is None else asked / speedup
     return Target(
         asked=found.asked,
@@ -316,7 +315,7 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, host to host",
         "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against the fp32 graphs, "
         f"which were held against PyTorch; at most {recipe.precision.max_drop:g} points may be lost",
-        "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch}",
+        "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch.text}",
         "sessions": read_json(benched.folder / "sessions.json"),
     }
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.handover.triton import config_text, ports, write_repository
-from upvits.deploy.runtimes.interface import BatchProfile, Engine
+from upvits.deploy.runtimes.interface import Engine
 
 LABELS = ['a "quoted" name', "b", "c", "d", "e", "f", "g"]
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.measure.accuracy import Accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, latency_stats
 from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import Pair, bench_figures, findings
-from upvits.deploy.runtimes.interface import BatchProfile, CallTimes, Engine, LayerTime
+from upvits.deploy.runtimes.interface import CallTimes, Engine, LayerTime
 from upvits.toolchain.planning import PruningPlan, Size
 from upvits.toolchain.structure.groups import Widths
 

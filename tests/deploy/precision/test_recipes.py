@@ -12,9 +12,10 @@ from tests.deploy.conftest import Exported
 from tests.deploy.precision.graphs import Array, run, sqnr
 from upvits import toolchain
 from upvits.calib_data import batches, open_source, proxy_images
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
-from upvits.deploy.runtimes.interface import BatchProfile, BuildOptions
+from upvits.deploy.runtimes.interface import BuildOptions
 from upvits.deploy.runtimes.plan_text import read_plan
 from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 

@@ -8,10 +8,11 @@ import pytest
 
 from tests.deploy.report.sample_report import latency, sample_document, sample_report
 from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import BatchProfile
 from upvits.deploy.report.document import Report, engine_figures, load_report
 from upvits.deploy.report.verdict import comparisons, headline, shortfall, verdict
 from upvits.deploy.report.views import save_report
-from upvits.deploy.runtimes.interface import BatchProfile, Built, Engine
+from upvits.deploy.runtimes.interface import Built, Engine
 
 
 def changed(part: str, **values: Any) -> dict[str, Any]:
