@@ -22,10 +22,10 @@ CPU, RTX = runtime_named("onnxruntime"), runtime_named("tensorrt-rtx")
 
 
 def test_what_is_built_when_nothing_is_asked_for() -> None:
-    assert precisions_for(CPU, "auto") == ("fp32", "int8")
-    assert precisions_for(RTX, "auto") == ("fp16", "int8")
-    assert precisions_for(CPU, "fp32,auto,fp32") == ("fp32", "int8")
-    assert precisions_for(CPU, "fp8") == ()
+    assert precisions_for(CPU, ("auto",)) == ("fp32", "int8")
+    assert precisions_for(RTX, ("auto",)) == ("fp16", "int8")
+    assert precisions_for(CPU, ("fp32", "auto", "fp32")) == ("fp32", "int8")
+    assert precisions_for(CPU, ("fp8",)) == ()
 
 
 def test_quantized_graphs_differ_in_what_runs_around_them() -> None:
