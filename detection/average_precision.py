@@ -24,11 +24,12 @@ Kind = Literal["bbox", "segm"]
 
 @dataclass(frozen=True, slots=True)
 class AveragePrecision:
-    """AP in [0, 1] over IoU 0.5 to 0.95, and its parts; None where no box is of that kind.
+    """AP in [0, 1] over IoU 0.5 to 0.95, at 0.5 and 0.75, and by area; None where no annotated box is of that kind.
 
     Attributes:
         per_class: category name -> AP.
-        images, detections: that were judged.
+        images: that were judged.
+        detections: on them, all of them, also beyond the 100 of an image that count.
     """
 
     ap: float
@@ -65,10 +66,10 @@ def average_precision(
     known = {image["id"] for image in document["images"]}
     if image_ids is not None:
         known &= {*image_ids}
-    strangers = {found["image_id"] for found in detections} - known
-    if strangers:
+    unlisted = {detection["image_id"] for detection in detections} - known
+    if unlisted:
         raise UserError(
-            f"There are detections on {len(strangers)} images that {annotations} does not list.",
+            f"There are detections on {len(unlisted)} images that {annotations} does not list.",
             fix="Judge detections by the annotations of the images that they were made on.",
         )
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,8 +78,8 @@ def average_precision(
         truth.createIndex()
         # pycocotools takes sizes of masks from boxes where both are given
         left_out = "segmentation" if kind == "bbox" else "bbox"
-        own = [{key: value for key, value in one.items() if key != left_out} for one in detections]
-        evaluation = COCOeval(truth, truth.loadRes(own) if own else _empty(truth), kind)
+        judged = [{key: value for key, value in box.items() if key != left_out} for box in detections]
+        evaluation = COCOeval(truth, truth.loadRes(judged) if judged else _empty(truth), kind)
         evaluation.params.imgIds = sorted(known)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -88,8 +89,8 @@ def average_precision(
     names = {category["id"]: category["name"] for category in document["categories"]}
     per_class = {}
     for index, category in enumerate(evaluation.params.catIds):
-        own = precision[:, :, index]
-        per_class[names[category]] = float(np.mean(own[own > -1])) if (own > -1).any() else None
+        defined = precision[:, :, index][precision[:, :, index] > -1]
+        per_class[names[category]] = float(np.mean(defined)) if defined.size else None
     return AveragePrecision(
         ap=values[0] or 0.0,
         ap50=values[1] or 0.0,
@@ -107,8 +108,8 @@ def run_length(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A mask [h, w] as COCO's result format has it."""
     from pycocotools import mask as coder
 
-    found: dict[str, Any] = coder.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode("ascii")}
+    runs: dict[str, Any] = coder.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
 
 
 def _empty(truth: Any) -> Any:

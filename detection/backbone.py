@@ -1,19 +1,21 @@
-"""A timm PVTv2, pruned or not, as the backbone of a detector: the last features of each stage."""
+"""A timm PVTv2, pruned or not, as the backbone of a detector: the last features of each stage.
+
+What every backbone needs is here too: loading its network, stochastic depth, and stages that are not trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
-from upvits.toolchain.families import family_of
+from upvits.toolchain.families import FAMILIES, family_of
 from upvits.toolchain.networks.models import hollow
 
 Source = str | Path | Mapping[str, Any]
@@ -28,7 +30,7 @@ class UPPVTv2(nn.Module):
     Args:
         model: a model folder (any plan, uniform or not), a timm name, or a structure document.
         out_indices: stages whose features are returned.
-        frozen_stages: so many stages (and their embeddings) get no gradients and stay in eval mode; -1 and 0: none.
+        frozen_stages: so many stages (and the patch embedding) get no gradients and stay in eval mode; -1 and 0: none.
         with_cp: recompute blocks in the backward pass instead of keeping their activations.
         drop_path_rate: of stochastic depth, rising over the blocks; None leaves what the model has.
 
@@ -47,19 +49,19 @@ class UPPVTv2(nn.Module):
     ) -> None:
         super().__init__()
         net = network_from(model)
-        if family_of(net).__name__.rpartition(".")[2] != "pvt_v2":
+        if family_of(net) is not FAMILIES["pvt_v2"]:
             raise UserError(
                 f"{type(net).__name__} has no feature pyramid of its own.", fix="Use the backbone UPViT for ViTs."
             )
         net.reset_classifier(0)  # a head would get no gradients, which DistributedDataParallel refuses
         self.net = net
         self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.channels = tuple(int(self.net.feature_info[index]["num_chs"]) for index in self.out_indices)
+        self.channels = tuple(int(net.feature_info[index]["num_chs"]) for index in self.out_indices)
         if drop_path_rate is not None:
             set_drop_path([block for stage in net.stages for block in stage.blocks], drop_path_rate)
         net.set_grad_checkpointing(with_cp)
-        self._freeze()
+        self.frozen = frozen_parts(net.patch_embed, net.stages, frozen_stages)
+        self.train(self.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Features [B, C_i, H / s_i, W / s_i] of images [B, 3, H, W]."""
@@ -67,22 +69,13 @@ class UPPVTv2(nn.Module):
         return tuple(features)
 
     def init_weights(self) -> None:
-        """mmengine calls this before training; weights are there already."""
+        """mmengine calls this before training; the network has its weights already."""
 
     def train(self, mode: bool = True) -> UPPVTv2:
-        """As usual, but frozen stages stay in eval mode."""
+        """As usual, but frozen stages stay as they are."""
         super().train(mode)
-        for part in self._frozen():
-            part.eval()
+        freeze(self.frozen)
         return self
-
-    def _frozen(self) -> list[nn.Module]:
-        return [self.net.patch_embed, *self.net.stages[: self.frozen_stages]] if self.frozen_stages > 0 else []
-
-    def _freeze(self) -> None:
-        for part in self._frozen():
-            part.requires_grad_(False)
-        self.train(self.training)
 
 
 def network_from(model: Source) -> Any:
@@ -112,12 +105,17 @@ def _with_memory(net: nn.Module) -> nn.Module:
 def set_drop_path(blocks: Sequence[Any], rate: float) -> None:
     """Stochastic depth that rises linearly from 0 at the first block to `rate` at the last."""
     for index, block in enumerate(blocks):
-        own = rate * index / max(1, len(blocks) - 1)
+        share = rate * index / max(1, len(blocks) - 1)
         for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(own) if own else nn.Identity())
+            setattr(block, name, DropPath(share) if share else nn.Identity())
 
 
-def published_channels(name: str) -> tuple[int, ...]:
-    """Channels of the four levels of a published PVTv2, built without weights."""
-    with torch.device("meta"):
-        return tuple(timm.create_model(name, features_only=True).feature_info.channels())
+def frozen_parts(embedding: nn.Module, stages: Iterable[nn.Module], count: int) -> list[nn.Module]:
+    """The patch embedding and the first `count` stages (or blocks); nothing where `count` is 0 or -1."""
+    return [embedding, *list(stages)[:count]] if count > 0 else []
+
+
+def freeze(parts: Iterable[nn.Module]) -> None:
+    """Switch parts of a network to eval mode, without gradients."""
+    for part in parts:
+        part.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Data sets in COCO's format: found, checked, and brought into one form that mmdet and pycocotools read alike.
+"""Data sets in COCO's format: opened, checked, and brought into a form that mmdet and pycocotools read alike.
 
 Files in the wild leave out areas, number boxes from 0, list categories in any order, and hold boxes that are flat or
-outside of their image. mmdet and pycocotools each make something else of that, some of it silently wrong. So what is
-trained on and judged by is a copy of the annotations in the user's cache, without any of it.
+outside of their image. mmdet and pycocotools each make something else of that, some of it silently wrong. So detectors
+are trained on and judged by a copy of the annotations in the user's cache, in which all of that is put right.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Split:
 
     Attributes:
         source: the JSON file that was given.
-        annotations: the copy in one form: categories by id, boxes numbered from 1, all of them usable.
+        annotations: the copy that is used: categories sorted by id, boxes numbered from 1, all of them usable.
         images: folder of the images.
         count: images.
         boxes: boxes to train on (crowds not counted).
         masks: whether each of them comes with a mask.
-        notes: what is odd about it, but no reason to stop.
+        notes: what is odd about the data, but no reason to stop.
     """
 
     source: Path
@@ -77,10 +77,10 @@ class CocoData:
     @property
     def digest(self) -> str:
         """sha256 of the annotations of both splits."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for split in (self.train, self.val):
-            found.update(split.annotations.read_bytes())
-        return found.hexdigest()
+            digest.update(split.annotations.read_bytes())
+        return digest.hexdigest()
 
 
 class _Entry(BaseModel):
@@ -123,7 +123,7 @@ def open_coco(folder: Path, cache: Path) -> CocoData:
 
     Args:
         folder: of the data set; nothing is written there.
-        cache: where the annotations are kept in one form.
+        cache: folder for the copies of the annotations.
 
     Raises:
         UserError: there is no such data set here, or nothing can be learnt or judged from it.
@@ -191,29 +191,29 @@ def _categories(document: _Document, path: Path) -> list[tuple[int, str]]:
         raise UserError(f"{path} names no categories.", fix="Add the list `categories`.")
     names = Counter(category.name for category in document.categories)
     ids = Counter(category.id for category in document.categories)
-    twice = [str(one) for one, count in (*names.items(), *ids.items()) if count > 1]
+    twice = [str(entry) for entry, count in (*names.items(), *ids.items()) if count > 1]
     if twice:
-        raise UserError(f"{path} has categories twice: {_some(twice)}.", fix="Give each a name and an id of its own.")
+        raise UserError(f"{path} has categories twice: {_some(twice)}.", fix="Give every category its own name and id.")
     return sorted((category.id, category.name) for category in document.categories)
 
 
 def _checked(document: _Document, path: Path, images: Path, cache: Path) -> Split:
-    """The split, with what is odd about its boxes; refuses what would fail or be ignored silently."""
+    """The split, with notes on odd boxes; data that would fail later, or be ignored silently, are refused."""
     known = {image.id: image for image in document.images}
     if len(known) < len(document.images):
         twice = [number for number, count in Counter(image.id for image in document.images).items() if count > 1]
-        raise UserError(f"{path} lists images twice: {_some(twice)}.", fix="Give each an id of its own.")
+        raise UserError(f"{path} lists images twice: {_some(twice)}.", fix="Give every image its own id.")
     _require_files(document.images, path, images)
-    strangers = sorted({b.category_id for b in document.annotations} - {one.id for one in document.categories})
-    if strangers:
+    unnamed = sorted({b.category_id for b in document.annotations} - {category.id for category in document.categories})
+    if unnamed:
         raise UserError(
-            f"{path} has boxes of categories that it does not name: {_some(strangers)}.",
+            f"{path} has boxes of categories that it does not name: {_some(unnamed)}.",
             fix="Name them in `categories`, or remove their boxes.",
         )
-    lost = sorted({box.image_id for box in document.annotations} - known.keys())
-    if lost:
+    unlisted = sorted({box.image_id for box in document.annotations} - known.keys())
+    if unlisted:
         raise UserError(
-            f"{path} has boxes on images that it does not list: {_some(lost)}.",
+            f"{path} has boxes on images that it does not list: {_some(unlisted)}.",
             fix="List the images, or remove the boxes.",
         )
     flat = [box for box in document.annotations if min(box.bbox[2:]) < 1]
@@ -235,7 +235,7 @@ def _checked(document: _Document, path: Path, images: Path, cache: Path) -> Spli
     }
     return Split(
         source=path,
-        annotations=_in_one_form(document, usable, cache),
+        annotations=_normalised(document, usable, cache),
         images=images,
         count=len(known),
         boxes=len(to_train),
@@ -260,7 +260,7 @@ def _is_polygon(value: Any) -> bool:
         isinstance(value, list)
         and len(value) >= 6
         and len(value) % 2 == 0
-        and all(isinstance(one, (int, float)) for one in value)
+        and all(isinstance(coordinate, (int, float)) for coordinate in value)
     )
 
 
@@ -269,8 +269,8 @@ def _is_outside(box: _Box, image: _Image) -> bool:
     return min(x + width, image.width) <= max(x, 0) or min(y + height, image.height) <= max(y, 0)
 
 
-def _in_one_form(document: _Document, boxes: Sequence[_Box], cache: Path) -> Path:
-    """Write the annotations as mmdet and pycocotools understand them alike, once for each content."""
+def _normalised(document: _Document, boxes: Sequence[_Box], cache: Path) -> Path:
+    """The file of these annotations in a form that mmdet and pycocotools read alike; written once for each content."""
     annotations = [
         {
             "id": number,
@@ -286,7 +286,7 @@ def _in_one_form(document: _Document, boxes: Sequence[_Box], cache: Path) -> Pat
     content = json.dumps({
         "images": [image.model_dump() for image in document.images],
         "annotations": annotations,
-        "categories": [one.model_dump() for one in sorted(document.categories, key=lambda category: category.id)],
+        "categories": [entry.model_dump() for entry in sorted(document.categories, key=lambda category: category.id)],
     }).encode()  # fmt: skip
     path = cache / "coco" / f"{hashlib.sha256(content).hexdigest()[:20]}.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Configurations of mmdet's detectors as plain values: what mmdet's own files say, from a few lines.
+"""Configurations of mmdet's detectors as plain values, as mmdet's files have them, made by a few functions.
 
 RetinaNet and Mask R-CNN on a pyramid, with the 1x schedule of PVTv2 (Wang et al., arXiv 2106.13797, section 4.2): AdamW
 at 1e-4 with weight decay 1e-4, 12 epochs, 16 images a step, shorter side 800. The short schedule is for small data sets
@@ -17,7 +17,7 @@ Config = dict[str, Any]
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of 0 to 255
 SILENT = "CRITICAL"
-"""mmengine's own log says what our progress bar shows, and warns of what its friends deprecated."""
+"""Level of mmengine's log, which repeats our progress bar and warns about deprecations in other projects."""
 
 MAX_BOXES = 100
 """Detections per image, as COCO's AP counts them."""
@@ -180,13 +180,13 @@ def training(
         schedule: how long, how fast, at which size.
         work_dir: for logs and checkpoints.
         seed: of weights, order and flips.
-        gpu: whether there is one: it decides how processes talk to each other.
+        gpu: whether training runs on GPUs, whose processes communicate by NCCL instead of Gloo.
         processes: that share the steps.
     """
     masks = model["type"] == "MaskRCNN"
     backends = ["LocalVisBackend", *(["TensorboardVisBackend"] if schedule.tensorboard else [])]
     steps = schedule.epochs * -(-data.train.count // (schedule.batch_size * processes))
-    warmup = max(2, min(schedule.warmup, steps // 4))  # mmengine's warm-up of one step stays at its start for ever
+    warmup = max(2, min(schedule.warmup, steps // 4))  # a warm-up of a single step never leaves its start in mmengine
     ends = [round(schedule.epochs * share) for share in (2 / 3, 11 / 12)]
     optim: Config = {
         "type": "AmpOptimWrapper" if schedule.amp else "OptimWrapper",

@@ -2,8 +2,8 @@
 
 mmdet decodes image by image with masks of changing length, which neither exports nor batches. Here the same is done
 with top-k and gather alone, for any batch and one image size: candidates are the best (anchor, class) pairs of every
-level by score, as in mmdet's `filter_scores_and_topk`; what falls below the score threshold is left to whoever reads
-the result, since top-k and threshold commute.
+level by score, as in mmdet's `filter_scores_and_topk`. Boxes below the score threshold are removed later, together with
+overlapping ones; the order makes no difference, since top-k and threshold commute.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DecodedBoxes(nn.Module):
     """Images [B, 3, H, W] to boxes [B, K, 4] (x1, y1, x2, y2 in pixels), scores [B, K] and labels [B, K] (int64).
 
     K is all candidates, level by level: up to 1,000 of each (`nms_pre`), as many as mmdet looks at, so that suppression
-    finds the same in crowded images.
+    keeps the same boxes in crowded images.
 
     Args:
         detector: mmdet's RetinaNet, in eval mode.
@@ -72,31 +72,31 @@ class DecodedBoxes(nn.Module):
             example = torch.zeros(1, 3, *size, device=next(detector.parameters()).device)
             shapes = [level.shape[-2:] for level in self.levels(example)]
         anchors = head.prior_generator.grid_priors(shapes[: len(shapes) // 2], device=example.device)
-        for index, own in enumerate(anchors):
-            self.register_buffer(f"anchors_{index}", own.float())
+        for index, level in enumerate(anchors):
+            self.register_buffer(f"anchors_{index}", level.float())
         coder = head.bbox_coder
         self.register_buffer("means", torch.tensor(coder.means, device=example.device).float())
         self.register_buffer("stds", torch.tensor(coder.stds, device=example.device).float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Boxes, scores and labels; overlapping ones are all still there."""
-        found = self.levels(images)
-        count = len(found) // 2
-        parts = [self._level(i, found[i], found[count + i]) for i in range(count)]
+        """Boxes, scores and labels; boxes that overlap are all still among them."""
+        maps = self.levels(images)
+        count = len(maps) // 2
+        parts = [self._level(i, maps[i], maps[count + i]) for i in range(count)]
         boxes, scores, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         # boxes that were clipped to nothing are dropped by mmdet; here their score becomes 0
         extents = boxes[..., 2:] - boxes[..., :2]
         scores = scores * (extents.amin(dim=-1) > 0)
-        return (*found, boxes, scores, labels) if self.with_levels else (boxes, scores, labels)
+        return (*maps, boxes, scores, labels) if self.with_levels else (boxes, scores, labels)
 
     def _level(self, index: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         anchors = cast(Tensor, getattr(self, f"anchors_{index}"))
         scores = logits.permute(0, 2, 3, 1).flatten(1).sigmoid()  # [B, anchors * classes]
         best, pairs = scores.topk(min(self.candidates, len(anchors) * self.num_classes), dim=1)
         which = pairs // self.num_classes
-        own = deltas.permute(0, 2, 3, 1).flatten(1, 2).reshape(-1, len(anchors), 4)  # any batch
-        own = own.gather(1, which.unsqueeze(-1).expand(-1, -1, 4))
-        return self._boxes(anchors[which], own), best, pairs % self.num_classes
+        all_deltas = deltas.permute(0, 2, 3, 1).flatten(1, 2).reshape(-1, len(anchors), 4)  # any batch
+        chosen = all_deltas.gather(1, which.unsqueeze(-1).expand(-1, -1, 4))
+        return self._boxes(anchors[which], chosen), best, pairs % self.num_classes
 
     def _boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:
         """Anchors [B, K, 4] moved and scaled by deltas [B, K, 4] (R-CNN's parametrisation), clipped to the image."""

@@ -1,4 +1,4 @@
-"""A trained detector as a folder of its own: structure in JSON, weights in safetensors, nothing pickled.
+"""A trained detector as a folder: structure in JSON, weights in safetensors, nothing pickled.
 
 detector.json        what mmdet builds it from; the backbone's structure is part of it
 model.safetensors    all weights, in mmdet's names
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.detection import openmm
 from upvits.detection.backbone import UPPVTv2
@@ -31,7 +32,7 @@ _STRUCTURE, _WEIGHTS = "detector.json", "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class DetectorInfo:
-    """What is known of a detector beside its weights.
+    """A detector without its weights.
 
     Attributes:
         config: of the model, as mmdet builds it.
@@ -45,17 +46,11 @@ class DetectorInfo:
     category_ids: tuple[int, ...]
     scale: tuple[int, int]
 
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Of red, green and blue, for pixels from 0 to 255."""
-        red, green, blue = self.config["data_preprocessor"]["mean"]
-        return red, green, blue
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Of red, green and blue, for pixels from 0 to 255."""
-        red, green, blue = self.config["data_preprocessor"]["std"]
-        return red, green, blue
+    def preprocess(self, size: tuple[int, int]) -> Preprocess:
+        """How images are made ready for the detector, fitted into `size` (height, width) in pixels."""
+        statistics = self.config["data_preprocessor"]  # mmdet counts pixels from 0 to 255
+        mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (statistics["mean"], statistics["std"]))
+        return Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
 
 
 def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None:
@@ -74,15 +69,17 @@ def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None
             {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()},
             draft / _WEIGHTS,
         )
-        own = asdict(info) | {"config": {**info.config, "backbone": _self_contained(detector, info.config["backbone"])}}
-        (draft / _STRUCTURE).write_text(json.dumps({"format": FORMAT, **own}, indent=2) + "\n")
+        config = {**info.config, "backbone": _self_contained(detector, info.config["backbone"])}
+        (draft / _STRUCTURE).write_text(
+            json.dumps({"format": FORMAT, **asdict(info), "config": config}, indent=2) + "\n"
+        )
         os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's configuration with its structure in place of a folder's name."""
+    """The backbone's configuration, with its structure in place of the folder that it was built from."""
     module = detector.get_submodule("backbone")
     if not isinstance(module, (UPPVTv2, UPViT)):
         return dict(backbone)
@@ -90,7 +87,7 @@ def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[st
 
 
 def read_info(folder: Path) -> DetectorInfo:
-    """What is known of the detector in a folder; its weights are not read.
+    """The detector in a folder without its weights.
 
     Raises:
         UserError: the folder holds no detector.
@@ -131,15 +128,15 @@ def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
 
     Raises:
         UserError: the folder holds no detector, or its weights are of another one.
-        MissingDependencyError: mmdet is not there.
+        MissingDependencyError: mmdet is not installed.
     """
     info = read_info(folder)
     state = read_weights(folder)
     detector = openmm.build_detector(info.config)
-    own = {name: tensor.shape for name, tensor in detector.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in state.items()}
-    if own != given:
-        differing = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
+    shapes = {name: tensor.shape for name, tensor in detector.state_dict().items()}
+    saved = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != saved:
+        differing = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
         raise UserError(
             f"The weights in {folder} are of another detector: {', '.join(differing[:3])} differ.",
             fix="Use a folder as it was written.",

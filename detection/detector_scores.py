@@ -1,12 +1,12 @@
 """Scores of the units of a detector: how much its maps change when a unit leaves, on unlabelled images.
 
-What counts is what the head says, before boxes are decoded. Its class logits are independent Bernoulli variables, so
-their KL is the sum over all anchors and classes. Deltas count where there is something: the deviation of a box from the
-dense detector's, in units of `BOX_SCALE`, is weighted by the score that the dense detector gives to its anchor,
+The maps are those of the head, before boxes are decoded. Class logits are independent Bernoulli variables, so their KL
+is the sum over all anchors and classes. Deltas count where an object is: the deviation of a box from the dense
+detector's, in units of `BOX_SCALE`, is weighted by the score that the dense detector gives to its anchor,
 
     D = sum_anchors [ sum_classes KL(p || q) + max_class p |deltas - deltas'|^2 / (2 BOX_SCALE^2) ],
 
-and, as for classifiers (`toolchain.scores`), its second-order form needs one backward pass for all units at once.
+Its second-order form needs a single backward pass for all units together, as for classifiers (`toolchain.scores`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from upvits.toolchain.scores.measure import check_finite, images_digest
 from upvits.toolchain.scores.stability import stability_of
 
 BOX_SCALE = 0.1
-"""A box that is off by a tenth of its anchor's side, at a sure object, counts half a nat."""
+"""A box that is off by a tenth of its anchor's side counts half a nat where the score of the object is 1."""
 
 
 class Maps(nn.Module):
@@ -43,11 +43,8 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of all anchors, level by level, then deltas."""
-        found = self.levels(images)
-        count = len(found) // 2
-        logits = [level.permute(0, 2, 3, 1).flatten(1) for level in found[:count]]
-        deltas = [level.permute(0, 2, 3, 1).flatten(1) for level in found[count:]]
-        return torch.cat([*logits, *deltas], dim=1)
+        levels = self.levels(images)  # logits, then deltas
+        return torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in levels], dim=1)
 
     def parts(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, anchors, classes] and deltas [B, anchors, 4]."""
@@ -57,10 +54,10 @@ class Maps(nn.Module):
 
     def divergence(self, dense: Tensor, other: Tensor) -> Tensor:
         """D per image [B], in nats, of maps [B, C]."""
-        (own, own_deltas), (changed, changed_deltas) = self.parts(dense.double()), self.parts(other.double())
-        p = own.sigmoid()
-        kl = p * (F.logsigmoid(own) - F.logsigmoid(changed)) + (1 - p) * (F.logsigmoid(-own) - F.logsigmoid(-changed))
-        gaps = (own_deltas - changed_deltas).square().sum(dim=2) * p.amax(dim=2)
+        (z, deltas), (other_z, other_deltas) = self.parts(dense.double()), self.parts(other.double())
+        p = z.sigmoid()
+        kl = p * (F.logsigmoid(z) - F.logsigmoid(other_z)) + (1 - p) * (F.logsigmoid(-z) - F.logsigmoid(-other_z))
+        gaps = (deltas - other_deltas).square().sum(dim=2) * p.amax(dim=2)
         result: Tensor = kl.sum(dim=(1, 2)) + gaps.sum(dim=1) / (2 * BOX_SCALE**2)
         return result
 
@@ -99,7 +96,7 @@ def conv_groups(detector: nn.Module) -> list[ConvGroup]:
 
 @dataclass(frozen=True, slots=True)
 class DetectorScores:
-    """Scores of the units of the backbone, and of the channels of pyramid and head by group, in nats per image."""
+    """Scores in nats per image: of the backbone's units, and of the channels of pyramid and head by group."""
 
     backbone: Scores
     neck_and_head: dict[str, Tensor]
@@ -128,30 +125,30 @@ def score_detector(
 
     @contextmanager
     def masked_by(masks: Mapping[str, Tensor]) -> Iterator[None]:
-        own = {group.name: masks[group.name] for group in groups}
-        with masked(net, groups, own), _masked_channels(detector, convs, masks):
+        of_backbone = {group.name: masks[group.name] for group in groups}
+        with masked(net, groups, of_backbone), _masked_channels(detector, convs, masks):
             yield
 
     number = 0
     batches = torch.split(images, batch_size)
-    for found in mask_fisher(maps, sizes, masked_by, batches, lambda out: maps.probes(out, generator), quiet):
-        for name, values in found.items():
-            halves[name] += half_sums(values, number).cpu()
-        number += len(next(iter(found.values())))
+    for scores in mask_fisher(maps, sizes, masked_by, batches, lambda out: maps.probes(out, generator), quiet):
+        for name, per_image in scores.items():
+            halves[name] += half_sums(per_image, number).cpu()
+        number += len(next(iter(scores.values())))
     means = {name: sums.sum(dim=0) / len(images) for name, sums in halves.items()}
     check_finite(means)
-    named = {group.name for group in groups}
-    scores = Scores(
+    in_backbone = {group.name for group in groups}
+    backbone = Scores(
         method="fisher",
         unit="nats",
-        values={name: own for name, own in means.items() if name in named},
+        values={name: mean for name, mean in means.items() if name in in_backbone},
         num_images=len(images),
         seed=seed,
         model_digest=weights_digest(net),
         data_digest=images_digest(images),
-        stability=stability_of(groups, {name: own for name, own in halves.items() if name in named}, None),
+        stability=stability_of(groups, {name: sums for name, sums in halves.items() if name in in_backbone}, None),
     )
-    return DetectorScores(scores, {group.name: means[group.name] for group in convs})
+    return DetectorScores(backbone, {group.name: means[group.name] for group in convs})
 
 
 @contextmanager

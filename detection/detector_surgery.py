@@ -1,8 +1,8 @@
-"""Cutting a trained detector: its backbone by a plan, its pyramid and head by ratio, then a refit of their layers.
+"""Surgery on a trained detector: the backbone is cut by a plan, pyramid and head by ratio, then layers are refitted.
 
-The narrower backbone has other features (rotated ones, where it was compensated), so every convolution that reads
-something changed is fitted anew, front to back: least squares from what it reads now to what it gave in the dense
-detector, on unlabelled images, accepted output by output where held-out images agree (`toolchain.compensation`).
+The narrower backbone has other features (rotated ones, where it was compensated), so every convolution of pyramid and
+head is fitted anew, front to back: least squares from its inputs in the cut detector to its outputs in the dense one,
+on unlabelled images, accepted output by output where held-out images agree (`toolchain.compensation`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores.divergence import device_of
 
 ROWS_PER_IMAGE = 1024
-"""Positions of a map that a regression uses, at most: neighbours tell much the same."""
+"""Positions of a map that a regression uses, at most: neighbours carry much the same information."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class CutDetector:
     """A cut detector, and how far its maps are from the dense one's on held-out images (nats per image).
 
     Attributes:
-        divergence_cut: with kernels of what is left copied.
-        divergence: of the detector that is returned: refitted, unless that was worse.
-        refitted: layers that changed.
+        divergence_cut: before the refit: kernels are copies of the dense detector's.
+        divergence: of `detector`: after the refit, unless that was worse.
+        refitted: number of layers that the refit changed.
     """
 
     detector: nn.Module
@@ -62,7 +62,7 @@ def kept_channels(
         align: widths are multiples of this.
 
     Raises:
-        UserError: nothing would be left.
+        UserError: the ratio is below 0, or would remove all channels.
     """
     if not 0 <= ratio < 1:
         raise UserError(f"A head ratio of {ratio:g} is not possible.", fix="Give a share from 0 to below 1.")
@@ -105,16 +105,16 @@ def cut_detector(
         return CutDetector(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
     fitted = copy.deepcopy(cut)
     changed = _refit(fitted, detector, kept, images, quiet)
-    found = _divergence(detector, fitted, held)
-    if found > divergence_cut:
+    divergence = _divergence(detector, fitted, held)
+    if divergence > divergence_cut:
         return CutDetector(cut.cpu(), new_info, divergence_cut, divergence_cut, 0)
-    return CutDetector(fitted.cpu(), new_info, divergence_cut, found, changed)
+    return CutDetector(fitted.cpu(), new_info, divergence_cut, divergence, changed)
 
 
 def _cut(
     detector: nn.Module, info: DetectorInfo, net: nn.Module, plan: PruningPlan, kept: Mapping[str, Sequence[int]]
 ) -> tuple[nn.Module, DetectorInfo]:
-    """The narrower detector with copies of what is left of every kernel."""
+    """The narrower detector; its kernels are copies of the kept parts of the dense detector's."""
     config = copy.deepcopy(info.config)
     channels = [int(stage["num_chs"]) for stage in net.feature_info]  # type: ignore[union-attr]
     config["backbone"] = {**config["backbone"], "model": structure_of(net)}
@@ -125,13 +125,13 @@ def _cut(
     }
     made: Any = openmm.build_detector(config)
     made.backbone.net.load_state_dict(net.state_dict())
-    state, own = detector.state_dict(), made.state_dict()
+    dense, narrow = detector.state_dict(), made.state_dict()
     for layer, (inputs, outputs) in _selections(detector, plan, kept).items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
-            if name in state:
-                value = state[name][outputs]
-                own[name] = value[:, inputs] if value.ndim > 1 else value
-    made.load_state_dict(own)
+            if name in dense:
+                value = dense[name][outputs]
+                narrow[name] = value[:, inputs] if value.ndim > 1 else value
+    made.load_state_dict(narrow)
     return made.eval(), DetectorInfo(config, info.classes, info.category_ids, info.scale)
 
 
@@ -153,9 +153,9 @@ def _selections(
     for kind, last in (("cls_convs", "retina_cls"), ("reg_convs", "retina_reg")):
         before = outer
         for i in range(len(detector.get_submodule(f"bbox_head.{kind}"))):  # type: ignore[arg-type]
-            own = list(kept[f"bbox_head.{kind}.{i}"])
-            chosen[f"bbox_head.{kind}.{i}.conv"] = (before, own)
-            before = own
+            channels = list(kept[f"bbox_head.{kind}.{i}"])
+            chosen[f"bbox_head.{kind}.{i}.conv"] = (before, channels)
+            before = channels
         chosen[f"bbox_head.{last}"] = (before, everything)
     return chosen
 
@@ -167,7 +167,7 @@ def _streams(detector: nn.Module) -> list[str]:
 
 
 def _refit(cut: nn.Module, dense: nn.Module, kept: Mapping[str, Sequence[int]], images: Tensor, quiet: bool) -> int:
-    """Fit every convolution of pyramid and head in place; how many changed."""
+    """Fit every convolution of pyramid and head in place; the number of those that changed."""
     fit, held = split(images)
     chunks = [(part, False) for part in torch.split(fit, 4)] + [(part, True) for part in torch.split(held, 4)]
     outputs = {f"{layer}.conv": list(kept[g.name]) for g in conv_groups(dense) for layer in g.layers}
@@ -175,17 +175,19 @@ def _refit(cut: nn.Module, dense: nn.Module, kept: Mapping[str, Sequence[int]], 
     changed = 0
     for name in watched(layers, "Refitting pyramid and head", quiet=quiet, total=len(layers)):
         layer: Any = cut.get_submodule(name)
-        now = coefficients_of(layer)
-        moments = {held_out: Moments.zeros(len(now) - 1, now.shape[1], now.device) for held_out in (False, True)}
+        before = coefficients_of(layer)
+        moments = {
+            held_out: Moments.zeros(len(before) - 1, before.shape[1], before.device) for held_out in (False, True)
+        }
         for part, held_out in chunks:
             for x, y in _rows(cut, dense, name, outputs.get(name), part):
                 moments[held_out].add(x, y)
-        _, found = solve(name, now, moments[False], moments[True], has_bias=layer.bias is not None)
-        if found is not None:
+        _, after = solve(name, before, moments[False], moments[True], has_bias=layer.bias is not None)
+        if after is not None:
             with torch.no_grad():
-                layer.weight.copy_(found[:-1].T.reshape(layer.weight.shape))
+                layer.weight.copy_(after[:-1].T.reshape(layer.weight.shape))
                 if layer.bias is not None:
-                    layer.bias.copy_(found[-1])
+                    layer.bias.copy_(after[-1])
             changed += 1
     return changed
 
@@ -193,14 +195,13 @@ def _refit(cut: nn.Module, dense: nn.Module, kept: Mapping[str, Sequence[int]], 
 def _rows(
     cut: nn.Module, dense: nn.Module, name: str, outputs: list[int] | None, images: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Inputs [T, in] of a layer of the cut detector and wanted outputs [T, out], for every level that it runs on."""
-    read, made = _seen(cut, name, images, "input"), _seen(dense, name, images, "output")
-    layer, found = cut.get_submodule(name), []
-    for x, y in zip(read, made, strict=True):
-        rows, wanted = input_rows(layer, x), output_rows(layer, y if outputs is None else y[:, outputs])
-        step = max(1, len(rows) // (ROWS_PER_IMAGE * len(images)))
-        found.append((rows[::step], wanted[::step]))
-    return found
+    """Inputs [T, in] of a layer in the cut detector and its outputs [T, out] in the dense one, level by level."""
+    layer, rows = cut.get_submodule(name), []
+    for x, y in zip(_seen(cut, name, images, "input"), _seen(dense, name, images, "output"), strict=True):
+        inputs, targets = input_rows(layer, x), output_rows(layer, y if outputs is None else y[:, outputs])
+        step = max(1, len(inputs) // (ROWS_PER_IMAGE * len(images)))
+        rows.append((inputs[::step], targets[::step]))
+    return rows
 
 
 def _seen(network: nn.Module, name: str, images: Tensor, side: str) -> list[Tensor]:

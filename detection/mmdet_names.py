@@ -41,10 +41,10 @@ def to_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith("head."):
             continue
         module, _, kind = name.rpartition(".")
-        if found := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.(q|kv)", module):
-            if found[3] == "q":
+        if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.(q|kv)", module):
+            if match[3] == "q":
                 keys = state[f"{module.removesuffix('.q')}.kv.{kind}"]
-                result[f"layers.{found[1]}.1.{found[2]}.attn.attn.in_proj_{kind}"] = torch.cat([tensor, keys])
+                result[f"layers.{match[1]}.1.{match[2]}.attn.attn.in_proj_{kind}"] = torch.cat([tensor, keys])
             continue
         is_matrix = re.search(r"\.mlp\.fc[12]$", module) and kind == "weight"
         result[f"{_renamed(module)}.{kind}"] = tensor[:, :, None, None] if is_matrix else tensor
@@ -59,39 +59,38 @@ def _renamed(module: str) -> str:
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way round; names that begin with `backbone.` may be those of a whole detector.
+    """Mmdet's weights in timm's names and shapes; names that begin with `backbone.` may be those of a whole detector.
 
     Raises:
         UserError: a name is none of mmdet's PVTv2.
     """
     if any(name.startswith("backbone.") for name in state):
-        own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-        return from_mmdet(own)
+        return from_mmdet({n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")})
     result = {}
     for name, tensor in state.items():
-        if found := re.fullmatch(r"layers\.(\d+)\.1\.(\d+)\.attn\.attn\.in_proj_(weight|bias)", name):
+        if match := re.fullmatch(r"layers\.(\d+)\.1\.(\d+)\.attn\.attn\.in_proj_(weight|bias)", name):
             width = len(tensor) // 3
-            attention = f"stages.{found[1]}.blocks.{found[2]}.attn"
-            result[f"{attention}.q.{found[3]}"] = tensor[:width]
-            result[f"{attention}.kv.{found[3]}"] = tensor[width:]
+            attention = f"stages.{match[1]}.blocks.{match[2]}.attn"
+            result[f"{attention}.q.{match[3]}"] = tensor[:width]
+            result[f"{attention}.kv.{match[3]}"] = tensor[width:]
             continue
         module, _, kind = name.rpartition(".")
-        own_name = _named_by_timm(module)
-        is_matrix = re.search(r"\.mlp\.fc[12]$", own_name) and kind == "weight"
-        result[f"{own_name}.{kind}"] = tensor.flatten(1) if is_matrix else tensor
+        timm_name = _named_by_timm(module)
+        is_matrix = re.search(r"\.mlp\.fc[12]$", timm_name) and kind == "weight"
+        result[f"{timm_name}.{kind}"] = tensor.flatten(1) if is_matrix else tensor
     return result
 
 
 def _named_by_timm(module: str) -> str:
-    if found := re.fullmatch(r"layers\.(\d+)\.0\.(projection|norm)", module):
-        part = "proj" if found[2] == "projection" else "norm"
-        return f"patch_embed.{part}" if found[1] == "0" else f"stages.{found[1]}.downsample.{part}"
-    if found := re.fullmatch(r"layers\.(\d+)\.2", module):
-        return f"stages.{found[1]}.norm"
-    if found := re.fullmatch(r"layers\.(\d+)\.1\.(\d+)\.(.+)", module):
+    if match := re.fullmatch(r"layers\.(\d+)\.0\.(projection|norm)", module):
+        part = "proj" if match[2] == "projection" else "norm"
+        return f"patch_embed.{part}" if match[1] == "0" else f"stages.{match[1]}.downsample.{part}"
+    if match := re.fullmatch(r"layers\.(\d+)\.2", module):
+        return f"stages.{match[1]}.norm"
+    if match := re.fullmatch(r"layers\.(\d+)\.1\.(\d+)\.(.+)", module):
         parts = {"attn.attn.out_proj": "attn.proj", "ffn.layers.0": "mlp.fc1", "ffn.layers.1": "mlp.dwconv",
                  "ffn.layers.4": "mlp.fc2"}  # fmt: skip
-        return f"stages.{found[1]}.blocks.{found[2]}.{parts.get(found[3], found[3])}"
+        return f"stages.{match[1]}.blocks.{match[2]}.{parts.get(match[3], match[3])}"
     raise UserError(f"{module} is no part of mmdet's PVTv2.", fix="Give weights of PyramidVisionTransformerV2.")
 
 
@@ -105,14 +104,14 @@ def stock_arguments(model: nn.Module) -> dict[str, object]:
     stages: dict[int | str | None, dict[str, set[int]]] = {}
     for group in groups:
         if group.kind in ("embed", "ffn", "qk", "v"):
-            own = stages.setdefault(group.stage, {})
-            own.setdefault(group.kind, set()).add(group.size)
+            sizes = stages.setdefault(group.stage, {})
+            sizes.setdefault(group.kind, set()).add(group.size)
             if group.kind == "qk":
-                own.setdefault("heads", set()).add(group.num_heads)
-    flat = {stage: {kind: next(iter(sizes)) for kind, sizes in own.items()} for stage, own in stages.items()}
-    base = {own["embed"] // own["heads"] for own in flat.values()}
-    alike = all(len(sizes) == 1 for own in stages.values() for sizes in own.values())
-    fills = all(own["qk"] == own["v"] == own["embed"] and own["ffn"] % own["embed"] == 0 for own in flat.values())
+                sizes.setdefault("heads", set()).add(group.num_heads)
+    widths = [{kind: next(iter(values)) for kind, values in sizes.items()} for sizes in stages.values()]
+    base = {width["embed"] // width["heads"] for width in widths}
+    alike = all(len(values) == 1 for sizes in stages.values() for values in sizes.values())
+    fills = all(w["qk"] == w["v"] == w["embed"] and w["ffn"] % w["embed"] == 0 for w in widths)
     if not (alike and fills and len(base) == 1):
         raise UserError(
             "Stock mmdet cannot build this backbone.",
@@ -122,6 +121,6 @@ def stock_arguments(model: nn.Module) -> dict[str, object]:
     return {
         "embed_dims": base.pop(),
         "num_layers": list(family_of(model).block_lists(model).values()),
-        "num_heads": [own["heads"] for own in flat.values()],
-        "mlp_ratios": [own["ffn"] // own["embed"] for own in flat.values()],
+        "num_heads": [width["heads"] for width in widths],
+        "mlp_ratios": [width["ffn"] // width["embed"] for width in widths],
     }

@@ -1,8 +1,9 @@
 """The only file that imports mmdet, mmcv and mmengine: detectors, their training loop, and COCO's metric.
 
-They are optional and, as published, want old companions; what is needed to run them with current ones is here: the
-operators of a missing compiled mmcv (`operators.py`), checkpoints that load without unpickling code, and silence about
-what others deprecated. A full build of mmcv is used when there is one.
+They are optional and, as published, need old versions of other packages. What lets them run with current versions is
+here: the operators of mmcv's compiled extension where it is missing (`operators.py`), checkpoints that load without
+unpickling code, and no warnings about deprecations in other projects. A full build of mmcv is used where it is
+installed.
 """
 
 from __future__ import annotations
@@ -35,39 +36,39 @@ TESTED = {"mmdet": ("3.3.",), "mmengine": ("0.10.",), "mmcv": ("2.0.", "2.1."), 
 """Beginnings of versions; mmdet itself asserts that mmcv is older than 2.2."""
 
 _ON_CPU = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
-"""How processes without a GPU share a detector; mmengine's own default names one."""
+"""How processes without a GPU share a detector; mmengine's default names a GPU."""
 
 _INSTALL = "pip install 'upvits-deploy[detection]'"
 
 
 def missing() -> MissingDependencyError | None:
-    """Why detectors cannot be used here, or nothing: something is absent, or of a version that does not fit."""
+    """Why detectors cannot be used here (a package is absent, or its version does not fit); None where they can."""
     absent = [name for name in ("mmengine", "mmcv", "mmdet", "pycocotools") if importlib.util.find_spec(name) is None]
     if absent:
         return MissingDependencyError(
             f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {_INSTALL}"
         )
-    found = versions()
-    if {"mmcv", "mmcv-lite"} <= found.keys():
+    installed = versions()
+    if {"mmcv", "mmcv-lite"} <= installed.keys():
         return MissingDependencyError(
             "Both mmcv and mmcv-lite are installed.",
             why="They unpack into one folder and break each other.",
-            fix="Run: pip uninstall mmcv mmcv-lite, then install one of them again.",
+            fix="Run: pip uninstall mmcv mmcv-lite, then install one of the two again.",
         )
-    untested = [f"{name} {own}" for name, own in found.items() if not own.startswith(TESTED[name])]
+    untested = [f"{name} {version}" for name, version in installed.items() if not version.startswith(TESTED[name])]
     if untested:
-        wanted = ", ".join(f"{name} {' or '.join(f'{start}x' for start in TESTED[name])}" for name in found)
+        tested = ", ".join(f"{name} {' or '.join(f'{start}x' for start in TESTED[name])}" for name in installed)
         return MissingDependencyError(
-            f"Detection does not work with {', '.join(untested)}.", why=f"Tested are {wanted}.", fix=f"Run: {_INSTALL}"
+            f"Detection does not work with {', '.join(untested)}.", why=f"Tested are {tested}.", fix=f"Run: {_INSTALL}"
         )
     return None
 
 
 def require() -> None:
-    """Say early that detectors cannot be used here.
+    """Check early that detectors can be used here.
 
     Raises:
-        MissingDependencyError: mmdet is not there, or its parts do not fit each other.
+        MissingDependencyError: mmdet is not installed, or its parts do not fit each other.
     """
     _loaded()
 
@@ -77,11 +78,11 @@ def _loaded() -> Any:
     """mmdet with everything registered, ours too.
 
     Raises:
-        MissingDependencyError: it is not there, or its parts do not fit each other.
+        MissingDependencyError: it is not installed, or its parts do not fit each other.
     """
-    gone = missing()
-    if gone is not None:
-        raise gone
+    fault = missing()
+    if fault is not None:
+        raise fault
     with _quietly():
         if importlib.util.find_spec("mmcv._ext") is None:
             sys.modules["mmcv._ext"] = stand_in()
@@ -104,12 +105,12 @@ def _loaded() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
+    """Versions of those of the packages that are installed."""
+    installed = {}
     for name in ("mmdet", "mmengine", "mmcv", "mmcv-lite"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 @contextlib.contextmanager
@@ -142,8 +143,8 @@ def build_part(config: Mapping[str, Any]) -> nn.Module:
 
 def channels_of(backbone: Mapping[str, Any]) -> tuple[int, ...]:
     """Channels of the levels of one of our backbones."""
-    found: tuple[int, ...] = build_part(backbone).channels  # type: ignore[assignment]
-    return found
+    channels: tuple[int, ...] = build_part(backbone).channels  # type: ignore[assignment]
+    return channels
 
 
 def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
@@ -227,9 +228,9 @@ def _plain_checkpoints() -> Any:
 def _plain(value: Any) -> Any:
     """The same without numpy's types."""
     if isinstance(value, Mapping):
-        return {_plain(name): _plain(own) for name, own in value.items()}
+        return {_plain(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(own) for own in value)
+        return type(value)(_plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -256,12 +257,12 @@ def add_loss(runner: Any, extra: Callable[[Sequence[Tensor], Tensor], dict[str, 
         extra: from the pyramid's features [B, C, H, W] and the images [B, 3, H, W] (normalised) to losses by name.
     """
     detector = getattr(runner.model, "module", runner.model)  # inside of DistributedDataParallel
-    own = detector.loss
+    usual_loss = detector.loss
     seen: list[Sequence[Tensor]] = []
 
     def loss(images: Tensor, samples: Any) -> dict[str, Any]:
         seen.clear()
-        losses = own(images, samples)
+        losses = usual_loss(images, samples)
         return {**losses, **extra(seen[0], images)}
 
     detector.loss = loss
@@ -290,18 +291,25 @@ def train(runner: Any) -> None:
     with _quietly(prints=_talks(runner.cfg)):
         runner.train()
     runner.visualizer.close()
-    for handler in [one for one in runner.logger.handlers if isinstance(one, logging.FileHandler)]:
+    for handler in [entry for entry in runner.logger.handlers if isinstance(entry, logging.FileHandler)]:
         handler.close()  # what others log later in this process is not part of this training
         runner.logger.removeHandler(handler)
 
 
-def last_checkpoint(work_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a training that was stopped, or None: a kill may have cut the last one short."""
-    found = [(int(path.stem.removeprefix("epoch_")), path) for path in work_dir.glob("epoch_*.pth")]
-    for _, path in sorted(found, reverse=True):
+class Checkpoint(NamedTuple):
+    """A file that mmengine wrote after an epoch, counted from 1."""
+
+    epoch: int
+    path: Path
+
+
+def last_checkpoint(work_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a training that was stopped, or None: a kill may have cut the last file short."""
+    written = [Checkpoint(int(path.stem.removeprefix("epoch_")), path) for path in work_dir.glob("epoch_*.pth")]
+    for checkpoint in sorted(written, reverse=True):
         with contextlib.suppress(Exception):  # whatever a torn file makes torch say
-            torch.load(path, map_location="cpu", weights_only=True)
-            return path
+            torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+            return checkpoint
     return None
 
 
@@ -313,37 +321,37 @@ def require_weights(path: Path, model: Mapping[str, Any]) -> None:
         model: the detector's configuration.
 
     Raises:
-        UserError: it is not there, holds more than tensors and plain values, or is of another detector.
+        UserError: there is no such file, it holds more than tensors and plain values, or another detector's weights.
     """
     if not path.is_file():
         raise UserError(f"load_from: there is no file {path}.", fix="Give a checkpoint of mmdet's.")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none makes torch say
         raise UserError(
             f"load_from: {path} is no checkpoint of tensors and plain values.",
             why="Objects in a file are code, which is never run.",
             fix="Save its `state_dict` alone, by a tool that trusts the file.",
         ) from error
-    given = found.get("state_dict", found) if isinstance(found, dict) else {}
-    own = build_detector(model).state_dict()
-    if not any(name in own and own[name].shape == getattr(value, "shape", None) for name, value in given.items()):
+    given = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = build_detector(model).state_dict()
+    if not any(name in state and state[name].shape == getattr(value, "shape", None) for name, value in given.items()):
         raise UserError(
             f"load_from: none of the weights in {path} fits this detector.",
-            why=f"It has {', '.join(list(own)[:2])}, ...; the file {', '.join(list(given)[:2]) or 'nothing'}, ...",
+            why=f"It has {', '.join(list(state)[:2])}, ...; the file {', '.join(list(given)[:2]) or 'nothing'}, ...",
             fix="Give a checkpoint of the same detector and backbone.",
         )
 
 
 def predict(detector: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Boxes [N, 4], scores [N] and labels [N] of each image [B, 3, H, W] (normalised), as mmdet itself finds them."""
+    """Boxes [N, 4], scores [N] and labels [N] of each image [B, 3, H, W] (normalised), as mmdet predicts them."""
     shape, scale = tuple(images.shape[2:]), (1.0, 1.0)
-    found = _instances(detector, images, [(shape, shape, scale)] * len(images), rescale=False)
-    return [(own.bboxes.cpu(), own.scores.cpu(), own.labels.cpu()) for own in found]
+    predicted = _instances(detector, images, [(shape, shape, scale)] * len(images), rescale=False)
+    return [(instances.bboxes.cpu(), instances.scores.cpu(), instances.labels.cpu()) for instances in predicted]
 
 
 class Instances(NamedTuple):
-    """What is found on one image: boxes [N, 4], masks [N, h, w] (bool), scores [N] and labels [N]."""
+    """Predictions on one image: boxes [N, 4], masks [N, h, w] (bool), scores [N] and labels [N]."""
 
     boxes: Tensor
     masks: Tensor
@@ -363,14 +371,14 @@ def predict_masks(
         original: (h, w).
         scale: pixels of the image per pixel of the original, (x, y).
     """
-    (found,) = _instances(detector, image.unsqueeze(0), [(inside, original, scale)], rescale=True)
-    return Instances(found.bboxes.cpu(), found.masks.cpu(), found.scores.cpu(), found.labels.cpu())
+    (instances,) = _instances(detector, image.unsqueeze(0), [(inside, original, scale)], rescale=True)
+    return Instances(instances.bboxes.cpu(), instances.masks.cpu(), instances.scores.cpu(), instances.labels.cpu())
 
 
 def _instances(
     detector: nn.Module, images: Tensor, about: Sequence[tuple[Any, Any, Any]], *, rescale: bool
 ) -> list[Any]:
-    """What mmdet finds on images of which (img_shape, ori_shape, scale_factor) are given."""
+    """Predictions of mmdet on images; `about` gives (img_shape, ori_shape, scale_factor) of each."""
     _loaded()
     sample_class = importlib.import_module("mmdet.structures").DetDataSample
     shape, samples = tuple(images.shape[2:]), []
@@ -378,5 +386,5 @@ def _instances(
         known = {"img_shape": inside, "ori_shape": original, "scale_factor": scale}
         samples.append(sample_class(metainfo={**known, "pad_shape": shape, "batch_input_shape": shape}))
     with _quietly():
-        found = detector.predict(images, samples, rescale=rescale)  # type: ignore[operator]
-    return [sample.pred_instances for sample in found]
+        predicted = detector.predict(images, samples, rescale=rescale)  # type: ignore[operator]
+    return [sample.pred_instances for sample in predicted]

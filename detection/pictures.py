@@ -1,4 +1,4 @@
-"""Images of one fixed size for a detector that was exported: scaled to fit, padded at the right and at the bottom."""
+"""Images of one fixed size, as exported detectors take them: scaled to fit, padded at the right and at the bottom."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from upvits.calib_data import Preprocess
 from upvits.detection.coco import Split
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """An image as a detector takes it, and how its boxes get back.
+    """An image as a detector takes it, and what brings boxes back into the original.
 
     Attributes:
         image_id: in the annotations.
-        pixels: [3, H, W] float32, RGB, normalised; zero where nothing is.
+        pixels: [3, H, W] float32, RGB, normalised; zero where the image does not reach.
         scale: pixels of the fitted image per pixel of the original, (x, y).
         inside: width and height that the image covers.
         original: width and height of the original.
@@ -39,41 +40,32 @@ class Fitted:
         return (np.clip(boxes, 0, limits) / scale).astype(np.float32)
 
 
-def fit(
-    image: Image.Image, image_id: int, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Fitted:
-    """Scale an image (bilinear, aspect kept) to fit into `size` (height, width); mean and std are of 0 to 255."""
-    height, width = size
+def fit(image: Image.Image, image_id: int, preprocess: Preprocess) -> Fitted:
+    """Scale an image (bilinear, aspect kept) to fit into the input size, normalise it, and pad it with zeros."""
+    _, height, width = preprocess.input_size
     ratio = min(width / image.width, height / image.height)
     inside = (max(1, int(image.width * ratio + 0.5)), max(1, int(image.height * ratio + 0.5)))
     scaled = (
         image.convert("RGB") if inside == image.size else image.convert("RGB").resize(inside, Image.Resampling.BILINEAR)
     )
     pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float()
-    normal = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    mean, std = (torch.tensor([255 * v for v in values]).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     padded = torch.zeros(3, height, width)
-    padded[:, : inside[1], : inside[0]] = normal
+    padded[:, : inside[1], : inside[0]] = (pixels - mean) / std
     scale = (inside[0] / image.width, inside[1] / image.height)
     return Fitted(image_id, padded, scale, inside, image.size)
 
 
 def fitted(
-    split: Split,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    most: int | None = None,
-    *,
-    upright: bool | None = None,
+    split: Split, preprocess: Preprocess, most: int | None = None, *, upright: bool | None = None
 ) -> Iterator[Fitted]:
     """The images of a split, in the order of its annotations.
 
     Args:
         split: whose images are read, one at a time.
-        size: (height, width) in pixels that each is scaled and padded to.
-        mean, std: of pixels from 0 to 255.
-        most: so many images, evenly spread; all by default.
-        upright: only those that are higher than wide, or only the others; all by default.
+        preprocess: of the detector (`DetectorInfo.preprocess`).
+        most: at most so many images, evenly spread; None for all.
+        upright: only images that are higher than wide, or only the others; None for all.
     """
     entries = json.loads(split.annotations.read_text())["images"]
     if upright is not None:
@@ -81,4 +73,4 @@ def fitted(
     count = min(most or len(entries), len(entries))
     for entry in (entries[index * len(entries) // count] for index in range(count)):
         with Image.open(split.images / entry["file_name"]) as image:
-            yield fit(image, entry["id"], size, mean, std)
+            yield fit(image, entry["id"], preprocess)

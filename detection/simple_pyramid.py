@@ -14,8 +14,8 @@ from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
-from upvits.detection.backbone import Source, network_from, set_drop_path
-from upvits.toolchain.families import family_of
+from upvits.detection.backbone import Source, freeze, frozen_parts, network_from, set_drop_path
+from upvits.toolchain.families import FAMILIES, family_of
 
 
 class UPViT(nn.Module):
@@ -47,13 +47,13 @@ class UPViT(nn.Module):
     ) -> None:
         super().__init__()
         net = network_from(model)
-        if family_of(net).__name__.rpartition(".")[2] != "vit":
+        if family_of(net) is not FAMILIES["vit"]:
             raise UserError(f"{type(net).__name__} is no ViT.", fix="Use the backbone UPPVTv2 for PVTv2.")
         net.reset_classifier(0)
-        net.norm, net.fc_norm = nn.Identity(), nn.Identity()  # of the pooled features; each level has norms of its own
+        net.norm, net.fc_norm = nn.Identity(), nn.Identity()  # they are for pooled features; every level has its norms
         _take_any_size(net)
         self.net = net
-        self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
+        self.out_indices = tuple(out_indices)
         self.channels = (out_channels,) * len(self.out_indices)
         patch = int(net.patch_embed.patch_size[0])
         if patch != 16:
@@ -77,8 +77,7 @@ class UPViT(nn.Module):
         if drop_path_rate is not None:
             set_drop_path(list(net.blocks), drop_path_rate)
         net.set_grad_checkpointing(with_cp)
-        for part in self._frozen():
-            part.requires_grad_(False)
+        self.frozen = frozen_parts(net.patch_embed, net.blocks, frozen_stages)
         self.train(self.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -90,15 +89,10 @@ class UPViT(nn.Module):
         """mmengine calls this before training; the network has its weights, and the levels torch's own."""
 
     def train(self, mode: bool = True) -> UPViT:
-        """As usual, but frozen blocks stay in eval mode."""
+        """As usual, but frozen blocks stay as they are."""
         super().train(mode)
-        for part in self._frozen():
-            part.eval()
+        freeze(self.frozen)
         return self
-
-    def _frozen(self) -> list[nn.Module]:
-        net: Any = self.net
-        return [net.patch_embed, *net.blocks[: self.frozen_stages]] if self.frozen_stages > 0 else []
 
 
 def _to_width(channels: int, out_channels: int) -> tuple[nn.Module, ...]:

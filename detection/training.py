@@ -1,4 +1,4 @@
-"""Training a detector with mmengine's Runner, and what came out of it."""
+"""Training a detector with mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def train_detector(
         model: its configuration (`detection.configs`).
         data: what it is trained on.
         schedule: how long and how fast.
-        work_dir: checkpoints and logs; what is found there must be of the same training.
+        work_dir: folder of checkpoints and logs; those in it already have to be of the same training.
         seed: of new weights, order and flips.
-        options: dotted keys of mmengine's configuration and values that replace what is said here.
+        options: values by dotted key of mmengine's configuration, which replace those of `configs.training`.
         teacher: folder of a detector whose pyramid's features are imitated too.
         distill_weight: of that imitation.
         start: folder of a detector of the same structure whose weights it starts from.
@@ -71,12 +71,12 @@ def train_detector(
         quiet: no progress bar.
 
     Raises:
-        MissingDependencyError: mmdet is not there.
-        UserError: an option names nothing, or nothing that can be built.
+        MissingDependencyError: mmdet is not installed.
+        UserError: an option names no key of the configuration, or a value that nothing can be built from.
     """
     last, options = openmm.last_checkpoint(work_dir), dict(options or {})
     if last is not None:
-        options.pop("load_from", None)  # it was for the start
+        options.pop("load_from", None)  # was for the first epoch
     if crew.is_leader:
         _check_options(options, model)
         _require_same_crew(work_dir, crew.size)
@@ -86,10 +86,11 @@ def train_detector(
         })  # fmt: skip
     values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available(),
                       processes=crew.size)  # fmt: skip
-    where = {} if last is None else {"resume": True, "load_from": str(last)}
-    config = openmm.config_of(values | where, options)
+    if last is not None:
+        values |= {"resume": True, "load_from": str(last.path)}
+    config = openmm.config_of(values, options)
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    history = {} if last is None else _history_until(work_dir, last)
+    history = {} if last is None else _history_until(work_dir, last.epoch)
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=None)
 
@@ -101,7 +102,7 @@ def train_detector(
                 task, completed=done, total=config.train_cfg.max_epochs * steps, description=f"epoch {epoch + 1}"
             )
             if step + 1 == steps:
-                history[epoch + 1] = {name: sum(own) / len(own) for name, own in sums[epoch + 1].items()}
+                history[epoch + 1] = {name: sum(values) / len(values) for name, values in sums[epoch + 1].items()}
                 if crew.is_leader:
                     (work_dir / _HISTORY).write_text(json.dumps(history))
                     (work_dir / _PROCESSES).write_text(str(crew.size))
@@ -114,7 +115,7 @@ def train_detector(
                 openmm.set_weights(runner, read_weights(start))
             openmm.train(runner)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if not options or sums:  # the first step was made: what was asked for can be built
+            if not options or sums:  # after the first step: all options could be built
                 raise
             raise UserError(
                 f"mmengine cannot build what --cfg-options asks for: {str(error).strip().splitlines()[-1]}",
@@ -125,10 +126,10 @@ def train_detector(
 
 
 def _check_options(options: Mapping[str, Any], model: Config) -> None:
-    """Refuse options that would take the training out of our hands, and a checkpoint that gives it nothing.
+    """Refuse options that decide where the training is kept, and a checkpoint that is of no use for it.
 
     Raises:
-        UserError: says which.
+        UserError: names the option.
     """
     taken = sorted({"work_dir", "resume"} & {name.partition(".")[0] for name in options})
     if taken:
@@ -142,10 +143,10 @@ def _check_options(options: Mapping[str, Any], model: Config) -> None:
 
 
 def _require_same_crew(work_dir: Path, processes: int) -> None:
-    """The learning rate and the order of images are for so many processes as began.
+    """Refuse another number of processes than at the start: learning rate and order of images depend on it.
 
     Raises:
-        UserError: there are more or fewer now.
+        UserError: more or fewer processes continue.
     """
     with contextlib.suppress(OSError, ValueError):
         before = int((work_dir / _PROCESSES).read_text())
@@ -157,16 +158,16 @@ def _require_same_crew(work_dir: Path, processes: int) -> None:
             )
 
 
-def _history_until(work_dir: Path, checkpoint: Path) -> dict[int, Losses]:
-    """Losses of the epochs before a checkpoint, as far as they were written."""
-    with contextlib.suppress(OSError, ValueError):  # a kill may have torn it: the losses are for people to look at
-        known = {int(epoch): own for epoch, own in json.loads((work_dir / _HISTORY).read_text()).items()}
-        return {epoch: own for epoch, own in known.items() if epoch <= int(checkpoint.stem.removeprefix("epoch_"))}
+def _history_until(work_dir: Path, last: int) -> dict[int, Losses]:
+    """Losses of the epochs up to the last one that has a checkpoint, as far as they were written."""
+    with contextlib.suppress(OSError, ValueError):  # a kill may have torn the file: losses are for people to look at
+        history = {int(epoch): losses for epoch, losses in json.loads((work_dir / _HISTORY).read_text()).items()}
+        return {epoch: losses for epoch, losses in history.items() if epoch <= last}
     return {}
 
 
 def train_along(crew: Crew) -> None:
-    """Train whatever the leader trains, until it is done."""
+    """Take part in every training of the leader, until it sends this process home."""
     for order in crew.orders():
         train_detector(**order, crew=crew, quiet=True)
 
@@ -180,9 +181,10 @@ def imitation(teacher: nn.Module, weight: float) -> Any:
 
     def extra(features: Sequence[Tensor], images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            wanted = teacher.to(images.device).extract_feat(images)  # type: ignore[operator]
+            targets = teacher.to(images.device).extract_feat(images)  # type: ignore[operator]
         gaps = [
-            (_standard(own) - _standard(other)).square().mean() / 2 for own, other in zip(features, wanted, strict=True)
+            (_standard(level) - _standard(target)).square().mean() / 2
+            for level, target in zip(features, targets, strict=True)
         ]
         return {"loss_imitation": weight * torch.stack(gaps).mean()}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from onnx import TensorProto
 
+from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors import judge
 from upvits.deploy.detectors.export import export_detector
@@ -89,7 +90,7 @@ def evaluate(path: Path, data: CocoData, most: int | None = None, *, quiet: bool
     takes, find, run_by = _folder(path) if path.is_dir() else _file(path)
     _check_classes(path, takes.classes, data)
     seen: list[int] = []
-    images = fitted(data.val, takes.size, takes.mean, takes.std, most)
+    images = fitted(data.val, takes.preprocess, most)
     found = find(
         judge.noting(judge.watched_images(images, most or data.val.count, quiet), seen), data.category_ids, takes.limits
     )
@@ -112,12 +113,10 @@ def export(folder: Path, out: Path, shape: str, *, size: tuple[int, int] | None 
 
 @dataclass(frozen=True, slots=True)
 class _Takes:
-    """What a detector takes and tells apart; mean and std are of pixels from 0 to 255."""
+    """What a detector takes and tells apart."""
 
     classes: tuple[str, ...]
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocess: Preprocess
     limits: Limits
     masks: bool = False
 
@@ -131,7 +130,7 @@ def _folder(path: Path) -> tuple[_Takes, _Find, str]:
     detector, info = load_detector(path)
     detector.to(pick_device("auto"))
     size = size_for(info.scale)
-    takes = _Takes(info.classes, size, info.mean, info.std, limits_of(info.config), judge.has_masks(detector))
+    takes = _Takes(info.classes, info.preprocess(size), limits_of(info.config), judge.has_masks(detector))
     return takes, partial(judge.found_by, detector, size), "PyTorch"
 
 
@@ -140,8 +139,8 @@ def _file(path: Path) -> tuple[_Takes, _Find, str]:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
         shape, labels = metadata["shape"], json.loads(metadata["labels"])
-        _, height, width = json.loads(metadata["input_size"])
-        mean, std = (tuple(255 * value for value in json.loads(metadata[name])) for name in ("mean", "std"))
+        size, mean, std = (tuple(json.loads(metadata[name])) for name in ("input_size", "mean", "std"))
+        preprocess = Preprocess(size, mean, std, "bilinear", 1.0, "border")
         limits = Limits(**json.loads(metadata["limits"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -155,7 +154,7 @@ def _file(path: Path) -> tuple[_Takes, _Find, str]:
             fix="Export it so: `upvits-deploy detect export --shape decode`.",
         )
     return (
-        _Takes(tuple(labels), (height, width), mean, std, limits),
+        _Takes(tuple(labels), preprocess, limits),
         partial(judge.detections, judge.by_session(open_model(model))),
         "ONNX Runtime",
     )

@@ -11,7 +11,6 @@ from typing import Literal, get_args
 from onnx import ModelProto
 from torch import nn
 
-from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outputs
 from upvits.deploy.detectors.suppression import limits_of, with_suppression
@@ -64,8 +63,6 @@ def whole_graph(
     uint8_input: bool = False,
 ) -> ModelProto:  # fmt: skip
     """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
-    mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (info.mean, info.std))
-    preprocess = Preprocess((3, *size), mean, std, "bilinear", 1.0, "border")
     about = {
         "labels": json.dumps(list(info.classes)),
         "category_ids": json.dumps(list(info.category_ids)),
@@ -74,7 +71,7 @@ def whole_graph(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"
         export_onnx(
-            DecodedBoxes(detector, size, with_levels=True), path, preprocess, opset=opset,
+            DecodedBoxes(detector, size, with_levels=True), path, info.preprocess(size), opset=opset,
             uint8_input=uint8_input, metadata=about, outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),
         )  # fmt: skip
         return load_model(path)

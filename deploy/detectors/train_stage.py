@@ -278,7 +278,7 @@ def _turned(
     """
     turned = (size[1], size[0])
     seen: list[int] = []
-    images = fitted(data.val, turned, info.mean, info.std, upright=True)
+    images = fitted(data.val, info.preprocess(turned), upright=True)
     run = judge.by_torch(DecodedBoxes(detector, turned).eval())
     upright = judge.detections(run, judge.noting(images, seen), info.category_ids, limits_of(info.config))
     known = set(seen)
@@ -288,7 +288,7 @@ def _turned(
 
 def images_of(split: Split, info: DetectorInfo, wanted: DetectRecipe, most: int | None = None) -> Iterator[Fitted]:
     """Images of a split as a detector takes them, one at a time; evenly spread ones where `most` are fewer."""
-    return fitted(split, size_of(wanted), info.mean, info.std, most)
+    return fitted(split, info.preprocess(size_of(wanted)), most)
 
 
 def figures_of(artifact: Artifact) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.detection.conftest import Document, changed
+from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.detection.average_precision import average_precision
 from upvits.detection.coco import open_coco
@@ -143,8 +144,8 @@ def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_
 
     data = open_coco(changed(scenes, tmp_path / "c", upright, "val"), tmp_path / "cache")
     assert all("outside" in note for note in data.notes)
-    size, mean, std = (64, 96), (0.0,) * 3, (255.0,) * 3
-    first, *others = fitted(data.val, size, mean, std)
+    preprocess = Preprocess((3, 64, 96), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "border")
+    first, *others = fitted(data.val, preprocess)
     assert (first.inside, first.original) == ((39, 64), (37, 61))
     assert first.pixels.shape == (3, 64, 96)
     assert float(first.pixels[:, :, 39:].abs().max()) == 0
@@ -152,9 +153,9 @@ def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_
     whole = np.array([[0, 0, 39, 64], [-5, 10, 200, 300]], np.float32)
     assert np.allclose(first.boxes_back(whole)[:, 2:], [37, 61], atol=0.5)
     assert float(first.boxes_back(whole).min()) == 0
-    assert [one.image_id for one in fitted(data.val, size, mean, std, upright=True)] == [first.image_id]
-    assert len(list(fitted(data.val, size, mean, std, upright=False))) == len(others)
-    assert [one.image_id for one in fitted(data.val, size, mean, std, 2)] == [first.image_id, others[1].image_id]
+    assert [one.image_id for one in fitted(data.val, preprocess, upright=True)] == [first.image_id]
+    assert len(list(fitted(data.val, preprocess, upright=False))) == len(others)
+    assert [one.image_id for one in fitted(data.val, preprocess, 2)] == [first.image_id, others[1].image_id]
 
 
 @pytest.mark.usefixtures("mmdet")

@@ -13,6 +13,7 @@ from torchvision.ops import batched_nms
 
 from tests.detection.conftest import small_retinanet
 from upvits import toolchain
+from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.detection import configs, openmm
 from upvits.detection.average_precision import average_precision, run_length
@@ -128,14 +129,15 @@ def test_boxes_of_fitted_images_come_back(data: CocoData) -> None:
     from PIL import Image
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8))
-    one = fit(image, 7, (64, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    preprocess = Preprocess((3, 64, 64), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "border")
+    one = fit(image, 7, preprocess)
     assert one.inside == (64, 40)
     assert float(one.pixels[:, 40:].abs().max()) == 0
     assert one.boxes_back(np.array([[0, 0, 64, 60], [8, 8, 16, 16]], np.float32)).tolist() == [
         [0, 0, 80, 50],
         [10, 10, 20, 20],
     ]
-    assert [image.image_id for image in fitted(data.val, (64, 64), (0.0,) * 3, (1.0,) * 3)] == [1, 2, 3, 4]
+    assert [image.image_id for image in fitted(data.val, preprocess)] == [1, 2, 3, 4]
 
 
 def test_a_vit_serves_a_detector_that_needs_no_other_folder(tmp_path: Path, data: CocoData) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.detection.conftest import small_retinanet
+from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors import judge
 from upvits.deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
@@ -28,6 +29,7 @@ from upvits.detection.pictures import Fitted, fit
 pytestmark = pytest.mark.usefixtures("mmdet")
 
 SIZE = (64, 96)
+IMAGENET = Preprocess((3, *SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 1.0, "border")
 
 
 def images(count: int = 2) -> np.ndarray:  # type: ignore[type-arg]
@@ -156,7 +158,7 @@ def test_the_example_of_a_package_draws_what_the_detector_finds(
     code = f"{blocked}; import runpy; sys.argv = ['x', {str(picture)!r}]; runpy.run_path({str(script)!r})"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     with Image.open(picture) as opened:
-        image = fit(opened, 0, SIZE, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+        image = fit(opened, 0, IMAGENET)
     with open_model(load_model(files["decode"])) as session:
         boxes, scores, labels = (own[0] for own in judge.by_session(session)(image.pixels.numpy()[None]))
     _, sure, kind = judge.suppress(boxes, scores, labels, Limits(score=0.3, boxes=10_000))

@@ -42,7 +42,7 @@ def test_stopped_training_goes_on(
     monkeypatch.undo()
     checkpoint = openmm.last_checkpoint(tmp_path / "stopped")
     assert checkpoint is not None
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint.path, weights_only=True)
     assert state["meta"]["epoch"] == 2
     resumed = train_detector(model, data, SCHEDULE, tmp_path / "stopped")
     assert set(resumed.history) == {1, 2, 3}
@@ -112,10 +112,10 @@ def test_a_torn_checkpoint_is_passed_over(folders: dict[str, Path], data: CocoDa
     train_detector(model, data, SCHEDULE, tmp_path / "w", options={"train_cfg.max_epochs": 2})
     newest = openmm.last_checkpoint(tmp_path / "w")
     assert newest is not None
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest.path.write_bytes(newest.path.read_bytes()[:1000])
     history = json.loads((tmp_path / "w/history.json").read_text())
     (tmp_path / "w").rename(tmp_path / "moved")
-    assert openmm.last_checkpoint(tmp_path / "moved") == tmp_path / "moved/epoch_1.pth"
+    assert openmm.last_checkpoint(tmp_path / "moved") == (1, tmp_path / "moved/epoch_1.pth")
     resumed = train_detector(model, data, SCHEDULE, tmp_path / "moved")
     assert set(resumed.history) == {1, 2, 3}
     assert resumed.history[1] == history["1"]
