@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,tensorrt-rtx,openvino
+EXTRAS ?= dev,docs,tensorrt-rtx,openvino
 DIST ?= worksteal
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -11,13 +11,15 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 READY := $(VENV)/ready-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-detection lint format constraints clean
+.PHONY: help setup demo test test-detection lint docs reference format constraints clean
 
 help:
 	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
 	@echo "make test         set up $(VENV) and run the tests"
 	@echo "make test-detection  the same for detection, in an environment with mmdet"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the documents as a site, in site/"
+	@echo "make reference    write docs/cli.md and docs/recipe.md again, after options changed"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make constraints  resolve the newest versions into constraints.txt"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
@@ -39,6 +41,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+reference: $(READY)
+	$(BIN)/python -m docs.reference
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -47,7 +55,7 @@ constraints:
 	@$(FIND_UV); UV="$$uv" .ci/constraints
 
 clean:
-	rm -rf $(VENV) $(VENV)-detection .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-detection .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv from the PATH, or a private copy next to the environment.

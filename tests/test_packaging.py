@@ -118,7 +118,14 @@ def test_exactly_one_onnxruntime_everywhere(metadata: Message, system: str, mach
 
 
 def test_optional_libraries_stay_in_extras(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra") or []) == {"tensorrt", "tensorrt-rtx", "openvino", "detection", "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        "tensorrt",
+        "tensorrt-rtx",
+        "openvino",
+        "detection",
+        "dev",
+        "docs",
+    }
     core = {
         requirement.name
         for requirement in map(Requirement, metadata.get_all("Requires-Dist") or [])
