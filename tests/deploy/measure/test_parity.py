@@ -1,6 +1,7 @@
 """Parity: what counts as the same, and errors that say where it broke."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_equal_outputs_pass_and_serialise() -> None:
     parity = check_parity(LOGITS, LOGITS.copy())
     assert parity.max_abs == 0.0
     assert parity.min_cosine == pytest.approx(1.0)
-    document = json.loads(json.dumps(parity.as_json()))
+    document = json.loads(json.dumps(asdict(parity)))
     assert document["passed"] is True
     assert document["tolerance"]["relative"] == FP32.relative
 
