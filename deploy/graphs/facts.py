@@ -5,24 +5,16 @@ Held against what a runtime made of the graph, these show an "int8" engine that 
 
 from collections.abc import Iterator
 
-import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from upvits.deploy.graphs.files import declared_only
+from upvits.deploy.graphs.files import inferred_graph
+from upvits.deploy.graphs.nodes import PRECISION_OF_TYPE
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 _RESHAPING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 # What may stand between the two matrix products of attention and its softmax: scale, mask, layout and type changes.
 _PASSING = _RESHAPING | _QUANTIZING | {"Add", "Div", "Expand", "Mul", "Where"}
-_NAMES = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "int8",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-}
 
 
 class GraphFacts:
@@ -39,7 +31,7 @@ class GraphFacts:
         for node in graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        inferred = inferred_graph(declared_only(model))
+        inferred = inferred_graph(model)
         values = (*graph.input, *graph.value_info, *graph.output, *inferred.value_info, *inferred.output)
         types = ((value.name, value.type.tensor_type.elem_type) for value in values)
         self._types = {name: known for name, known in types if known}
@@ -89,7 +81,7 @@ class GraphFacts:
         if len(factors) == 1 and None not in factors:
             return str(factors.pop())
         images = next((name for name in node.input[:2] if not self._is_weight(name)), "")
-        return _NAMES.get(self._types.get(images, 0), "other")
+        return PRECISION_OF_TYPE.get(self._types.get(images, 0), "other")
 
     def _quantized(self, name: str) -> str | None:
         """Precision before the DequantizeLinear that a tensor comes from; None when it comes from none."""
@@ -98,7 +90,7 @@ class GraphFacts:
             maker = self._makers.get(maker.input[0])
         if maker is None or maker.op_type != "DequantizeLinear":
             return None
-        return _NAMES.get(self._types.get(maker.input[0], 0), "other")
+        return PRECISION_OF_TYPE.get(self._types.get(maker.input[0], 0), "other")
 
     def _constant_factors(self, node: NodeProto) -> int:
         return sum(self._is_weight(name) for name in node.input[:2])
@@ -129,14 +121,6 @@ class GraphFacts:
 
     def _nodes_after(self, node: NodeProto) -> Iterator[NodeProto]:
         return (reader for name in node.output for reader in self._readers.get(name, []))
-
-
-def inferred_graph(model: ModelProto) -> GraphProto:
-    """The graph with the types and sizes that can be inferred; as it is where nothing can."""
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return model.graph
 
 
 def node_name(node: NodeProto) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.nodes import copied
 from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
 
 MAX_FILE_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; the rest is for the graph
@@ -127,13 +128,23 @@ def with_shapes(model: ModelProto) -> ModelProto:
     """
     if fits_one_file(model):
         return onnx.shape_inference.infer_shapes(model)
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     inferred = onnx.shape_inference.infer_shapes(declared_only(model)).graph
     for field in ("value_info", "output"):
         result.graph.ClearField(field)
         getattr(result.graph, field).extend(getattr(inferred, field))
     return result
+
+
+def inferred_graph(model: ModelProto) -> GraphProto:
+    """The graph with all types and sizes that can be inferred, weights only declared; as it is where inference fails.
+
+    Why it fails is not told: runtimes say it better.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(declared_only(model), data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return model.graph
 
 
 def keeps_weights_apart(path: Path) -> bool:
@@ -292,10 +303,7 @@ def _read_external(path: Path, tensor: TensorProto, wanted: int) -> None:
 
 def _check_shapes(path: Path, model: ModelProto) -> None:
     """Refuse tensors that no machine could hold, before a runtime tries to."""
-    try:
-        values = onnx.shape_inference.infer_shapes(declared_only(model), data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError):  # says nothing that the runtimes do not say better
-        values = model.graph
+    values = inferred_graph(model)
     for value in (*values.input, *values.output, *values.value_info):
         fixed = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.dim_value > 0]
         if math.prod(fixed) > _MAX_VALUES:

@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -136,16 +135,6 @@ class LatencyReport:
             for batch, stats in by_batch.items()
             for warning in _warnings(stats)
         ]
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain JSON values, batch sizes as keys "b1", "b8"; `rounds` gives every ratio again."""
-        result = asdict(self)
-        for table in ("stats", "rounds"):
-            result[table] = {
-                name: {f"b{batch}": value for batch, value in by_batch.items()}
-                for name, by_batch in result[table].items()
-            }
-        return result
 
 
 def interleave(

@@ -14,8 +14,9 @@ import psutil
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from upvits.calib_data.errors import UserError
-from upvits.deploy.graphs.facts import GraphFacts, inferred_graph
-from upvits.deploy.graphs.files import declared_only, load_model
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.graphs.files import declared_only, inferred_graph, load_model
+from upvits.deploy.graphs.nodes import copied, graph_inputs
 from upvits.deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
 from upvits.deploy.runtimes.engine_folder import require
 from upvits.deploy.runtimes.nvinfer import device_here
@@ -158,8 +159,7 @@ def inputs_of(model: ModelProto, name: str) -> tuple[Input, ...]:
     Raises:
         UserError: one of them is no tensor of numbers.
     """
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return tuple(_input(value, name) for value in model.graph.input if value.name not in weights)
+    return tuple(_input(value, name) for value in graph_inputs(model))
 
 
 def activation_bytes(graph: ModelProto, feeds: Arrays) -> int:
@@ -167,8 +167,7 @@ def activation_bytes(graph: ModelProto, feeds: Arrays) -> int:
 
     Sizes that cannot be inferred count as 1: it may hold more.
     """
-    sized = ModelProto()
-    sized.CopyFrom(graph)
+    sized = copied(graph)
     for value in sized.graph.input:
         if value.name in feeds:
             kind = value.type.tensor_type.elem_type

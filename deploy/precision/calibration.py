@@ -11,7 +11,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.progress import progress_bar
-from upvits.deploy.precision.weight_layers import Array, WeightLayer, nothing_to_quantize, prepared, weight_layers
+from upvits.deploy.graphs.nodes import Array
+from upvits.deploy.precision.weight_layers import WeightLayer, nothing_to_quantize, prepared, weight_layers
+from upvits.deploy.runtimes.onnxruntime_ import open_model
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -49,8 +51,6 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
             input.
         GateError: the model computes NaN or infinity from the images; says where first.
     """
-    from upvits.deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
-
     probed, probes = _with_maxima(prepared(model))
     value = probed.graph.input[0]
     seen, digest = 0, hashlib.sha256()

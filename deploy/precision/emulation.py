@@ -5,8 +5,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from upvits.deploy.graphs.files import with_shapes
+from upvits.deploy.graphs.nodes import Array, copied, drop_unused_initializers, get_attribute, initializers
 from upvits.deploy.precision.rounding import rounding_nodes
-from upvits.deploy.precision.weight_layers import Array, drop_unused_initializers, get_attribute, initializers
 
 _BF16, _FP8, _FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT
 # These move values that are rounded already.
@@ -19,8 +19,7 @@ def for_cpu(model: ModelProto) -> ModelProto:
     That provider has no bf16 arithmetic, and runs fp8 Q/DQ only without most of its optimizations. Here the arithmetic
     is fp32, and every tensor that is bf16 or fp8 is rounded to it. fp16 and int8 stay: the provider runs them itself.
     """
-    result = ModelProto()
-    result.CopyFrom(with_shapes(model))
+    result = copied(with_shapes(model))
     values = [*result.graph.input, *result.graph.value_info, *result.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in result.graph.initializer}

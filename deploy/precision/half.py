@@ -13,8 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.files import with_shapes
+from upvits.deploy.graphs.nodes import drop_unused_initializers, opset_of
 from upvits.deploy.graphs.surgery import PREPROCESS
-from upvits.deploy.precision.weight_layers import opset_of, prepared, with_opset
+from upvits.deploy.precision.weight_layers import prepared, with_opset
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _BF16_OPSET = 22  # where Conv takes bf16
@@ -63,6 +64,7 @@ def to_half(model: ModelProto, precision: str, *, keep_nodes: Collection[str] = 
     if precision == "bf16" and opset_of(result) < _BF16_OPSET:
         result = with_shapes(with_opset(result, _BF16_OPSET))
     _HalfConversion(result, precision, frozenset(keep_nodes)).run()
+    drop_unused_initializers(result)
     return with_shapes(result)
 
 
@@ -93,10 +95,6 @@ class _HalfConversion:
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
         del self.graph.value_info[:]
-        used = {name for node in self.nodes for name in node.input}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
 
     def _convert(self, node: NodeProto) -> None:
         stays = node.op_type in _KEPT_IN_FP32 or node.name in self.keep_nodes or node.name.startswith(PREPROCESS)

@@ -16,14 +16,9 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.nodes import Array, copied, drop_unused_initializers, initializers
 from upvits.deploy.precision.calibration import Floats, Ranges
-from upvits.deploy.precision.weight_layers import (
-    Array,
-    WeightLayer,
-    drop_unused_initializers,
-    initializers,
-    weight_layers,
-)
+from upvits.deploy.precision.weight_layers import WeightLayer, weight_layers
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _FP8_TAPS = 32
@@ -67,8 +62,7 @@ def quantize(
     Raises:
         UserError: the ranges are those of another model.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     values = initializers(result)
     by_node = {layer.name: layer for layer in layers}

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from upvits.deploy.precision.weight_layers import Array
+from upvits.deploy.graphs.nodes import Array
 
 CASTS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp8": TensorProto.FLOAT8E4M3FN}
 

@@ -7,12 +7,14 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import progress_bar
+from upvits.deploy.graphs.nodes import Array, initializers
 from upvits.deploy.precision.calibration import check_batch
 from upvits.deploy.precision.convert import QUANTIZED, Converted
 from upvits.deploy.precision.quantize import activation_scale, cut_projections, quantized_weight
 from upvits.deploy.precision.rounding import rounded, rounding_nodes
 from upvits.deploy.precision.smoothing import fold_outliers
-from upvits.deploy.precision.weight_layers import Array, WeightLayer, initializers, prepared, weight_layers
+from upvits.deploy.precision.weight_layers import WeightLayer, prepared, weight_layers
+from upvits.deploy.runtimes.onnxruntime_ import open_model
 
 
 def layer_sqnr(
@@ -40,8 +42,6 @@ def layer_sqnr(
     Raises:
         UserError: there are no images, or they have another shape or type than the input.
     """
-    from upvits.deploy.runtimes.onnxruntime_ import open_model  # runtimes import this package
-
     twins, probes = _with_twins(prepared(model), converted)
     value = twins.graph.input[0]
     signal, noise = dict.fromkeys(probes, 0.0), dict.fromkeys(probes, 0.0)

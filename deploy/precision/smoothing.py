@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from upvits.deploy.graphs.nodes import Array, copied, drop_unused_initializers, get_attribute, initializers
 from upvits.deploy.precision.calibration import Floats, Ranges
-from upvits.deploy.precision.weight_layers import (
-    Array,
-    WeightLayer,
-    drop_unused_initializers,
-    get_attribute,
-    initializers,
-    weight_layers,
-)
+from upvits.deploy.precision.weight_layers import WeightLayer, weight_layers
 
 _FLOOR = 1e-5  # of the largest channel: what is never used gets no extreme scale
 
@@ -39,8 +33,7 @@ def fold_outliers(
     Returns:
         A copy that computes the same, its ranges, and the names of the LayerNorms that were folded.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     values, paths = initializers(result), ChannelPaths(result)
     amax = dict(ranges.amax)
     folded = []

@@ -5,7 +5,6 @@ Attention's own products multiply activations with activations and are none of t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,11 +12,10 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.files import with_shapes
+from upvits.deploy.graphs.nodes import copied, get_attribute, opset_of
 
 MIN_OPSET = 19  # QuantizeLinear knows fp16 scales and fp8 from here on
 _IR_VERSION = 10
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,8 @@ def prepared(model: ModelProto) -> ModelProto:
     Raises:
         UserError: the graph has control flow, or its opset cannot be raised.
     """
-    if (opset := opset_of(model)) < MIN_OPSET:
-        result = with_opset(model, MIN_OPSET)
-    else:
-        result = ModelProto()
-        result.CopyFrom(model)
+    opset = opset_of(model)
+    result = with_opset(model, MIN_OPSET) if opset < MIN_OPSET else copied(model)
     result.ir_version = max(result.ir_version, _IR_VERSION)
     graph = result.graph
     taken = {node.name for node in graph.node}
@@ -123,18 +118,6 @@ def nothing_to_quantize() -> UserError:
     )
 
 
-def initializers(model: ModelProto) -> dict[str, Array]:
-    """Values of all initializers by name."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-
-
-def drop_unused_initializers(model: ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-
-
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     """Constants become initializers, and so do the Identity and Transpose of one (how some exporters hold weights)."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -169,15 +152,5 @@ def _constant(node: NodeProto, constants: dict[str, TensorProto]) -> TensorProto
     return numpy_helper.from_array(value)
 
 
-def get_attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """Value of a node's attribute."""
-    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
 def _is_float(tensor: TensorProto) -> bool:
     return bool(tensor.data_type == TensorProto.FLOAT)
-
-
-def opset_of(model: ModelProto) -> int:
-    """Version of the ONNX operators that a model uses."""
-    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))

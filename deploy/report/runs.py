@@ -35,7 +35,7 @@ from upvits.deploy.report.views.section import (
     words,
 )
 from upvits.deploy.report.views.summary import shortcomings
-from upvits.deploy.report.views.text import markdown_sections, terminal_sections
+from upvits.deploy.report.views.text import terminal_sections
 from upvits.deploy.store.artifacts import MANIFEST, atomic_write
 from upvits.deploy.store.run_dir import RECIPE
 
@@ -183,13 +183,6 @@ def comparison_sections(document: RunComparison) -> list[Section]:
     """Tables of a comparison, most important first."""
     found = [_runs(document), _front(document), _width_table(document)]
     return [section for section in found if section.rows or section.remarks]
-
-
-def comparison_markdown(document: RunComparison) -> str:
-    """The comparison as Markdown."""
-    lines = ["# Runs compared", ""]
-    lines += [f"- **{line.run}**: {line.verdict}" for line in document.runs] + [""]
-    return "\n".join(lines + markdown_sections(comparison_sections(document))).rstrip() + "\n"
 
 
 def comparison_terminal(document: RunComparison) -> Group:

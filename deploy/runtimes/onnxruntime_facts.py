@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from upvits.deploy.graphs.facts import GraphFacts
-from upvits.deploy.precision.weight_layers import drop_unused_initializers
+from upvits.deploy.graphs.nodes import PRECISION_OF_TYPE, copied, drop_unused_initializers
 from upvits.deploy.runtimes.interface import Built, LayerTime
 
 _INT8_GEMMS = frozenset(
@@ -30,14 +30,6 @@ _INT8_GEMMS = frozenset(
 _GEMMS = frozenset({"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
 _ATTENTION = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention", "PackedAttention", "QAttention"})
 _REFORMATS = frozenset({"MemcpyFromHost", "MemcpyToHost", "ReorderInput", "ReorderOutput", "Reshape", "Transpose"})
-_NAMES: dict[int, str] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "int8",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-}
 _TRACE_NAMES = {
     "float": "fp32",
     "float16": "fp16",
@@ -101,8 +93,7 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
     one quantized tensor: 10 of 24 matrix products of PVTv2-B0 stayed in fp32 for that reason. Told to run signed ones
     (`session.qdqisint8allowed`), it took five times as long as in fp32 on a CPU with AVX-512 VNNI and AMX.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
@@ -135,8 +126,7 @@ def biases_apart(model: ModelProto) -> ModelProto:
 
     ONNX Runtime's integer kernel for Gemm takes a bias only as integers; with one in fp32 it multiplies in fp32.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
@@ -209,8 +199,10 @@ def _precision(node: NodeProto, types: Mapping[str, int]) -> str:
     if node.op_type in _INT8_GEMMS:
         return "int8"
     if node.op_type in _GEMMS:
-        return _NAMES.get(types.get(node.input[0], 0), _NAMES.get(types.get(node.input[1], 0), "other"))
-    return _NAMES.get(types.get(node.output[0], 0), "other") if node.output else "other"
+        return PRECISION_OF_TYPE.get(
+            types.get(node.input[0], 0), PRECISION_OF_TYPE.get(types.get(node.input[1], 0), "other")
+        )
+    return PRECISION_OF_TYPE.get(types.get(node.output[0], 0), "other") if node.output else "other"
 
 
 def _traced_precision(op: str, args: Mapping[str, Any]) -> str:

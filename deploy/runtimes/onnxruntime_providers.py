@@ -12,6 +12,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.nodes import graph_inputs
 from upvits.deploy.runtimes.interface import BuildOptions, Missing
 
 CPU = "CPUExecutionProvider"
@@ -101,11 +102,8 @@ def _memory(name: str, options: BuildOptions) -> dict[str, str]:
 
 def _shapes(model: ModelProto, batch: int) -> str:
     """Shapes of the inputs as providers want them, for example "images:8x3x224x224"."""
-    weights = {tensor.name for tensor in model.graph.initializer}
     parts = []
-    for value in model.graph.input:
-        if value.name in weights:
-            continue
+    for value in graph_inputs(model):
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if 0 in sizes[1:]:
             raise UserError(

@@ -27,8 +27,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from upvits.calib_data.errors import UserError
-from upvits.deploy.graphs.facts import GraphFacts, inferred_graph
-from upvits.deploy.graphs.files import declared_only, keeps_weights_apart, openable
+from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.graphs.files import inferred_graph, keeps_weights_apart, openable
+from upvits.deploy.graphs.nodes import copied, graph_inputs
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.runtimes.engine_folder import (
     build_failed,
@@ -164,12 +165,11 @@ class OpenVinoSession:
         compiled = _compile(model, device, hint, threads)
         self._request: Any = compiled.create_infer_request()
         content = model.read_bytes() if isinstance(model, Path) else model
-        graph = onnx.load_model_from_string(content).graph  # a tensor of OpenVINO's has several names, in no order
-        weights = {tensor.name for tensor in graph.initializer}
-        self.input_names: tuple[str, ...] = tuple(v.name for v in graph.input if v.name not in weights)
-        self.output_names: tuple[str, ...] = tuple(value.name for value in graph.output)
-        kinds = {v.name: v.type.tensor_type.elem_type for v in graph.input}
-        self._types = {name: onnx.helper.tensor_dtype_to_np_dtype(kinds[name]) for name in self.input_names}
+        onnx_model = onnx.load_model_from_string(content)  # a tensor of OpenVINO's has several names, in no order
+        inputs = {value.name: value.type.tensor_type.elem_type for value in graph_inputs(onnx_model)}
+        self.input_names: tuple[str, ...] = tuple(inputs)
+        self.output_names: tuple[str, ...] = tuple(value.name for value in onnx_model.graph.output)
+        self._types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in inputs.items()}
         self.settings: Mapping[str, str | int | bool] = {
             "device": str(_core().get_property(device, "FULL_DEVICE_NAME")).strip(),
             "inference_precision": hint,
@@ -246,8 +246,7 @@ def widened(model: ModelProto) -> ModelProto:
     """The model with its fp16 and bf16 tensors in fp32: weights keep their rounded values, casts go."""
     if not any(tensor.data_type in _HALVES for tensor in model.graph.initializer):
         return model
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     for tensor in graph.initializer:
         _widen(tensor)
@@ -280,8 +279,7 @@ def only_products_quantized(model: ModelProto) -> ModelProto:
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and sources.get(node.input[0]) not in (None, *weights)
     }
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     for node in result.graph.node:
         if node.op_type not in ("MatMul", "Gemm", "QuantizeLinear"):
             for index, name in enumerate(node.input):
@@ -313,7 +311,7 @@ def _drop_casts(nodes: Any, model: ModelProto, outputs: set[str]) -> None:
 
 
 def _float_tensors(model: ModelProto) -> set[str]:
-    graph = inferred_graph(declared_only(model))
+    graph = inferred_graph(model)
     floats = (TensorProto.FLOAT, *_HALVES)
     values = (*graph.input, *graph.output, *graph.value_info)
     found = {value.name for value in values if value.type.tensor_type.elem_type in floats}

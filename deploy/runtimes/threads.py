@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from onnx import ModelProto, helper
 
+from upvits.deploy.graphs.nodes import graph_inputs
 from upvits.deploy.runtimes.interface import Arrays, Session
 
 _TUNING_SECONDS = 3.0
@@ -42,12 +43,9 @@ def worthwhile_threads(open_session: Callable[[int], Session], feeds: Arrays | N
 
 def random_feeds(model: ModelProto, batch: int) -> Arrays | None:
     """Random inputs for one call; None when an axis other than the first is dynamic."""
-    weights = {tensor.name for tensor in model.graph.initializer}
     feeds = {}
     generator = np.random.default_rng(0)
-    for value in model.graph.input:
-        if value.name in weights:
-            continue
+    for value in graph_inputs(model):
         tensor = value.type.tensor_type
         sizes = [dim.dim_value for dim in tensor.shape.dim]
         if 0 in sizes[1:]:

@@ -2,7 +2,7 @@
 
 from upvits.toolchain.choices import METHODS, Method
 from upvits.toolchain.scores.divergence import divergence
-from upvits.toolchain.scores.document import Scores, check_method
+from upvits.toolchain.scores.document import Scores
 from upvits.toolchain.scores.measure import images_digest, score
 from upvits.toolchain.scores.stability import Stability, unstable
 
@@ -11,7 +11,6 @@ __all__ = [
     "Method",
     "Scores",
     "Stability",
-    "check_method",
     "divergence",
     "images_digest",
     "score",

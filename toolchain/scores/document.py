@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upvits.calib_data.errors import UserError
-from upvits.toolchain.choices import METHODS, Method
+from upvits.toolchain.choices import Method
 from upvits.toolchain.networks.depth import DepthPath
 from upvits.toolchain.scores.stability import Stability
 
@@ -98,14 +98,3 @@ class Scores:
 def _read_path(document: dict[str, Any]) -> DepthPath:
     steps = tuple(tuple((int(a), int(f)) for a, f in step) for step in document["steps"])
     return DepthPath(steps, tuple(document["loss"]))
-
-
-def check_method(name: str) -> Method:
-    """The scoring method of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in METHODS:
-        raise UserError(f"Unknown scoring method {name!r}.", fix=f"Choose one of: {', '.join(METHODS)}.")
-    return name

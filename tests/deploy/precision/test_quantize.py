@@ -8,9 +8,10 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from tests.deploy.conftest import Exported
 from tests.deploy.precision.graphs import Array, graph_of, run, sqnr
 from upvits.calib_data.errors import UserError
+from upvits.deploy.graphs.nodes import initializers
 from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
 from upvits.deploy.precision.quantize import quantizable_layers, quantized_weight
-from upvits.deploy.precision.weight_layers import initializers, prepared
+from upvits.deploy.precision.weight_layers import prepared
 
 node = onnx.helper.make_node
 
