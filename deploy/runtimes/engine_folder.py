@@ -238,6 +238,18 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
     return _engine(record, folder)
 
 
+def runnable_engine(runtime: Runtime, folder: Path) -> Engine:
+    """The checked engine of this runtime in a folder, on a machine that has what it needs to run.
+
+    Raises:
+        UserError: there is no such engine.
+        MissingDependencyError: the machine lacks something.
+    """
+    engine = read_engine(folder, runtime.name)
+    require(runtime.missing_to_run(), f"{runtime.name} engines cannot run here")
+    return engine
+
+
 def _check_file(file: Path, wanted: str) -> None:
     if not file.is_file():
         raise UserError(f"{file.parent} lacks a file of its engine", why=f"{file.name} is not there.", fix=_REBUILD)

@@ -9,6 +9,7 @@ name that is used here against all of these versions.
 import contextlib
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from onnx import ModelProto
 
 from upvits.calib_data.errors import BuildError, UserError
 from upvits.deploy.choices import BatchProfile
-from upvits.deploy.graphs.facts import node_name
+from upvits.deploy.graphs.facts import GraphFacts, node_name
 from upvits.deploy.graphs.files import openable
 from upvits.deploy.runtimes.cuda import compute_capability
 from upvits.deploy.runtimes.engine_folder import build_failed, check_built, save_engine
 from upvits.deploy.runtimes.inspector import read_inspector
-from upvits.deploy.runtimes.interface import BuildOptions, Built, Engine, Runtime
-from upvits.deploy.runtimes.kernels import Compiled
+from upvits.deploy.runtimes.interface import BuildOptions, Engine, Runtime
+from upvits.deploy.runtimes.kernels import Compiled, built_from
 from upvits.deploy.store.artifacts import atomic_write
 
 _MIB = 1 << 20
@@ -110,23 +111,36 @@ def inspect_engine(trt: Any, plan: bytes | memoryview) -> Compiled | None:
     return read_inspector(text, getattr(cuda_engine, "device_memory_size_v2", None))
 
 
-def save_plan(
+def build_engine(
+    trt: Any,
     runtime: Runtime,
-    folder: Path,
-    plan: memoryview,
-    library_version: str,
-    built: Built | None,
-    *,
-    options: BuildOptions,
-    targets: tuple[str, ...],
-    seconds: float,
+    model: ModelProto,
     onnx_path: Path,
+    folder: Path,
+    options: BuildOptions,
+    *,
+    targets: tuple[str, ...],
+    facts: GraphFacts,
+    read: Callable[[memoryview], Compiled | None],
+    configure: Callable[[Any], None] = lambda config: None,
 ) -> Engine:
-    """Put a serialized engine into its folder, when it is what was asked for.
+    """Build an engine of the graph as it is and put it into its folder, when it is what was asked for.
+
+    Args:
+        trt, runtime, model, onnx_path, options, configure: as in `compile_engine`.
+        folder: the engine folder.
+        targets: the GPUs that it is for.
+        facts: of the model.
+        read: says what was compiled, from a serialized engine.
 
     Raises:
-        GateError: it is less.
+        GateError: it is less than was asked for.
+        BuildError, UserError: as `compile_engine` raises them.
     """
+    started = time.perf_counter()
+    plan = compile_engine(trt, runtime, model, onnx_path, options, configure)
+    seconds = time.perf_counter() - started
+    built = built_from(read(plan), facts)
     check_built(built, options, runtime)
     return save_engine(
         runtime,
@@ -137,7 +151,7 @@ def save_plan(
         targets=targets,
         seconds=seconds,
         library=runtime.name,
-        library_version=library_version,
+        library_version=trt.__version__,
         onnx_path=onnx_path,
         settings={"tf32": False, "strongly_typed": True},
         built=built,

@@ -26,8 +26,8 @@ from upvits.deploy.runtimes.engine_folder import (
     check_built,
     check_request,
     no_targets,
-    read_engine,
     require,
+    runnable_engine,
     save_engine,
 )
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
@@ -167,8 +167,7 @@ class OnnxRuntime:
         return settings, built
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OnnxRuntimeSession":
-        engine = read_engine(folder, self.name)
-        require(self.missing_to_run(), f"{self.name} cannot run here")
+        engine = runnable_engine(self, folder)
         tuned = int(engine.settings.get("intra_op_threads", 0)) or None
         stored = {name: str(value) for name, value in engine.settings.items() if name not in _OWN_SETTINGS}
         graph = options.cuda_graph and not self.on_cpu

@@ -36,8 +36,7 @@ from upvits.deploy.runtimes.engine_folder import (
     check_built,
     check_request,
     no_targets,
-    read_engine,
-    require,
+    runnable_engine,
     save_engine,
 )
 from upvits.deploy.runtimes.interface import (
@@ -141,8 +140,7 @@ class OpenVino:
             )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OpenVinoSession":
-        engine = read_engine(folder, self.name)
-        require(self.missing_to_run(), f"{self.name} cannot run here")
+        engine = runnable_engine(self, folder)
         if engine.precision not in self.precisions:
             raise UserError(
                 f"{engine.path} computes in {engine.precision}",

@@ -2,23 +2,20 @@
 
 import importlib.util
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.runtimes.cuda import missing_gpu
-from upvits.deploy.runtimes.engine_folder import check_request, read_engine, require
+from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
-from upvits.deploy.runtimes.kernels import built_from
 from upvits.deploy.runtimes.nvinfer import (
+    build_engine,
     check_targets,
     check_version,
-    compile_engine,
     device_here,
     inspect_engine,
-    save_plan,
 )
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 
@@ -69,25 +66,20 @@ class TensorRt:
         targets = self.targets_for(options.precision, options.targets)
         facts = GraphFacts(model)
         check_targets(self.name, facts.gemms(), targets)
-        started = time.perf_counter()
-        plan = compile_engine(trt, self, model, onnx_path, options)
-        seconds = time.perf_counter() - started
-        built = built_from(inspect_engine(trt, plan), facts)
-        return save_plan(
+        return build_engine(
+            trt,
             self,
+            model,
+            onnx_path,
             folder,
-            plan,
-            trt.__version__,
-            built,
-            options=options,
+            options,
             targets=targets,
-            seconds=seconds,
-            onnx_path=onnx_path,
+            facts=facts,
+            read=lambda plan: inspect_engine(trt, plan),
         )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
-        engine = read_engine(folder, self.name)
-        require(self.missing_to_run(), f"{self.name} engines cannot run here")
+        engine = runnable_engine(self, folder)
         import tensorrt as trt
 
         check_version(engine, trt.__version__)

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
-from upvits.deploy.runtimes.engine_folder import check_request, read_engine, require
+from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
-from upvits.deploy.runtimes.kernels import built_from
 from upvits.deploy.runtimes.nvinfer import (
+    build_engine,
     check_targets,
     check_version,
-    compile_engine,
     has_precision,
     refuse_operators,
-    save_plan,
 )
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 from upvits.deploy.runtimes.plan_text import read_plan
@@ -81,26 +78,22 @@ class TensorRtRtx:
             for index, capability in enumerate(capabilities):
                 config.set_compute_capability(capability, index)
 
-        started = time.perf_counter()
-        # The timing cache exists in name only: nothing is timed ahead of time.
-        plan = compile_engine(trt, self, model, onnx_path, replace(options, timing_cache=None), for_targets)
-        seconds = time.perf_counter() - started
-        built = built_from(read_plan(plan), facts)
-        return save_plan(
+        return build_engine(
+            trt,
             self,
+            model,
+            onnx_path,
             folder,
-            plan,
-            trt.__version__,
-            built,
-            options=options,
+            # the timing cache exists in name only: nothing is timed ahead of time
+            replace(options, timing_cache=None),
             targets=targets,
-            seconds=seconds,
-            onnx_path=onnx_path,
+            facts=facts,
+            read=read_plan,
+            configure=for_targets,
         )
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
-        engine = read_engine(folder, self.name)
-        require(self.missing_to_run(), f"{self.name} engines cannot run here")
+        engine = runnable_engine(self, folder)
         import tensorrt_rtx as trt
 
         check_version(engine, trt.__version__)
