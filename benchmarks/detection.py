@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from upvits.deploy.detectors.accuracy import read_record
 from upvits.deploy.detectors.prune import prune_detector
 from upvits.deploy.detectors.runs import detect_in_run
-from upvits.deploy.detectors.train_stage import figures_of
 from upvits.deploy.pipeline import build
 from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe
 from upvits.deploy.store.artifacts import Artifact
@@ -33,17 +33,16 @@ RATIO = 0.5
 
 def row(way: str, artifact: Artifact, epochs: int, seed: int | None = None) -> dict[str, Any]:
     """What one detector came to."""
-    figures = figures_of(artifact)
-    own = figures["pytorch"]
+    figures = read_record(artifact)
     return {
         "way": way,
         "seed": seed,
         "epochs": epochs,
-        "ap": 100 * own["ap"],
-        "ap50": 100 * own["ap50"],
-        "ap75": 100 * own["ap75"],
-        "params": figures["params"],
-        "macs": figures["macs"],
+        "ap": 100 * figures.pytorch.ap,
+        "ap50": 100 * figures.pytorch.ap50,
+        "ap75": 100 * figures.pytorch.ap75,
+        "params": figures.params,
+        "macs": figures.macs,
         "seconds": artifact.manifest.seconds,
     }
 

@@ -46,6 +46,11 @@ class DetectorInfo:
     category_ids: tuple[int, ...]
     scale: tuple[int, int]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the detector finds masks beside boxes; such a detector has no fixed graph, and is not exported."""
+        return bool(self.config["type"] == "MaskRCNN")
+
     def preprocess(self, size: tuple[int, int]) -> Preprocess:
         """How images are made ready for the detector, fitted into `size` (height, width) in pixels."""
         statistics = self.config["data_preprocessor"]  # mmdet counts pixels from 0 to 255

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from upvits.deploy.detectors import judge
+from upvits.deploy.detectors.accuracy import read_record
 from upvits.deploy.detectors.draw import pictures
-from upvits.deploy.detectors.engines import Work
-from upvits.deploy.detectors.train_stage import DETECT, figures_of, images_of
+from upvits.deploy.detectors.engines import Work, read_records
+from upvits.deploy.detectors.predictions import read_detections
+from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.machine.environment import environment
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave
 from upvits.deploy.recipe.detect import size_of
 from upvits.deploy.report.detection import (
     ApFigures,
-    BoxAgreement,
     DetectionReport,
     DetectorEngine,
     DetectorFigures,
     DetectorLatency,
-    Name,
 )
 from upvits.deploy.runtimes import Engine, read_engine, runtime_named
+from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.engines import engine_of, runs_here
-from upvits.deploy.stages.job import Pixels, read_json, stage
-from upvits.deploy.store.artifacts import Artifact, atomic_write
-from upvits.detection.detector import read_info
+from upvits.deploy.stages.job import MODELS, Pixels, stage
+from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.documents import read_document, write_document
+from upvits.detection.average_precision import AveragePrecision
+from upvits.detection.pictures import fitted
 
 DOCUMENT = "detection.json"
 _SCHEDULE = ("epochs", "batch_size", "lr", "weight_decay", "scale", "warmup", "amp", "fpn_channels", "stacked_convs",
@@ -41,82 +42,94 @@ def compare(work: Work, engines: Sequence[Artifact], notes: Sequence[str]) -> Ar
 
     Args:
         work: detectors, and what they were judged on.
-        engines: artifacts of `deploy.detectors.engines`.
+        engines: of `deploy.detectors.engines`.
         notes: on what was left out.
     """
-    recipe = work.job.recipe.bench
+    bench, recipe = work.job.recipe.bench, work.recipe
 
     def make(folder: Path) -> None:
         measured = _measured(work, engines)
         document = DetectionReport(
-            coco=work.wanted.coco,
-            detector=work.wanted.detector,
+            coco=recipe.coco,
+            detector=recipe.detector,
             classes=list(work.data.classes),
             train_images=work.data.train.count,
             val_images=work.data.val.count,
-            size=size_of(work.wanted),
-            schedule=work.wanted.model_dump(mode="json", include=set(_SCHEDULE)),
-            detectors=[_figures(name, own) for name, own in work.detectors.items()],
-            engines=[one for artifact in engines for one in _engines(work, artifact)],
+            size=size_of(recipe),
+            schedule=recipe.model_dump(mode="json", include=set(_SCHEDULE)),
+            detectors=[_figures(name, detector) for name, detector in work.detectors.items()],
+            engines=[engine for artifact in engines for engine in _engines(work, artifact)],
             latency=_latencies(work, engines, measured),
-            pictures=pictures(
-                work.data, {name: judge.read_predictions(own.folder) for name, own in work.detectors.items()}
-            ),
+            pictures=pictures(work.data, {name: read_detections(d.folder) for name, d in work.detectors.items()}),
             environment=environment().as_json(),
             notes=[*work.data.notes, *notes],
         )
-        atomic_write(folder / DOCUMENT, (document.model_dump_json(indent=2) + "\n").encode())
+        write_document(folder / DOCUMENT, document)
 
     here = environment()
-    inputs = {name: own.digest for name, own in work.detectors.items()}
+    inputs: dict[str, str] = {name: detector.digest for name, detector in work.detectors.items()}
     inputs |= {artifact.manifest.stage: artifact.digest for artifact in engines}
     inputs |= {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
-    settings = {"batches": list(work.wanted.batches), "seconds": recipe.seconds, "rounds": recipe.rounds,
+    settings = {"batches": list(recipe.batches), "seconds": bench.seconds, "rounds": bench.rounds,
                 "notes": list(notes)}  # fmt: skip
     return stage(work.job, f"{DETECT}/compare", settings, inputs, make)
 
 
 def read_comparison(artifact: Artifact) -> DetectionReport:
     """The document of a `compare` artifact."""
-    return DetectionReport.model_validate_json((artifact.folder / DOCUMENT).read_bytes())
+    return read_document(artifact.folder / DOCUMENT, DetectionReport)
 
 
-def _figures(name: str, detector: Artifact) -> DetectorFigures:
-    figures = figures_of(detector)
+def _figures(name: ModelName, detector: Artifact) -> DetectorFigures:
+    record = read_record(detector)
     return DetectorFigures(
-        model=cast(Name, name),
-        **{key: figures[key] for key in ("params", "backbone_params", "macs", "macs_800x1344")},
-        pytorch=_in_percent(figures["pytorch"]),
-        turned_ap=figures["turned"] and 100 * figures["turned"]["ap"],
-        masks=None if figures["masks"] is None else _in_percent(figures["masks"]),
-        agreement=None if figures["agreement"] is None else BoxAgreement(**figures["agreement"]),
+        model=name,
+        params=record.params,
+        backbone_params=record.backbone_params,
+        macs=record.macs,
+        macs_800x1344=record.macs_800x1344,
+        pytorch=_in_percent(record.pytorch),
+        turned_ap=None if record.turned is None else 100 * record.turned.ap,
+        masks=None if record.masks is None else _in_percent(record.masks),
+        agreement=record.agreement,
     )
 
 
-def _in_percent(own: Mapping[str, Any]) -> ApFigures:
-    in_percent = {
-        key: None if own[key] is None else 100 * own[key]
-        for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    }
-    classes = {kind: None if value is None else 100 * value for kind, value in own["per_class"].items()}
-    return ApFigures.model_validate({**in_percent, "per_class": classes, "images": own["images"]})
+def _in_percent(precision: AveragePrecision) -> ApFigures:
+    def percent(value: float | None) -> float | None:
+        return None if value is None else 100 * value
+
+    return ApFigures(
+        ap=100 * precision.ap,
+        ap50=100 * precision.ap50,
+        ap75=100 * precision.ap75,
+        ap_small=percent(precision.ap_small),
+        ap_medium=percent(precision.ap_medium),
+        ap_large=percent(precision.ap_large),
+        per_class={name: percent(value) for name, value in precision.per_class.items()},
+        images=precision.images,
+    )
 
 
 def _engines(work: Work, artifact: Artifact) -> list[DetectorEngine]:
-    found = []
-    for name, record in read_json(artifact.folder / "ap.json").items():
+    figures = []
+    for name, record in read_records(artifact).by_model.items():
         engine = engine_of(artifact, name)
-        found.append(
+        figures.append(
             DetectorEngine(
-                model=cast(Name, name),
+                model=name,
                 runtime=engine.runtime,
                 precision=engine.precision,
                 path=engine.path.relative_to(work.job.folder).as_posix(),
                 bytes=engine.bytes,
-                **record,
+                ap=record.ap,
+                drop=record.drop,
+                images=record.images,
+                measured_on=record.measured_on,
+                kept=list(record.kept),
             )
         )
-    return found
+    return figures
 
 
 def _measured(work: Work, engines: Sequence[Artifact]) -> LatencyReport | None:
@@ -125,7 +138,7 @@ def _measured(work: Work, engines: Sequence[Artifact]) -> LatencyReport | None:
     folders = {name: folder for name, folder in folders.items() if runs_here(read_engine(folder))}
     if not folders:
         return None
-    recipe = work.job.recipe.bench
+    bench = work.job.recipe.bench
     with ExitStack() as stack:
         sessions = {
             name: stack.enter_context(runtime_named(read_engine(folder).runtime).open(folder))
@@ -133,31 +146,33 @@ def _measured(work: Work, engines: Sequence[Artifact]) -> LatencyReport | None:
         }
         feeds = _feeds(work, next(iter(sessions.values())).input_names[0])
         pairs = max(1, len(sessions) // len(work.detectors))
-        settings = BenchSettings(seconds=recipe.seconds * pairs, warmup=recipe.warmup, rounds=recipe.rounds)
+        settings = BenchSettings(seconds=bench.seconds * pairs, warmup=bench.warmup, rounds=bench.rounds)
         return interleave(sessions, feeds, settings, quiet=work.job.quiet)
 
 
 def _feeds(work: Work, name: str) -> dict[int, dict[str, Pixels]]:
-    info = read_info(next(iter(work.detectors.values())).folder / "detector")
-    images = [one.pixels.numpy() for one in images_of(work.data.val, info, work.wanted, max(work.wanted.batches))]
-    return {size: {name: np.stack([images[i % len(images)] for i in range(size)])} for size in work.wanted.batches}
+    """Real images for every batch size that is timed."""
+    preprocess, batches = work.info(next(iter(work.detectors))).preprocess(size_of(work.recipe)), work.recipe.batches
+    images = [image.pixels.numpy() for image in fitted(work.data.val, preprocess, max(batches))]
+    return {size: {name: np.stack([images[i % len(images)] for i in range(size)])} for size in batches}
 
 
 def _latencies(work: Work, engines: Sequence[Artifact], measured: LatencyReport | None) -> list[DetectorLatency]:
     if measured is None:
         return []
+    first = next(iter(work.detectors))
     return [
-        _latency(engine_of(artifact, next(iter(work.detectors))), artifact.folder.name, batch, measured)
+        _latency(engine_of(artifact, first), artifact.folder.name, batch, measured)
         for artifact in engines
-        if f"{artifact.folder.name}/{next(iter(work.detectors))}" in measured.stats
-        for batch in work.wanted.batches
+        if f"{artifact.folder.name}/{first}" in measured.stats
+        for batch in work.recipe.batches
     ]
 
 
 def _latency(engine: Engine, name: str, batch: int, measured: LatencyReport) -> DetectorLatency:
-    medians: Mapping[str, float] = {
+    medians = {
         model: measured.stats[f"{name}/{model}"][batch].median
-        for model in ("dense", "pruned")
+        for model in MODELS
         if f"{name}/{model}" in measured.stats
     }
     both = len(medians) == 2

@@ -1,4 +1,4 @@
-"""Pictures of what detectors find, next to what is annotated."""
+"""Pictures of the boxes that detectors find, beside the annotated ones."""
 
 from __future__ import annotations
 
@@ -21,36 +21,35 @@ SHOWN_SCORE = 0.3
 _PANEL = 320  # longest side of one picture in pixels
 
 
-def pictures(data: CocoData, found: Mapping[str, Sequence[Mapping[str, Any]]], count: int = 6) -> list[Picture]:
+def pictures(data: CocoData, detections: Mapping[str, Sequence[Mapping[str, Any]]], count: int = 6) -> list[Picture]:
     """Some validation images, each as panels side by side: the annotated boxes, then those of every detector.
 
     Args:
         data: whose validation images are drawn, evenly spread.
-        found: detections in COCO's result format, by name of the detector.
+        detections: in COCO's result format, by name of the detector.
         count: images.
     """
     document = json.loads(data.val.annotations.read_text())
     names = dict(zip(data.category_ids, data.classes, strict=True))
     truth = _by_image([box for box in document["annotations"] if not box.get("iscrowd")])
-    boxes = {name: _by_image(box for box in own if box["score"] >= SHOWN_SCORE) for name, own in found.items()}
+    shown = [_by_image(box for box in boxes if box["score"] >= SHOWN_SCORE) for boxes in detections.values()]
     with_boxes = [image for image in document["images"] if truth[image["id"]]]
     count = min(count, len(with_boxes))
     made = []
     for image in (with_boxes[index * len(with_boxes) // count] for index in range(count)):
         with Image.open(data.val.images / image["file_name"]) as opened:
             original = opened.convert("RGB")
-        sources = [truth[image["id"]], *(own[image["id"]] for own in boxes.values())]
-        panels = [_drawn(original, own, names) for own in sources]
-        title = f"{image['file_name']}: annotated, {', '.join(found)}"
+        panels = [_drawn(original, boxes[image["id"]], names) for boxes in (truth, *shown)]
+        title = f"{image['file_name']}: annotated, {', '.join(detections)}"
         made.append(Picture(title=title, data=_uri(_side_by_side(panels))))
     return made
 
 
 def _by_image(boxes: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    grouped: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for box in boxes:
-        found[box["image_id"]].append(box)
-    return found
+        grouped[box["image_id"]].append(box)
+    return grouped
 
 
 def _drawn(image: Image.Image, boxes: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
@@ -60,7 +59,7 @@ def _drawn(image: Image.Image, boxes: Sequence[Mapping[str, Any]], names: Mappin
     )
     pen = ImageDraw.Draw(panel)
     order = sorted(names)
-    for box in sorted(boxes, key=lambda one: one.get("score", 1.0)):  # the surest on top
+    for box in sorted(boxes, key=lambda box: box.get("score", 1.0)):  # the highest score on top
         x, y, width, height = (scale * value for value in box["bbox"])
         colour = _colour(order.index(box["category_id"]), len(order))
         pen.rectangle((x, y, x + width, y + height), outline=colour, width=2)

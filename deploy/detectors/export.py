@@ -62,7 +62,7 @@ def whole_graph(
     detector: nn.Module, info: DetectorInfo, size: tuple[int, int], *, opset: int = 20,
     uint8_input: bool = False,
 ) -> ModelProto:  # fmt: skip
-    """The graph with everything that a shape can have: levels, then decoded boxes. Args: see `export_detector`."""
+    """The graph of which all shapes are parts: levels, then decoded boxes. Args: see `export_detector`."""
     about = {
         "labels": json.dumps(list(info.classes)),
         "category_ids": json.dumps(list(info.category_ids)),

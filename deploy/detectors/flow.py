@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,21 +16,23 @@ from upvits.deploy.detectors.compare import compare
 from upvits.deploy.detectors.engines import Work, engines
 from upvits.deploy.detectors.train_stage import DETECT, require_same_training, trained
 from upvits.deploy.recipe.detect import DetectRecipe, make_detect_recipe, place_of, resolved
-from upvits.deploy.speed.table import cache_folder
-from upvits.deploy.stages.job import Job, write_json
+from upvits.deploy.stages.documents import ModelName
+from upvits.deploy.stages.job import MODELS, Job, write_json
 from upvits.deploy.store.artifacts import Artifact, disk_errors
+from upvits.deploy.store.cache import cache_folder
+from upvits.deploy.store.documents import read_document
 from upvits.detection import openmm
 from upvits.detection.coco import CocoData, open_coco
 from upvits.toolchain.training.crew import ALONE, Crew
 
-RECIPE = "recipe.json"
+_RECIPE = "recipe.json"
 
 
 def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoData:
     """The data set that a spec names: a folder, or `demo`.
 
     Raises:
-        UserError: it is none, or lacks what the detector learns.
+        UserError: the folder holds no data set, or its boxes lack the masks that the detector learns.
     """
     cache = cache_folder()
     with disk_errors(cache, "data"):
@@ -42,67 +43,73 @@ def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoDat
     return data
 
 
-def check_request(wanted: DetectRecipe) -> None:
-    """What can be said before anything is trained.
+def check_request(recipe: DetectRecipe) -> None:
+    """Refuse, before anything is read, what this machine cannot do.
 
     Raises:
         UserError: mixed precision without a GPU.
-        MissingDependencyError: mmdet, or TensorBoard where it is asked for, is not there.
+        MissingDependencyError: mmdet, or TensorBoard where it is asked for, is not installed.
     """
     openmm.require()
-    if wanted.amp and not torch.cuda.is_available():
+    if recipe.amp and not torch.cuda.is_available():
         raise UserError("--amp needs an NVIDIA GPU.", fix="Leave it out: on CPUs training runs in fp32.")
-    if wanted.tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingDependencyError("--tensorboard needs TensorBoard.", fix="Run: pip install tensorboard")
 
 
-def remembered(folder: Path, wanted: DetectRecipe) -> DetectRecipe:
+def read_detect_recipe(run: Path) -> DetectRecipe | None:
+    """The recipe of the last training in a run, or None."""
+    path = run / DETECT / _RECIPE
+    return read_document(path, DetectRecipe) if path.is_file() else None
+
+
+def remembered(run: Path, recipe: DetectRecipe) -> DetectRecipe:
     """The resolved recipe: what was not given is as in the run's last training on the same data.
 
     Args:
-        folder: of the run.
-        wanted: with the values that were given.
+        run: its folder.
+        recipe: with the values that were given.
     """
-    given = wanted.model_dump(include=wanted.model_fields_set)
-    path = folder / DETECT / RECIPE
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if "coco" in given and place_of(given["coco"]) != known.get("coco"):
-        known = {}
+    given = recipe.model_dump(include=recipe.model_fields_set)
+    last = read_detect_recipe(run)
+    if last is None or ("coco" in given and place_of(given["coco"]) != last.coco):
+        return resolved(recipe)
+    known = last.model_dump(include=last.model_fields_set)
     if "scale" in given:
         known.pop("size", None)
     return resolved(make_detect_recipe({**known, **given}))
 
 
 def detectors_of(
-    job: Job, tuned: Artifact, data: CocoData, wanted: DetectRecipe, crew: Crew = ALONE
-) -> dict[str, Artifact]:
-    """Detectors on the backbones that are asked for, by name: trained, or found whole.
+    job: Job, tuned: Artifact, data: CocoData, recipe: DetectRecipe, crew: Crew = ALONE
+) -> dict[ModelName, Artifact]:
+    """Detectors on the backbones that are asked for, by name: trained, or as they are where they are whole.
 
     Args:
         job: of the run, in its directory.
         tuned: the artifact of the fine-tuned network.
         data: what they are trained and judged on.
-        wanted: resolved.
+        recipe: resolved.
         crew: processes that train on a share each.
     """
-    digests = {"dense": job.dense_digest, "pruned": tuned.digest}
-    names = [name for name in digests if wanted.backbones in ("both", name) or (name == "dense" and wanted.imitation)]
+    digests: dict[ModelName, str] = {"dense": job.dense_digest, "pruned": tuned.digest}
+    names = [n for n in MODELS if recipe.backbones in ("both", n) or (n == "dense" and recipe.imitation)]
     for name in names:
-        require_same_training(job, name, digests[name], data, wanted)
+        require_same_training(job, name, digests[name], data, recipe)
     (job.folder / DETECT).mkdir(exist_ok=True)
-    write_json(job.folder / DETECT / RECIPE, wanted.model_dump(mode="json", exclude_none=True))
-    found: dict[str, Artifact] = {}
+    write_json(job.folder / DETECT / _RECIPE, recipe.model_dump(mode="json", exclude_none=True))
+    detectors: dict[ModelName, Artifact] = {}
     for name in names:
         backbone: nn.Module = job.dense if name == "dense" else toolchain.load(tuned.folder / "model")
-        teacher = found["dense"] if name == "pruned" and wanted.imitation else None
-        found[name] = trained(job, name, backbone, digests[name], data, wanted, teacher, crew)
-    return found
+        teacher = detectors["dense"] if name == "pruned" and recipe.imitation else None
+        detectors[name] = trained(job, name, backbone, digests[name], data, recipe, teacher, crew)
+    return detectors
 
 
-def compared(job: Job, detectors: dict[str, Artifact], data: CocoData, wanted: DetectRecipe) -> Artifact:
+def compared(job: Job, detectors: Mapping[ModelName, Artifact], data: CocoData, recipe: DetectRecipe) -> Artifact:
     """Engines of the detectors, and everything about them in one document."""
-    work = Work(job, detectors, data, wanted)
-    if wanted.detector != "retinanet":
-        return compare(work, [], [f"{wanted.detector} has no fixed graph: it is not exported, and not timed."])
+    work = Work(job, detectors, data, recipe)
+    if recipe.detector != "retinanet":
+        return compare(work, [], [f"{recipe.detector} has no fixed graph: it is not exported, and not timed."])
     built, notes = engines(work)
     return compare(work, built, notes)

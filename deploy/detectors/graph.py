@@ -51,9 +51,9 @@ def with_network(model: ModelProto, network: ModelProto) -> ModelProto:
     result.CopyFrom(network)
     result.metadata_props.clear()
     result.metadata_props.extend(model.metadata_props)
-    there = {tensor.name for tensor in network.graph.initializer}
+    known = {tensor.name for tensor in network.graph.initializer}
     result.graph.node.extend(tail.graph.node)
-    result.graph.initializer.extend(tensor for tensor in tail.graph.initializer if tensor.name not in there)
+    result.graph.initializer.extend(tensor for tensor in tail.graph.initializer if tensor.name not in known)
     result.graph.value_info.extend(result.graph.output)
     result.graph.value_info.extend(tail.graph.value_info)
     del result.graph.output[:]

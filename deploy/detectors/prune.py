@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
+from upvits.deploy.detectors.accuracy import judge_detector
 from upvits.deploy.detectors.flow import check_request, open_data
-from upvits.deploy.detectors.train_stage import detector_digest, images_of, judged, tidy, train_into
+from upvits.deploy.detectors.train_stage import detector_digest, train_into
 from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe, resolved, size_for, size_of
 from upvits.deploy.stages.job import announce, write_json
 from upvits.deploy.store.artifacts import Artifact, run_stage
@@ -22,6 +24,7 @@ from upvits.detection.coco import CocoData
 from upvits.detection.detector import DetectorInfo, load_detector, read_info, save_detector
 from upvits.detection.detector_scores import DetectorScores, conv_groups, score_detector
 from upvits.detection.detector_surgery import cut_detector, kept_channels
+from upvits.detection.pictures import fitted
 from upvits.detection.training import train_along
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
@@ -33,16 +36,17 @@ EPOCHS, LR = 0.4, 0.3
 """Shares of the usual schedule for fine-tuning. On the drawn scenes, 3 epochs at 0.1, 0.3 and 1 of the rate brought a
 refitted detector from AP 72.4 to 80.0, 80.4 and 80.1 (dense 82.3; one seed each): it matters little."""
 _IDENTITY = ("detector", "prune")
+_CHANNEL_SCORES = "neck_and_head.safetensors"
 
 
 def prune_detector(
-    folder: Path, wanted: PruneRecipe, training: DetectRecipe, out: Path, *, fine_tune: bool = True, quiet: bool = True
+    folder: Path, cut: PruneRecipe, training: DetectRecipe, out: Path, *, fine_tune: bool = True, quiet: bool = True
 ) -> dict[str, Artifact]:
     """Prune a detector, or continue: `0-dense`, `1-score`, `2-prune` and `3-train` in a folder.
 
     Args:
         folder: of the detector.
-        wanted: what is cut.
+        cut: what is cut.
         training: data and schedule of the fine-tuning.
         out: a run directory of its own.
         fine_tune: train after the cut.
@@ -53,10 +57,10 @@ def prune_detector(
 
     Raises:
         UserError: it is no RetinaNet with a timm backbone, or the request cannot be met.
-        MissingDependencyError: mmdet is not there.
+        MissingDependencyError: mmdet is not installed.
     """
-    training = _schedule(folder, wanted, training)
     info = read_info(folder)
+    training = _schedule(info, cut, training)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)
@@ -66,28 +70,26 @@ def prune_detector(
             raise UserError(
                 f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
             )
-        detector = load_detector(folder)[0]
-        _plan(detector, _random(detector, wanted).backbone, wanted, training)  # says now what cannot be met
-        recipe = {"detector": detector_digest(folder), "prune": wanted.model_dump(),
-                  "training": training.model_dump()}  # fmt: skip
+        dense, _ = load_detector(folder)
+        _plan(dense, _random_scores(dense, cut).backbone, cut, training)  # says now what cannot be met
+        recipe = {"detector": detector_digest(folder), "prune": cut.model_dump(), "training": training.model_dump()}
         with open_run(out, recipe, _IDENTITY):
-            cut = _cut_stages(folder, info, wanted, training, out, data, quiet)
-            return cut | (
-                _train_stage(folder, cut["2-prune"], wanted, training, data, crew, quiet) if fine_tune else {}
-            )
+            artifacts = _cut_stages(folder, dense, info, cut, training, out, data, quiet)
+            if fine_tune:
+                artifacts["3-train"] = _train_stage(folder, artifacts["2-prune"], cut, training, data, crew, quiet)
+        return artifacts
 
 
-def _schedule(folder: Path, cut: PruneRecipe, wanted: DetectRecipe) -> DetectRecipe:
+def _schedule(info: DetectorInfo, cut: PruneRecipe, given: DetectRecipe) -> DetectRecipe:
     """Fine-tuning: images of the size that the detector was trained with, a part of the epochs, smaller steps."""
-    usual = resolved(wanted)
+    usual = resolved(given)
     check_request(usual)
-    info = read_info(folder)
     kinds = info.config["type"], info.config["backbone"]["type"]
     if kinds != ("RetinaNet", "UPPVTv2"):
         raise UserError(
             f"A {kinds[0]} on {kinds[1]} cannot be pruned.", fix="RetinaNet on a PVTv2 can: see `detect train`."
         )
-    if wanted.imitation and cut.head_ratio:
+    if given.imitation and cut.head_ratio:
         raise UserError(
             "--imitation and --head-ratio exclude each other.",
             why="The features of a narrower pyramid are other ones.",
@@ -96,83 +98,80 @@ def _schedule(folder: Path, cut: PruneRecipe, wanted: DetectRecipe) -> DetectRec
     assert usual.epochs is not None
     assert usual.lr is not None
     filled = {
-        "scale": wanted.scale or info.scale,
-        "size": wanted.size or size_for(info.scale),
-        "epochs": wanted.epochs or max(1, round(EPOCHS * usual.epochs)),
-        "lr": wanted.lr or LR * usual.lr,
+        "scale": given.scale or info.scale,
+        "size": given.size or size_for(info.scale),
+        "epochs": given.epochs or max(1, round(EPOCHS * usual.epochs)),
+        "lr": given.lr or LR * usual.lr,
     }
     return usual.model_copy(update=filled)
 
 
 def _cut_stages(
     folder: Path,
+    dense: nn.Module,
     info: DetectorInfo,
-    wanted: PruneRecipe,
+    cut: PruneRecipe,
     training: DetectRecipe,
     out: Path,
     data: CocoData,
     quiet: bool,
 ) -> dict[str, Artifact]:
     """The dense detector judged, scores, and the cut detector judged."""
-    source = {"detector": detector_digest(folder), "coco": data.digest}
-    cutting = wanted.model_dump()
+    size, device = size_of(training), pick_device("auto")
 
-    def dense(place: Path) -> None:
+    def judge_dense(place: Path) -> None:
         shutil.copytree(folder, place / "detector")
-        judged(place, data, training, quiet=quiet, export=False)
+        judge_detector(place, data, size, export=False, quiet=quiet)
 
     def score(place: Path) -> None:
-        detector = load_detector(folder)[0].to(pick_device("auto"))
-        images = _images(data, info, training, wanted.images)
-        chosen = wanted.task == "detection"
-        scores = (
-            score_detector(detector, images, seed=wanted.seed, quiet=quiet) if chosen else _random(detector, wanted)
-        )
+        if cut.task == "random":
+            scores = _random_scores(dense, cut)
+        else:
+            images = _training_images(data, info, size, cut.images)
+            scores = score_detector(dense.to(device), images, seed=cut.seed, quiet=quiet)
         scores.backbone.save(place)
-        save_file(scores.neck_and_head, place / "neck_and_head.safetensors")
+        save_file(scores.neck_and_head, place / _CHANNEL_SCORES)
 
-    def cut(place: Path) -> None:
-        detector = load_detector(folder)[0].to(pick_device("auto"))
-        scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / "neck_and_head.safetensors"))
-        plan = _plan(detector, scores.backbone, wanted, training)
+    def prune(place: Path) -> None:
+        scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / _CHANNEL_SCORES))
+        plan = _plan(dense, scores.backbone, cut, training)
         (place / "plan.json").write_text(plan.to_json())
-        kept = kept_channels(detector, scores, wanted.head_ratio, wanted.align)
-        images = _images(data, info, training, wanted.images)
-        found = cut_detector(detector, info, plan, kept, images, compensate=wanted.compensate, quiet=quiet)
-        save_detector(found.detector, found.info, place / "detector")
+        kept = kept_channels(dense, scores, cut.head_ratio, cut.align)
+        images = _training_images(data, info, size, cut.images)
+        pruned = cut_detector(dense.to(device), info, plan, kept, images, compensate=cut.compensate, quiet=quiet)
+        save_detector(pruned.detector, pruned.info, place / "detector")
         write_json(place / "surgery.json", {
-            "divergence_cut": found.divergence_cut, "divergence": found.divergence, "refitted": found.refitted,
+            "divergence_cut": pruned.divergence_cut, "divergence": pruned.divergence, "refitted": pruned.refitted,
             "kept": kept,
         })  # fmt: skip
-        judged(place, data, training, quiet=quiet)
+        judge_detector(place, data, size, quiet=quiet)
 
-    judging = {"size": training.size}
-    before = _stage(out, "0-dense", judging, source, dense, quiet)
-    scored = _stage(
-        out, "1-score", judging | {key: cutting[key] for key in ("task", "images", "seed")}, source, score, quiet
-    )
-    pruned = _stage(out, "2-prune", cutting | judging, {**source, "scores": scored.digest}, cut, quiet)
-    return {"0-dense": before, "1-score": scored, "2-prune": pruned}
+    inputs = {"detector": detector_digest(folder), "coco": data.digest}
+    judging: dict[str, Any] = {"size": training.size}
+    scoring = judging | cut.model_dump(include={"task", "images", "seed"})
+    judged = _stage(out, "0-dense", judging, inputs, judge_dense, quiet)
+    scored = _stage(out, "1-score", scoring, inputs, score, quiet)
+    pruned = _stage(out, "2-prune", cut.model_dump() | judging, {**inputs, "scores": scored.digest}, prune, quiet)
+    dense.cpu()  # leaves the GPU to the training
+    return {"0-dense": judged, "1-score": scored, "2-prune": pruned}
 
 
 def _train_stage(
-    folder: Path, pruned: Artifact, wanted: PruneRecipe, training: DetectRecipe, data: CocoData, crew: Crew, quiet: bool
-) -> dict[str, Artifact]:
+    folder: Path, pruned: Artifact, cut: PruneRecipe, training: DetectRecipe, data: CocoData, crew: Crew, quiet: bool
+) -> Artifact:
     """The cut detector fine-tuned and judged."""
+    start = pruned.folder / "detector"
 
     def train(place: Path) -> None:
-        if not (place / "detector").exists():
-            start = pruned.folder / "detector"
-            train_into(
-                place, read_info(start).config, data, training, seed=wanted.seed, crew=crew, start=start,
-                teacher=folder if training.imitation else None, quiet=quiet,
-            )  # fmt: skip
-        tidy(place)
-        judged(place, data, training, quiet=quiet)
+        train_into(
+            place, read_info(start).config, data, training, seed=cut.seed, crew=crew, start=start,
+            teacher=folder if training.imitation else None, quiet=quiet,
+        )  # fmt: skip
+        judge_detector(place, data, size_of(training), quiet=quiet)
 
     settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})
     inputs = {"pruned": pruned.digest, "coco": data.digest}
-    return {"3-train": _stage(pruned.folder.parent, "3-train", settings, inputs, train, quiet, resumable=True)}
+    return _stage(pruned.folder.parent, "3-train", settings, inputs, train, quiet, resumable=True)
 
 
 def _stage(
@@ -184,27 +183,27 @@ def _stage(
     return artifact
 
 
-def _plan(detector: nn.Module, scores: Scores, wanted: PruneRecipe, training: DetectRecipe) -> PruningPlan:
+def _plan(detector: nn.Module, scores: Scores, cut: PruneRecipe, training: DetectRecipe) -> PruningPlan:
     """For the backbone; nothing leaves it where only pyramid and head are asked for."""
     return toolchain.plan(
         detector.get_submodule("backbone.net"),
         scores,
-        ratio=0.0 if wanted.target_macs is None and wanted.ratio is None else wanted.ratio,
-        target_macs=wanted.target_macs,
-        planner=wanted.planner,
-        align=wanted.align,
+        ratio=0.0 if cut.target_macs is None and cut.ratio is None else cut.ratio,
+        target_macs=cut.target_macs,
+        planner=cut.planner,
+        align=cut.align,
         input_size=(3, *size_of(training)),
     )
 
 
-def _images(data: CocoData, info: DetectorInfo, training: DetectRecipe, most: int) -> Tensor:
+def _training_images(data: CocoData, info: DetectorInfo, size: tuple[int, int], most: int) -> Tensor:
     """Training images [N, 3, H, W] as the detector takes them; their boxes are not looked at."""
-    return torch.stack([one.pixels for one in images_of(data.train, info, training, most)])
+    return torch.stack([image.pixels for image in fitted(data.train, info.preprocess(size), most)])
 
 
-def _random(detector: nn.Module, wanted: PruneRecipe) -> DetectorScores:
+def _random_scores(detector: nn.Module, cut: PruneRecipe) -> DetectorScores:
     """Scores that mean nothing, to compare with."""
-    generator = torch.Generator().manual_seed(wanted.seed)
+    generator = torch.Generator().manual_seed(cut.seed)
     channels = {group.name: torch.rand(group.size, generator=generator).double() for group in conv_groups(detector)}
     net = detector.get_submodule("backbone.net")
-    return DetectorScores(toolchain.score(net, method="random", seed=wanted.seed), channels)
+    return DetectorScores(toolchain.score(net, method="random", seed=cut.seed), channels)

@@ -1,4 +1,4 @@
-"""`upvits-deploy detect` on a run that is there."""
+"""`upvits-deploy detect` on the networks of a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from upvits.deploy.recipe.document import IDENTITY, make_recipe
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import REPORT, load_report
 from upvits.deploy.report.views import save_report
+from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.store.artifacts import Artifact, disk_errors, open_artifact
 from upvits.deploy.store.run_dir import open_run, read_recipe
 from upvits.detection.training import train_along
@@ -20,16 +21,16 @@ from upvits.toolchain.training.crew import gathered
 
 
 def detect_in_run(
-    run: Path, wanted: DetectRecipe, *, engines: bool = True, quiet: bool = True
-) -> tuple[dict[str, Artifact], DetectionReport | None]:
+    run: Path, recipe: DetectRecipe, *, engines: bool = True, quiet: bool = True
+) -> tuple[dict[ModelName, Artifact], DetectionReport | None]:
     """Train detectors on a run's networks, or continue; then build, measure and compare them.
 
     Started by torchrun or slurm, all processes train; all but the first one are done then and return nothing.
 
     Args:
         run: with a fine-tuned network.
-        wanted: what is trained on what, and how; what is not given is as in the last training of this run.
-        engines: compare them; without, they are trained and judged only.
+        recipe: what is trained on what, and how; what is not given is as in the last training of this run.
+        engines: build and compare engines too; otherwise detectors are only trained and judged.
         quiet: no progress.
 
     Returns:
@@ -37,15 +38,15 @@ def detect_in_run(
 
     Raises:
         UserError: the run has no fine-tuned network yet, or nothing can be learnt from the data.
-        MissingDependencyError: mmdet is not there.
+        MissingDependencyError: mmdet is not installed.
     """
-    wanted = remembered(run, wanted)
-    check_request(wanted)
+    recipe = remembered(run, recipe)
+    check_request(recipe)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)
             return {}, None
-        data = open_data(wanted.coco, wanted.detector, quiet=quiet)
+        data = open_data(recipe.coco, recipe.detector, quiet=quiet)
         tuned = open_artifact(run / "3-distill")
         if tuned is None:
             raise UserError(
@@ -55,12 +56,12 @@ def detect_in_run(
             )
         job = prepare(make_recipe(read_recipe(run)), run, quiet=quiet)
         with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
-            detectors = detectors_of(job, tuned, data, wanted, crew)
+            detectors = detectors_of(job, tuned, data, recipe, crew)
             crew.dismiss()
             if not engines:
                 return detectors, None
-            found = read_comparison(compared(job, detectors, data, wanted))
+            report = read_comparison(compared(job, detectors, data, recipe))
     if (run / REPORT).exists():
         with disk_errors(run, "report"):
-            save_report(run, load_report(run).model_copy(update={"detection": found}))
-    return detectors, found
+            save_report(run, load_report(run).model_copy(update={"detection": report}))
+    return detectors, report

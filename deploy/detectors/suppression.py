@@ -37,10 +37,10 @@ USUAL = Limits()
 
 
 def limits_of(config: Mapping[str, Any]) -> Limits:
-    """What a detector's configuration says of it.
+    """Limits of a detector's configuration.
 
     Raises:
-        UserError: it wants another way of suppression.
+        UserError: it asks for another kind of suppression.
     """
     test = config["test_cfg"]
     test = test.get("rcnn", test)
@@ -65,20 +65,21 @@ def suppress(
 
     Args:
         boxes: [K, 4] as x1, y1, x2, y2; scores [K]; labels [K].
-        limits: which stay.
+        limits: which boxes stay.
     """
     sure = (scores > limits.score) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # mmdet drops empty boxes
     boxes, scores, labels = boxes[sure], scores[sure], labels[sure]
-    found = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), limits.iou)
-    kept = found[: limits.boxes].numpy()
+    best_first = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels), limits.iou)
+    kept = best_first[: limits.boxes].numpy()
     return boxes[kept], scores[kept], labels[kept]
 
 
 def with_suppression(model: onnx.ModelProto, size: tuple[int, int], limits: Limits = USUAL) -> onnx.ModelProto:
     """A graph that gives boxes, scores and labels, continued by ONNX's NonMaxSuppression.
 
-    Classes are kept apart by moving the boxes of each to a place of their own, as mmdet does. Outputs are then those of
-    all images together: `boxes` [N, 4], `scores` [N], `labels` [N], and `image` [N], the index within the batch.
+    Boxes of different classes do not suppress each other: as in mmdet, those of each class are moved by another offset.
+    Outputs are those of all images together: `boxes` [N, 4], `scores` [N], `labels` [N], and `image` [N], the index
+    within the batch.
 
     Args:
         model: with outputs `boxes` [B, K, 4], `scores` [B, K] and `labels` [B, K].
@@ -122,13 +123,13 @@ def with_suppression(model: onnx.ModelProto, size: tuple[int, int], limits: Limi
         "labels": (TensorProto.INT64, ["found"]),
         "image": (TensorProto.INT64, ["found"]),
     }
-    graph.output.extend(helper.make_tensor_value_info(name, *own) for name, own in shapes.items())
+    graph.output.extend(helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in shapes.items())
     onnx.checker.check_model(result)
     return result
 
 
 def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
-    """Rename tensors wherever they stand."""
+    """Rename tensors in all nodes."""
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]

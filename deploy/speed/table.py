@@ -8,7 +8,6 @@ network's, and whatever is planned with it is built and timed in the end.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from upvits.calib_data.progress import watched
 from upvits.deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
 from upvits.deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
 from upvits.deploy.store.artifacts import atomic_write, canonical_digest, disk_errors
+from upvits.deploy.store.cache import cache_folder
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.planning.counted import CountedCosts, count_costs
@@ -176,12 +176,6 @@ def measure_table(dense: Baseline, *, align: int = 8, quiet: bool = True) -> Lat
         with disk_errors(path.parent, "the latency table"):
             atomic_write(path, TableFile(facts=table.facts, points=points).model_dump_json(indent=1).encode())
     return costs_from(points, model, size, dense.ms, align)
-
-
-def cache_folder() -> Path:
-    """Where tables are kept: `UPVITS_DEPLOY_CACHE`, or `upvits-deploy` in the user's cache folder."""
-    own = os.environ.get("UPVITS_DEPLOY_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upvits-deploy"
 
 
 def tables_folder() -> Path:

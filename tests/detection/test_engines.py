@@ -15,10 +15,10 @@ from PIL import Image
 from tests.detection.conftest import small_retinanet
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
-from upvits.deploy.detectors import judge
 from upvits.deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
 from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
-from upvits.deploy.detectors.suppression import Limits
+from upvits.deploy.detectors.predictions import agreement, by_session, by_torch
+from upvits.deploy.detectors.suppression import Limits, suppress
 from upvits.deploy.graphs.files import load_model
 from upvits.deploy.precision import convert
 from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
@@ -72,9 +72,7 @@ def test_decode_agrees_with_pytorch_box_by_box(files: dict[str, Path], folders: 
     model = load_model(files["decode"])
     assert tuple(value.name for value in model.graph.output) == BOX_OUTPUTS
     with open_model(model) as session:
-        found = judge.agreement(
-            judge.by_torch(DecodedBoxes(detector, SIZE).eval()), judge.by_session(session), pictures(5)
-        )
+        found = agreement(by_torch(DecodedBoxes(detector, SIZE).eval()), by_session(session), pictures(5))
     assert found.boxes > 50
     assert found.matched >= 0.99 * found.boxes
     assert found.max_score_difference <= 1e-3
@@ -82,10 +80,10 @@ def test_decode_agrees_with_pytorch_box_by_box(files: dict[str, Path], folders: 
 
 def test_suppression_in_the_graph_is_that_on_the_host(files: dict[str, Path]) -> None:
     with open_model(load_model(files["decode"])) as decode, open_model(load_model(files["decode+nms"])) as whole:
-        boxes, scores, labels = judge.by_session(decode)(images())
+        boxes, scores, labels = by_session(decode)(images())
         found = whole.run({"images": images()})
     for index in range(2):
-        own, sure, kind = judge.suppress(boxes[index], scores[index], labels[index])
+        own, sure, kind = suppress(boxes[index], scores[index], labels[index])
         mine = found["image"] == index
         order = np.argsort(-found["scores"][mine], kind="stable")
         wanted = np.sort(sure)[::-1][:20]
@@ -100,7 +98,7 @@ def test_a_network_in_another_precision_goes_back_into_the_graph(files: dict[str
     network = network_of(decode)
     assert tuple(value.name for value in network.graph.output) == LEVEL_OUTPUTS
     with open_model(decode) as session, open_model(with_network(decode, network)) as same:
-        for own, other in zip(judge.by_session(session)(images()), judge.by_session(same)(images()), strict=True):
+        for own, other in zip(by_session(session)(images()), by_session(same)(images()), strict=True):
             assert np.array_equal(own, other)
     half = with_network(decode, convert(network, "fp16").model)
     types = {value.name: value.type.tensor_type.elem_type for value in half.graph.output}
@@ -133,7 +131,7 @@ def test_openvino_runs_it(files: dict[str, Path], tmp_path: Path) -> None:
         pytest.skip(missing.why)
     runtime.build(files["decode"], tmp_path / "engine", BuildOptions(batch=BatchProfile(1, 1, 4)))
     with runtime.open(tmp_path / "engine") as engine, open_model(load_model(files["decode"])) as session:
-        found = judge.agreement(judge.by_session(session), judge.by_session(engine), pictures(2))
+        found = agreement(by_session(session), by_session(engine), pictures(2))
     assert found.matched >= 0.98 * found.boxes > 10
 
 
@@ -160,8 +158,8 @@ def test_the_example_of_a_package_draws_what_the_detector_finds(
     with Image.open(picture) as opened:
         image = fit(opened, 0, IMAGENET)
     with open_model(load_model(files["decode"])) as session:
-        boxes, scores, labels = (own[0] for own in judge.by_session(session)(image.pixels.numpy()[None]))
-    _, sure, kind = judge.suppress(boxes, scores, labels, Limits(score=0.3, boxes=10_000))
+        boxes, scores, labels = (own[0] for own in by_session(session)(image.pixels.numpy()[None]))
+    _, sure, kind = suppress(boxes, scores, labels, Limits(score=0.3, boxes=10_000))
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines
     assert [line[1] for line in lines] == ["abc"[label] for label in kind]
