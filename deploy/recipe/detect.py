@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +110,7 @@ SHORT = {
 
 
 _CLOSE = 1.02
-"""So much larger than in training may images be that a detector is judged on."""
+"""Images that a detector is judged on may be larger than in its training by this factor, at most."""
 
 
 def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
@@ -131,24 +132,24 @@ def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
 
 
 def resolved(recipe: DetectRecipe) -> DetectRecipe:
-    """Every value filled in: the short schedule on the demo, the published one on all else."""
+    """Fill in what was not given: the short schedule on the demo, the published one on other data.
+
+    Raises:
+        UserError: `scale` or `size` does not suit sides that are multiples of 32.
+    """
     known = SHORT if recipe.coco == "demo" else PUBLISHED
-    filled = {name: value for name, value in known.items() if getattr(recipe, name) is None}
+    filled: dict[str, Any] = {name: value for name, value in known.items() if getattr(recipe, name) is None}
     filled["coco"] = place_of(recipe.coco)
-    found = recipe.model_copy(update=filled)
-    assert found.scale is not None
-    if any(_rounded(side) > _CLOSE * side for side in found.scale):
+    scale, size = recipe.scale or filled["scale"], recipe.size
+    if any(_rounded(side) > _CLOSE * side for side in scale):
         raise UserError(
-            f"--scale {found.scale[0]}x{found.scale[1]} does not fit.",
+            f"--scale {scale[0]}x{scale[1]} does not fit.",
             why="Detectors take sides that are multiples of 32, and have to see objects as large as in their training.",
-            fix=f"Give multiples of 32, e.g. {_rounded(found.scale[0])}x{_rounded(found.scale[1])}; 1333x800 is near "
-            "enough.",
+            fix=f"Give multiples of 32, e.g. {_rounded(scale[0])}x{_rounded(scale[1])}; 1333x800 is near enough.",
         )
-    if found.size is not None and (found.size[0] % 32 or found.size[1] % 32):
-        raise UserError(f"Images of {found.size[0]} x {found.size[1]} pixels do not fit.", fix="Give multiples of 32.")
-    if found.size is None:
-        found = found.model_copy(update={"size": size_for(found.scale)})
-    return found
+    if size is not None and (size[0] % 32 or size[1] % 32):
+        raise UserError(f"Images of {size[0]} x {size[1]} pixels do not fit.", fix="Give multiples of 32.")
+    return recipe.model_copy(update={**filled, "size": size or size_for(scale)})
 
 
 def place_of(coco: str) -> str:
@@ -174,16 +175,4 @@ def size_of(recipe: DetectRecipe) -> tuple[int, int]:
 
 def schedule_of(recipe: DetectRecipe) -> Schedule:
     """The schedule of a resolved recipe."""
-    names = (
-        "epochs",
-        "batch_size",
-        "lr",
-        "weight_decay",
-        "scale",
-        "warmup",
-        "workers",
-        "amp",
-        "tensorboard",
-        "grad_clip",
-    )
-    return Schedule(**{name: getattr(recipe, name) for name in names})
+    return Schedule(**{field.name: getattr(recipe, field.name) for field in fields(Schedule)})
