@@ -20,11 +20,11 @@ def test_features_are_those_of_timm(name: str, folders: dict[str, Path]) -> None
     backbone = UPPVTv2(folders[name]).eval()
     images = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
-        found = backbone(images)
-        wanted = toolchain.load(folders[name]).forward_intermediates(images, intermediates_only=True)
-    assert [tuple(level.shape[2:]) for level in found] == [(16, 24), (8, 12), (4, 6), (2, 3)]
-    assert tuple(level.shape[1] for level in found) == backbone.channels
-    assert all(torch.equal(own, other) for own, other in zip(found, wanted, strict=True))
+        levels = backbone(images)
+        expected = toolchain.load(folders[name]).forward_intermediates(images, intermediates_only=True)
+    assert [tuple(level.shape[2:]) for level in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert tuple(level.shape[1] for level in levels) == backbone.channels
+    assert all(torch.equal(level, other) for level, other in zip(levels, expected, strict=True))
 
 
 def test_a_structure_document_and_weights_give_the_same_backbone(folders: dict[str, Path]) -> None:
@@ -64,9 +64,9 @@ def test_stock_mmdet_computes_the_same(name: str, folders: dict[str, Path]) -> N
     stock.load_state_dict(mmdet_names.to_mmdet(model.state_dict()))
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
-        wanted = UPPVTv2(folders[name]).eval()(images)
-        for own, other in zip(wanted, stock.eval()(images), strict=True):
-            assert float((own - other).abs().max()) < 1e-3 * float(own.abs().max())
+        expected = UPPVTv2(folders[name]).eval()(images)
+        for level, other in zip(expected, stock.eval()(images), strict=True):
+            assert float((level - other).abs().max()) < 1e-3 * float(level.abs().max())
         # what is left is timm's eps of 1e-5 in some norms, where mmdet has 1e-6 everywhere
         for module in stock.modules():
             if isinstance(module, nn.LayerNorm):
@@ -74,8 +74,8 @@ def test_stock_mmdet_computes_the_same(name: str, folders: dict[str, Path]) -> N
         for part in stock.layers:  # type: ignore[union-attr]
             for norm in (part[0].norm, *(block.attn.norm for block in part[1] if block.attn.sr_ratio > 1)):
                 norm.eps = 1e-5
-        for own, other in zip(wanted, stock(images), strict=True):
-            assert torch.allclose(own, other, rtol=1e-4, atol=1e-5)
+        for level, other in zip(expected, stock(images), strict=True):
+            assert torch.allclose(level, other, rtol=1e-4, atol=1e-5)
 
 
 def test_stock_mmdet_has_no_global_plans(folders: dict[str, Path]) -> None:
@@ -87,8 +87,8 @@ def test_a_vit_gets_four_levels_at_any_size() -> None:
     backbone = UPViT("deit_tiny", out_channels=32).eval()
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
-        found = backbone(images)
-        assert [tuple(level.shape[1:]) for level in found] == [(32, 16, 24), (32, 8, 12), (32, 4, 6), (32, 2, 3)]
+        levels = backbone(images)
+        assert [tuple(level.shape[1:]) for level in levels] == [(32, 16, 24), (32, 8, 12), (32, 4, 6), (32, 2, 3)]
         assert backbone.strides == (4, 8, 16, 32)
 
 

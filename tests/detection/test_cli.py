@@ -54,7 +54,7 @@ def test_compare_measures_both_detectors(compared: Path) -> None:
         for runtime in ("onnxruntime",)
         for precision in ("fp32", "int8")
     }
-    assert all(own["speedup"] > 0 for own in document["latency"])
+    assert all(row["speedup"] > 0 for row in document["latency"])
     assert len(document["latency"]) == 2
     assert all(abs(e["drop"]) < 0.2 for e in document["engines"] if e["precision"] == "fp32")
     assert all(picture["data"].startswith("data:image/") for picture in document["pictures"])
@@ -68,14 +68,14 @@ def test_eval_judges_folders_and_files(compared: Path, scenes: Path, tmp_path: P
     result = detect("eval", compared, "--coco", scenes, "-o", tmp_path / "out")
     assert result.exit_code == 0
     figures = json.loads((tmp_path / "out/ap.json").read_text())
-    assert sorted(own["run_by"] for own in figures.values()) == ["ONNX Runtime"] * 2 + ["PyTorch"] * 2
+    assert sorted(figure["run_by"] for figure in figures.values()) == ["ONNX Runtime"] * 2 + ["PyTorch"] * 2
     by_torch, by_file = (
-        next(own["ap"] for name, own in figures.items() if name.endswith(end))
+        next(figure["ap"] for name, figure in figures.items() if name.endswith(end))
         for end in ("pruned/detector", "pruned/model.onnx")
     )
     assert by_torch == pytest.approx(by_file, abs=0.002)
-    found = json.loads((tmp_path / "out/pruned-detector.json").read_text())
-    assert all(box.keys() == {"image_id", "category_id", "bbox", "score"} for box in found)
+    detections = json.loads((tmp_path / "out/pruned-detector.json").read_text())
+    assert all(box.keys() == {"image_id", "category_id", "bbox", "score"} for box in detections)
     assert all(len(line) <= 80 for line in result.output.splitlines()[:-1])
 
 
@@ -114,19 +114,19 @@ def test_limits_of_a_detector_go_into_its_file(compared: Path, scenes: Path, tmp
     for target in (folder, tmp_path / "n.onnx"):
         out = tmp_path / f"found-{target.stem}"
         assert detect("eval", target, "--coco", scenes, "-o", out, "-q").exit_code == 0
-        (found,) = (path for path in out.iterdir() if path.name != "ap.json")
-        assert len(json.loads(found.read_text())) == 4 * 7
+        (detections,) = (path for path in out.iterdir() if path.name != "ap.json")
+        assert len(json.loads(detections.read_text())) == 4 * 7
 
 
 def test_what_is_refused(untrained: Path, scenes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     run = untrained
-    wanted = {
+    messages = {
         "model.neck.num_outs=4": "of 4 levels cannot be exported",
         "model.test_cfg.nms.type=soft_nms": "Of model.test_cfg only",
         "work_dir=elsewhere": "cannot set work_dir",
         f"load_from={tmp_path}/none.pth": "load_from: there is no file",
     }
-    for option, message in wanted.items():
+    for option, message in messages.items():
         with refused(message):
             detect("train", "--run", run, "--coco", scenes, *SMALL, "--cfg-options", option)
     with refused("--scale 100x100 does not fit"):

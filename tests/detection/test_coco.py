@@ -153,9 +153,9 @@ def test_pictures_of_odd_sizes_are_fitted_and_boxes_come_back(scenes: Path, tmp_
     whole = np.array([[0, 0, 39, 64], [-5, 10, 200, 300]], np.float32)
     assert np.allclose(first.boxes_back(whole)[:, 2:], [37, 61], atol=0.5)
     assert float(first.boxes_back(whole).min()) == 0
-    assert [one.image_id for one in fitted(data.val, preprocess, upright=True)] == [first.image_id]
+    assert [image.image_id for image in fitted(data.val, preprocess, upright=True)] == [first.image_id]
     assert len(list(fitted(data.val, preprocess, upright=False))) == len(others)
-    assert [one.image_id for one in fitted(data.val, preprocess, 2)] == [first.image_id, others[1].image_id]
+    assert [image.image_id for image in fitted(data.val, preprocess, 2)] == [first.image_id, others[1].image_id]
 
 
 @pytest.mark.usefixtures("mmdet")

@@ -34,13 +34,15 @@ def test_decoded_boxes_are_those_of_mmdet(name: str, folders: dict[str, Path]) -
     with torch.inference_mode():
         boxes, scores, labels = DecodedBoxes(detector, (64, 96)).eval()(images)
         predicted = openmm.predict(detector, images)
-    for own, sure, kind, (other, other_scores, other_labels) in zip(boxes, scores, labels, predicted, strict=True):
-        clear = (sure > 0.05) & (own[:, 2:] > own[:, :2]).all(dim=1)
-        kept = batched_nms(own[clear], sure[clear], kind[clear], 0.5)
+    for image_boxes, sure, kind, (other, other_scores, other_labels) in zip(
+        boxes, scores, labels, predicted, strict=True
+    ):
+        clear = (sure > 0.05) & (image_boxes[:, 2:] > image_boxes[:, :2]).all(dim=1)
+        kept = batched_nms(image_boxes[clear], sure[clear], kind[clear], 0.5)
         assert int(clear.sum()) > 1000
         assert len(kept) == len(other) > 20
         assert torch.allclose(sure[clear][kept], other_scores, atol=1e-6)
-        assert torch.allclose(own[clear][kept], other, atol=1e-3)
+        assert torch.allclose(image_boxes[clear][kept], other, atol=1e-3)
         assert torch.equal(kind[clear][kept], other_labels)
 
 
@@ -64,8 +66,8 @@ def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Pa
     assert (known.classes, known.category_ids, known.scale) == (info.classes, info.category_ids, info.scale)
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        for own, other in zip(Levels(detector)(images), Levels(loaded)(images), strict=True):
-            assert torch.equal(own, other)
+        for level, other in zip(Levels(detector)(images), Levels(loaded)(images), strict=True):
+            assert torch.equal(level, other)
     document["config"]["bbox_head"]["num_classes"] = 4
     (tmp_path / "detector/detector.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match="of another detector"):
@@ -76,35 +78,35 @@ def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Pa
 
 def test_perfect_detections_have_an_ap_of_one(data: CocoData) -> None:
     truth = json.loads(data.val.annotations.read_text())
-    found = [
+    detections = [
         {key: box[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for box in truth["annotations"]
     ]
-    perfect = average_precision(data.val.annotations, found)
+    perfect = average_precision(data.val.annotations, detections)
     assert perfect.ap == perfect.ap50 == perfect.ap75 == pytest.approx(1.0)
     assert set(perfect.per_class) == set(data.classes)
-    half = average_precision(data.val.annotations, found[::2])
+    half = average_precision(data.val.annotations, detections[::2])
     assert 0.2 < half.ap < 0.8
     assert average_precision(data.val.annotations, []).ap == 0
     with pytest.raises(UserError, match="does not list"):
-        average_precision(data.val.annotations, [{**found[0], "image_id": 12345}])
+        average_precision(data.val.annotations, [{**detections[0], "image_id": 12345}])
 
 
 def test_perfect_masks_have_an_ap_of_one(data: CocoData) -> None:
     truth = json.loads(data.val.annotations.read_text())
-    found = []
+    detections = []
     for box in truth["annotations"]:
         runs = box["segmentation"]
         mask = np.repeat(np.arange(len(runs["counts"])) % 2 == 1, runs["counts"]).reshape(runs["size"], order="F")
         known = {key: box[key] for key in ("image_id", "category_id")}
-        found.append({**known, "segmentation": run_length(mask), "score": 0.9})
-    assert average_precision(data.val.annotations, found, kind="segm").ap == pytest.approx(1.0)
-    corners = [{**one, "bbox": [0.0, 0.0, 1.0, 1.0]} for one in found]  # wrong boxes with right masks
+        detections.append({**known, "segmentation": run_length(mask), "score": 0.9})
+    assert average_precision(data.val.annotations, detections, kind="segm").ap == pytest.approx(1.0)
+    corners = [{**detection, "bbox": [0.0, 0.0, 1.0, 1.0]} for detection in detections]  # wrong boxes with right masks
     masks = average_precision(data.val.annotations, corners, kind="segm")
     assert masks.ap == pytest.approx(1.0)
-    assert masks.ap_large == average_precision(data.val.annotations, found, kind="segm").ap_large
+    assert masks.ap_large == average_precision(data.val.annotations, detections, kind="segm").ap_large
     assert average_precision(data.val.annotations, corners).ap == 0
     empty = run_length(np.zeros((8, 8), np.bool_))
-    assert average_precision(data.val.annotations, [{**found[0], "segmentation": empty}], kind="segm").ap == 0
+    assert average_precision(data.val.annotations, [{**detections[0], "segmentation": empty}], kind="segm").ap == 0
 
 
 def test_masks_are_in_pixels_of_the_original(folders: dict[str, Path]) -> None:
@@ -130,10 +132,10 @@ def test_boxes_of_fitted_images_come_back(data: CocoData) -> None:
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), np.uint8))
     preprocess = Preprocess((3, 64, 64), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "border")
-    one = fit(image, 7, preprocess)
-    assert one.inside == (64, 40)
-    assert float(one.pixels[:, 40:].abs().max()) == 0
-    assert one.boxes_back(np.array([[0, 0, 64, 60], [8, 8, 16, 16]], np.float32)).tolist() == [
+    fitted_image = fit(image, 7, preprocess)
+    assert fitted_image.inside == (64, 40)
+    assert float(fitted_image.pixels[:, 40:].abs().max()) == 0
+    assert fitted_image.boxes_back(np.array([[0, 0, 64, 60], [8, 8, 16, 16]], np.float32)).tolist() == [
         [0, 0, 80, 50],
         [10, 10, 20, 20],
     ]
@@ -160,5 +162,5 @@ def test_a_vit_serves_a_detector_that_needs_no_other_folder(tmp_path: Path, data
     loaded, _ = load_detector(tmp_path / "moved")
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
-        found, wanted = (DecodedBoxes(own, (64, 96)).eval()(images) for own in (loaded, trained.detector))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        boxes, expected = (DecodedBoxes(network, (64, 96)).eval()(images) for network in (loaded, trained.detector))
+    assert all(torch.equal(a, b) for a, b in zip(boxes, expected, strict=True))

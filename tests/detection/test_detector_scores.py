@@ -30,13 +30,13 @@ def images(count: int = 16) -> torch.Tensor:
 def test_maps_hold_every_anchor(detector: tuple[nn.Module, DetectorInfo]) -> None:
     maps = Maps(detector[0]).eval()
     with torch.inference_mode():
-        found = maps(images(2))
-        logits, deltas = maps.parts(found)
+        dense = maps(images(2))
+        logits, deltas = maps.parts(dense)
         assert logits.shape == (2, 9 * (64 + 16 + 4 + 1 + 1), 3)
         assert deltas.shape[1:] == (logits.shape[1], 4)
         first = maps.levels(images(2))[0]  # [B, 9 * 3, 8, 8]: anchors of a place stand together
         assert torch.equal(logits[:, :9], first[:, :, 0, 0].view(2, 9, 3))
-        assert maps.divergence(found, found).abs().max() == 0
+        assert maps.divergence(dense, dense).abs().max() == 0
 
 
 def test_probes_are_the_second_derivative(detector: tuple[nn.Module, DetectorInfo]) -> None:
@@ -75,33 +75,33 @@ def test_channels_of_the_head_are_scored(detector: tuple[nn.Module, DetectorInfo
     network = detector[0]
     with torch.no_grad():  # nobody reads this channel
         network.get_submodule("bbox_head.retina_cls").weight[:, 3] = 0  # type: ignore[index]
-    found = score_detector(network, images())
-    assert found.neck_and_head.keys() == {group.name for group in conv_groups(network)}
-    assert float(found.neck_and_head["bbox_head.cls_convs.0"][3]) == 0
-    assert int((found.neck_and_head["bbox_head.cls_convs.0"] == 0).sum()) >= 1
-    assert 3 not in kept_channels(network, found, 0.5, align=4)["bbox_head.cls_convs.0"]
+    scores = score_detector(network, images())
+    assert scores.neck_and_head.keys() == {group.name for group in conv_groups(network)}
+    assert float(scores.neck_and_head["bbox_head.cls_convs.0"][3]) == 0
+    assert int((scores.neck_and_head["bbox_head.cls_convs.0"] == 0).sum()) >= 1
+    assert 3 not in kept_channels(network, scores, 0.5, align=4)["bbox_head.cls_convs.0"]
 
 
 @pytest.mark.parametrize("compensate", [True, False])
 def test_nothing_cut_is_nothing_changed(detector: tuple[nn.Module, DetectorInfo], compensate: bool) -> None:
     network, info = detector
-    found = score_detector(network, images())
-    plan = toolchain.plan(network.get_submodule("backbone.net"), found.backbone, ratio=0.01, align=1)
+    scores = score_detector(network, images())
+    plan = toolchain.plan(network.get_submodule("backbone.net"), scores.backbone, ratio=0.01, align=1)
     plan_of_everything = type(plan)(**{**{n: getattr(plan, n) for n in plan.__dataclass_fields__}, "keep": {}})
     same = cut_detector(
-        network, info, plan_of_everything, kept_channels(network, found, 0.0), images(), compensate=compensate
+        network, info, plan_of_everything, kept_channels(network, scores, 0.0), images(), compensate=compensate
     )
     with torch.inference_mode():
-        wanted, got = Maps(network).eval()(images()), Maps(same.detector).eval()(images())
-    assert torch.allclose(got, wanted, atol=1e-4)
+        before, after = Maps(network).eval()(images()), Maps(same.detector).eval()(images())
+    assert torch.allclose(after, before, atol=1e-4)
     assert same.divergence < 1e-6
 
 
 def test_a_cut_detector_is_refitted(detector: tuple[nn.Module, DetectorInfo]) -> None:
     network, info = detector
-    found = score_detector(network, images(40))
-    plan = toolchain.plan(network.get_submodule("backbone.net"), found.backbone, ratio=0.5, align=4)
-    kept = kept_channels(network, found, 0.25, align=4)
+    scores = score_detector(network, images(40))
+    plan = toolchain.plan(network.get_submodule("backbone.net"), scores.backbone, ratio=0.5, align=4)
+    kept = kept_channels(network, scores, 0.25, align=4)
     refitted = cut_detector(network, info, plan, kept, images(40))
     copied = cut_detector(network, info, plan, kept, images(40), compensate=False)
     assert refitted.refitted > 0

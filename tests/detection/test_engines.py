@@ -39,8 +39,8 @@ def images(count: int = 2) -> np.ndarray:  # type: ignore[type-arg]
 def pictures(count: int) -> list[Fitted]:
     height, width = SIZE
     return [
-        Fitted(i, torch.from_numpy(own), (1, 1), (width, height), (width, height))
-        for i, own in enumerate(images(count))
+        Fitted(i, torch.from_numpy(pixels), (1, 1), (width, height), (width, height))
+        for i, pixels in enumerate(images(count))
     ]
 
 
@@ -59,12 +59,12 @@ def files(mmdet: None, folders: dict[str, Path], tmp_path_factory: pytest.TempPa
 def test_raw_gives_the_levels(files: dict[str, Path], folders: dict[str, Path]) -> None:
     detector, _ = small_retinanet(folders["uniform"], 3)
     with torch.inference_mode():
-        wanted = Levels(detector)(torch.from_numpy(images(3)))
+        levels = Levels(detector)(torch.from_numpy(images(3)))
     with open_model(load_model(files["raw"])) as session:
-        found = session.run({"images": images(3)})
-    assert tuple(found) == LEVEL_OUTPUTS
-    for name, level in zip(LEVEL_OUTPUTS, wanted, strict=True):
-        assert np.allclose(found[name], level.numpy(), rtol=1e-3, atol=1e-4)
+        outputs = session.run({"images": images(3)})
+    assert tuple(outputs) == LEVEL_OUTPUTS
+    for name, level in zip(LEVEL_OUTPUTS, levels, strict=True):
+        assert np.allclose(outputs[name], level.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_decode_agrees_with_pytorch_box_by_box(files: dict[str, Path], folders: dict[str, Path]) -> None:
@@ -72,25 +72,25 @@ def test_decode_agrees_with_pytorch_box_by_box(files: dict[str, Path], folders: 
     model = load_model(files["decode"])
     assert tuple(value.name for value in model.graph.output) == BOX_OUTPUTS
     with open_model(model) as session:
-        found = agreement(by_torch(DecodedBoxes(detector, SIZE).eval()), by_session(session), pictures(5))
-    assert found.boxes > 50
-    assert found.matched >= 0.99 * found.boxes
-    assert found.max_score_difference <= 1e-3
+        agreed = agreement(by_torch(DecodedBoxes(detector, SIZE).eval()), by_session(session), pictures(5))
+    assert agreed.boxes > 50
+    assert agreed.matched >= 0.99 * agreed.boxes
+    assert agreed.max_score_difference <= 1e-3
 
 
 def test_suppression_in_the_graph_is_that_on_the_host(files: dict[str, Path]) -> None:
     with open_model(load_model(files["decode"])) as decode, open_model(load_model(files["decode+nms"])) as whole:
         boxes, scores, labels = by_session(decode)(images())
-        found = whole.run({"images": images()})
+        outputs = whole.run({"images": images()})
     for index in range(2):
-        own, sure, kind = suppress(boxes[index], scores[index], labels[index])
-        mine = found["image"] == index
-        order = np.argsort(-found["scores"][mine], kind="stable")
-        wanted = np.sort(sure)[::-1][:20]
-        assert np.allclose(found["scores"][mine][order][:20], wanted, atol=1e-5)
-        best = found["boxes"][mine][order][0]
-        assert np.allclose(best, own[int(np.argmax(sure))], atol=1e-2)
-        assert int(found["labels"][mine][order][0]) == int(kind[int(np.argmax(sure))])
+        kept, sure, kind = suppress(boxes[index], scores[index], labels[index])
+        mine = outputs["image"] == index
+        order = np.argsort(-outputs["scores"][mine], kind="stable")
+        best_scores = np.sort(sure)[::-1][:20]
+        assert np.allclose(outputs["scores"][mine][order][:20], best_scores, atol=1e-5)
+        best = outputs["boxes"][mine][order][0]
+        assert np.allclose(best, kept[int(np.argmax(sure))], atol=1e-2)
+        assert int(outputs["labels"][mine][order][0]) == int(kind[int(np.argmax(sure))])
 
 
 def test_a_network_in_another_precision_goes_back_into_the_graph(files: dict[str, Path]) -> None:
@@ -98,8 +98,8 @@ def test_a_network_in_another_precision_goes_back_into_the_graph(files: dict[str
     network = network_of(decode)
     assert tuple(value.name for value in network.graph.output) == LEVEL_OUTPUTS
     with open_model(decode) as session, open_model(with_network(decode, network)) as same:
-        for own, other in zip(by_session(session)(images()), by_session(same)(images()), strict=True):
-            assert np.array_equal(own, other)
+        for before, after in zip(by_session(session)(images()), by_session(same)(images()), strict=True):
+            assert np.array_equal(before, after)
     half = with_network(decode, convert(network, "fp16").model)
     types = {value.name: value.type.tensor_type.elem_type for value in half.graph.output}
     assert types["boxes"] == onnx.TensorProto.FLOAT
@@ -131,8 +131,8 @@ def test_openvino_runs_it(files: dict[str, Path], tmp_path: Path) -> None:
         pytest.skip(missing.why)
     runtime.build(files["decode"], tmp_path / "engine", BuildOptions(batch=BatchProfile(1, 1, 4)))
     with runtime.open(tmp_path / "engine") as engine, open_model(load_model(files["decode"])) as session:
-        found = agreement(by_session(session), by_session(engine), pictures(2))
-    assert found.matched >= 0.98 * found.boxes > 10
+        agreed = agreement(by_session(session), by_session(engine), pictures(2))
+    assert agreed.matched >= 0.98 * agreed.boxes > 10
 
 
 def test_what_cannot_be_exported(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_the_example_of_a_package_draws_what_the_detector_finds(
     with Image.open(picture) as opened:
         image = fit(opened, 0, IMAGENET)
     with open_model(load_model(files["decode"])) as session:
-        boxes, scores, labels = (own[0] for own in by_session(session)(image.pixels.numpy()[None]))
+        boxes, scores, labels = (output[0] for output in by_session(session)(image.pixels.numpy()[None]))
     _, sure, kind = suppress(boxes, scores, labels, Limits(score=0.3, boxes=10_000))
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines

@@ -15,12 +15,12 @@ GOOD = {"mmdet": "3.3.0", "mmengine": "0.10.7", "mmcv-lite": "2.1.0"}
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all packages were installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
 
 
-@pytest.mark.usefixtures("there")
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -34,10 +34,10 @@ def test_versions_that_do_not_fit(change: dict[str, str], message: str, monkeypa
     monkeypatch.setattr(openmm, "versions", lambda: GOOD)
     assert openmm.missing() is None
     monkeypatch.setattr(openmm, "versions", lambda: {**GOOD, **change})
-    found = openmm.missing()
-    assert isinstance(found, MissingDependencyError)
-    assert message in found.what
-    assert found.fix.startswith("Run: pip")
+    fault = openmm.missing()
+    assert isinstance(fault, MissingDependencyError)
+    assert message in fault.what
+    assert fault.fix.startswith("Run: pip")
 
 
 def test_absent_packages_end_with_exit_code_3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

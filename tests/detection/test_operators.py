@@ -21,9 +21,9 @@ def test_focal_loss_and_its_derivative(seed: int, gamma: float, alpha: float, we
     rows = torch.cat([weight, torch.ones(1)])[target] if weighted else torch.ones(6)
     positive = target[:, None] == torch.arange(3)
     q = torch.where(positive, logits.sigmoid(), 1 - logits.sigmoid())
-    wanted = -torch.where(positive, alpha, 1 - alpha) * rows[:, None] * (1 - q) ** gamma * q.log()
-    (slope,) = torch.autograd.grad(wanted.sum(), logits)
-    assert torch.allclose(loss, wanted.detach(), rtol=1e-6, atol=1e-9)
+    expected = -torch.where(positive, alpha, 1 - alpha) * rows[:, None] * (1 - q) ** gamma * q.log()
+    (slope,) = torch.autograd.grad(expected.sum(), logits)
+    assert torch.allclose(loss, expected.detach(), rtol=1e-6, atol=1e-9)
     assert torch.allclose(gradient, slope, rtol=1e-6, atol=1e-9)
 
 
@@ -50,10 +50,10 @@ def test_cropped_masks_are_those_of_torchvision() -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 4:12, 4:12] = 1
     rois = torch.tensor([[0.0, 4, 4, 12, 12], [0, 0, 0, 8, 8]])
-    found = torch.empty(2, 1, 4, 4)
+    crops = torch.empty(2, 1, 4, 4)
     how = {"aligned_height": 4, "aligned_width": 4, "spatial_scale": 1.0, "sampling_ratio": 0, "aligned": True}
-    operators.roi_align_forward(mask, rois, found, torch.empty(0), torch.empty(0), pool_mode=1, **how)
-    assert torch.allclose(found[0], torch.ones(4, 4))
-    assert found[1, 0].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    operators.roi_align_forward(mask, rois, crops, torch.empty(0), torch.empty(0), pool_mode=1, **how)
+    assert torch.allclose(crops[0], torch.ones(4, 4))
+    assert crops[1, 0].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     with pytest.raises(MissingDependencyError, match="by maximum"):
-        operators.roi_align_forward(mask, rois, found, torch.empty(0), torch.empty(0), pool_mode=0, **how)
+        operators.roi_align_forward(mask, rois, crops, torch.empty(0), torch.empty(0), pool_mode=0, **how)

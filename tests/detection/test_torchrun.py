@@ -57,11 +57,13 @@ def train(processes: int, folder: Path, scenes: Path, out: Path, repository: Pat
 def test_two_processes_take_the_steps_of_one(
     folders: dict[str, Path], scenes: Path, tmp_path: Path, repository: Path
 ) -> None:
-    one = train(1, folders["dense"], scenes, tmp_path / "one", repository)
-    two = train(2, folders["dense"], scenes, tmp_path / "two", repository)
-    start = {f"backbone.net.{name}": own for name, own in load_file(folders["dense"] / "model.safetensors").items()}
-    names = [name for name in one if name in start]
-    moves = [torch.cat([(own[name] - start[name]).flatten() for name in names]) for own in (one, two)]
+    alone = train(1, folders["dense"], scenes, tmp_path / "alone", repository)
+    together = train(2, folders["dense"], scenes, tmp_path / "together", repository)
+    start = {
+        f"backbone.net.{name}": weights for name, weights in load_file(folders["dense"] / "model.safetensors").items()
+    }
+    names = [name for name in alone if name in start]
+    moves = [torch.cat([(weights[name] - start[name]).flatten() for name in names]) for weights in (alone, together)]
     alike = torch.nn.functional.cosine_similarity(moves[0], moves[1], dim=0)
     assert moves[0].norm() > 0.1
     assert float(alike) > 0.95  # AdamW makes steps of rounding where a gradient is nearly zero
