@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from onnx import TensorProto
 
@@ -163,7 +164,16 @@ def _file_name(target: Path) -> str:
 
 def write(folder: Path, judged: Sequence[Judged]) -> None:
     """Write the detections of each detector in COCO's result format, and AP of all."""
-    figures = {
+    with disk_errors(folder, "eval"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for detector in judged:
+            write_json(folder / detector.file_name, detector.detections)
+        write_json(folder / "ap.json", figures_of(judged))
+
+
+def figures_of(judged: Sequence[Judged]) -> dict[str, Any]:
+    """AP of all detectors by name, as plain values."""
+    return {
         detector.name: {
             "run_by": detector.run_by,
             **asdict(detector.boxes),
@@ -171,8 +181,3 @@ def write(folder: Path, judged: Sequence[Judged]) -> None:
         }
         for detector in judged
     }
-    with disk_errors(folder, "eval"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for detector in judged:
-            write_json(folder / detector.file_name, detector.detections)
-        write_json(folder / "ap.json", figures)
