@@ -34,7 +34,7 @@ from torch.nn import functional
 from benchmarks import train_folder
 from benchmarks.train_demo import initialise
 from upvits import toolchain
-from upvits.calib_data import DataSource, Preprocess, batches, open_source
+from upvits.calib_data import DataSource, Preprocess, batches, open_data
 from upvits.calib_data.datasets import Images
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.progress import watched
@@ -215,7 +215,7 @@ def trained(model: nn.Module, source: DataSource, epochs: int, lr: float, batch_
 
 def vit_s14(asked: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """ViT-S/14 with trained weights, on the labelled images that the user names."""
-    source = open_source(asked.images)
+    source = open_data(asked.images)
     if source.class_names is None:
         raise UserError(f"The images of {asked.images} have no labels.", fix="Give a folder with one folder a class.")
     weights = trained_weights(asked.cache)
@@ -232,7 +232,7 @@ def vit_s14(asked: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 
 def demo_network(name: str, asked: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """A network trained from scratch on the demo set at the demo model's size and normalisation."""
-    source = open_source("demo")
+    source = open_data("demo")
     demo = toolchain.preprocess_of(toolchain.create_model("pvtv2_b0", weights="demo"))
     classes = source.class_names or ()
     model = toolchain.create_model(name, num_classes=len(classes), image_size=demo.input_size[1])
@@ -266,7 +266,7 @@ def main() -> None:
         model, record = (
             vit_s14(asked) if asked.checkpoint == "vit_s14" else demo_network(names[asked.checkpoint], asked)
         )
-        source = open_source(asked.images if asked.checkpoint == "vit_s14" else "demo")
+        source = open_data(asked.images if asked.checkpoint == "vit_s14" else "demo")
         record |= {"top1": top1(model, source, quiet=True), "top1_of": len(source.val)}
         toolchain.save(model, asked.out)
     except UserError as error:

@@ -139,7 +139,7 @@ def make_networks(name: str, folder: Path) -> Networks:
     dense = toolchain.create_model(name, weights="random")
     size = toolchain.preprocess_of(dense).input_size
     plan = toolchain.plan(dense, toolchain.score(dense, method="random"), ratio=RATIO, input_size=size)
-    return Networks(name, dense, toolchain.prune(dense, plan), folder)
+    return Networks(name, dense, toolchain.delete_units(dense, plan), folder)
 
 
 def open_pair(networks: Networks, way: Way, batches: Sequence[int], device: str) -> tuple[Session, Session]:

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from benchmarks import peers, record
 from upvits import toolchain
-from upvits.calib_data import DataSource, batches, open_source, proxy_images
+from upvits.calib_data import DataSource, batches, open_data, proxy_images
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.loading import proxy_set
 from upvits.toolchain import DistillSettings, PruningPlan, Scores
 from upvits.toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
-from upvits.toolchain.planning import Curve
+from upvits.toolchain.planning import Curve, plan_by_scores
 from upvits.toolchain.scores import divergence
 
 SHARES = (0.8, 0.65, 0.5, 0.35)
@@ -112,13 +112,13 @@ def ours(task: Task, share: float, *, scores: str, planner: str, compensate: boo
 
     def plan_by(own: Mapping[str, Curve] | None) -> PruningPlan:
         more = {"curves": own, **asked} if asked else {}
-        return toolchain.plan(task.model, found, target_macs=share, align=1, **more)
+        return plan_by_scores(task.model, found, target_macs=share, align=1, **more)
 
     if curves is not None and asked:
         curves = weigh_streams(task.model, task.images, curves, plan_by)
     plan = plan_by(curves)
     if curves is None:
-        network = toolchain.prune(task.model, plan)
+        network = toolchain.delete_units(task.model, plan)
     else:
         plan = with_joint_units(plan, curves) if scores == "fisher" else plan  # as the tool does
         network = compress(task.model, plan, task.images).model
@@ -135,7 +135,7 @@ def peer_plans(task: Task, name: str, python: Path) -> tuple[dict[float, Pruning
 def peer(task: Task, share: float, *, name: str, python: Path) -> Made:
     """What another tool chooses, cut by our surgery."""
     plans, seconds = peer_plans(task, name, python)
-    return toolchain.prune(task.model, plans[share]), seconds
+    return toolchain.delete_units(task.model, plans[share]), seconds
 
 
 def methods(quick: bool, python: Path | None) -> dict[str, Method]:
@@ -239,7 +239,7 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UserError(f"No method is called {' or '.join(asked.only)}.")
     for name, folder, data in asked.model or [("pvt_v2_b0", "demo", "demo")]:
         model = toolchain.create_model("pvtv2_b0", weights="demo") if folder == "demo" else toolchain.load(folder)
-        source = open_source(data)
+        source = open_data(data)
         for seed in range(asked.seeds):
             task = make_task(name, model, source, asked, seed)
             if seed == 0:

@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks import record
 from benchmarks.train_demo import initialise
 from upvits import toolchain
-from upvits.calib_data import DataSource, open_source, proxy_images
+from upvits.calib_data import DataSource, open_data, proxy_images
 from upvits.calib_data.datasets import Images
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.loading import proxy_set
@@ -142,7 +142,7 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every parent, seed, way and learning rate."""
     for name, folder, spec in asked.parent or [("pvt_v2_b0 (demo)", "demo", "demo")]:
         parent = toolchain.create_model("pvtv2_b0", weights="demo") if folder == "demo" else toolchain.load(folder)
-        source = open_source(spec)
+        source = open_data(spec)
         for seed in range(asked.seeds):
             train = proxy_set(source, asked.images, seed) if asked.images else source.train
             data = replace(source, train=train, val=first(source.val, asked.eval_images))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upvits import toolchain
-from upvits.calib_data import DataSource, Preprocess, batches, open_source, proxy_images
+from upvits.calib_data import DataSource, Preprocess, batches, open_data, proxy_images
 from upvits.deploy.graphs.files import load_model
 from upvits.deploy.machine.environment import environment
 from upvits.deploy.measure.accuracy import Accuracy, accuracy, outputs_of
@@ -72,7 +72,7 @@ def without_fold(model: ModelProto, ranges: Ranges) -> ModelProto:
 
 def measure_run(run: Path, calib_images: int, eval_images: int, quiet: bool) -> Iterator[dict[str, Any]]:
     """Rows for both networks of a run."""
-    source = open_source(read_recipe(run)["data"])
+    source = open_data(read_recipe(run)["data"])
     preprocess = toolchain.preprocess_of(toolchain.load(run / "3-distill/model"))
     calibration = [images.numpy() for images in torch.split(proxy_images(source, preprocess, calib_images, 0), 8)]
     for network in ("dense", "pruned"):

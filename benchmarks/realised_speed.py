@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from upvits import toolchain
-from upvits.calib_data import open_source, proxy_images
+from upvits.calib_data import open_data, proxy_images
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.deploy.measure.bench import BenchSettings
@@ -96,7 +96,7 @@ def deit_shape(num_images: int) -> Network:
 
 
 def _images(data: str, model: nn.Module, num_images: int) -> Tensor:
-    return proxy_images(open_source(data, quiet=True), toolchain.preprocess_of(model), num_images, seed=0)
+    return proxy_images(open_data(data, quiet=True), toolchain.preprocess_of(model), num_images, seed=0)
 
 
 def cuts_of(network: Network, shares: Sequence[float], quiet: bool) -> Iterator[Cut]:
@@ -120,7 +120,7 @@ def cuts_of(network: Network, shares: Sequence[float], quiet: bool) -> Iterator[
             except UserError as error:
                 Console(stderr=True).print(f"{network.name}, {way.name} at {share:g}: {error.what}", highlight=False)
                 continue
-            yield Cut(way, share, toolchain.prune(network.model, plan), plan)
+            yield Cut(way, share, toolchain.delete_units(network.model, plan), plan)
 
 
 def measure_network(

@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from upvits import toolchain
-from upvits.calib_data import DataSource, batches, open_source
+from upvits.calib_data import DataSource, batches, open_data
 from upvits.toolchain.training.evaluate import evaluate
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    source = open_source(options.data)
+    source = open_data(options.data)
     if source.class_names is None:
         parser.error("the images have no labels")
     model = toolchain.create_model(

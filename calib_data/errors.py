@@ -6,7 +6,16 @@ traceback and exits with `exit_code`.
 
 
 class UserError(Exception):
-    """A mistake in usage, configuration or input data (exit code 2)."""
+    """A mistake in usage, configuration or input data (exit code 2).
+
+    Example:
+        >>> import upvits
+        >>> try:
+        ...     upvits.open_data("demos")
+        ... except upvits.UserError as error:
+        ...     print(error.what, error.exit_code)
+        Unknown data 'demos'. 2
+    """
 
     exit_code = 2
 

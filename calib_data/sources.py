@@ -21,7 +21,7 @@ _FORMS = {
 }
 
 
-def open_source(spec: str, *, quiet: bool = True) -> DataSource:
+def open_data(spec: str, *, quiet: bool = True) -> DataSource:
     """Opens the image set that `spec` names.
 
     Args:
@@ -34,7 +34,7 @@ def open_source(spec: str, *, quiet: bool = True) -> DataSource:
         MissingDependencyError: a package or a download is missing.
 
     Example:
-        >>> source = open_source("demo")
+        >>> source = open_data("demo")
         >>> len(source.class_names), len(source.train), len(source.val)
         (12, 6000, 1200)
         >>> image, label = source.val[3]

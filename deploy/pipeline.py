@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from upvits import toolchain
-from upvits.calib_data import Preprocess, open_source
+from upvits.calib_data import Preprocess, open_data
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.detectors import flow
 from upvits.deploy.recipe.checks import (
@@ -45,7 +45,7 @@ STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench",
 
 
 def build(
-    recipe: Recipe | dict[str, Any], out: Path | None = None, *, until: str = "report", quiet: bool = True
+    recipe: Recipe | dict[str, Any], out: Path | str | None = None, *, until: str = "report", quiet: bool = True
 ) -> Report | None:
     """Run the main job, or continue it: stages that are whole and still answer the recipe are skipped.
 
@@ -63,23 +63,23 @@ def build(
         TargetError: a latency was asked for and not met.
 
     Example:
-        >>> import tempfile
-        >>> values = {
+        >>> import tempfile, upvits
+        >>> folder = tempfile.mkdtemp() + "/run"
+        >>> recipe = {
         ...     "model": "pvtv2_b0",
         ...     "plan": {"ratio": 0.5},
         ...     "score": {"method": "magnitude"},
         ...     "compensate": {"enabled": False},
-        ...     "distill": {"epochs": 0},
-        ...     "engine": {"runtime": "onnxruntime"},
-        ...     "bench": {"seconds": 0.2},
         ... }
-        >>> report = build(values, Path(tempfile.mkdtemp()) / "run")
-        >>> report.pruned.params < report.dense.params, all(gate.passed for gate in report.parity)
-        (True, True)
+        >>> upvits.build(recipe, folder, until="prune")
+        >>> upvits.count_params(upvits.load(folder + "/2-prune/model"))
+        871868
     """
     if until not in STAGES:
         raise UserError(f"Unknown stage {until!r}.", fix=f"Choose one of {', '.join(STAGES)}.")
-    job = prepare(recipe if isinstance(recipe, Recipe) else make_recipe(recipe), out, quiet=quiet)
+    job = prepare(
+        recipe if isinstance(recipe, Recipe) else make_recipe(recipe), None if out is None else Path(out), quiet=quiet
+    )
     report = run_job(job, until)
     if report is not None:
         require_target(report)
@@ -128,8 +128,7 @@ def preview(recipe: Recipe, *, quiet: bool = True) -> tuple[toolchain.PruningPla
     if job.first_plan is not None:
         return job.first_plan, None
     images = prune_stage.compensation_images(job) if job.recipe.plan.planner != "uniform" else None
-    losses = prune_stage.expected_losses(job, images)
-    return prune_stage.choose_plan(job, stages.scores_of(job), images, losses)
+    return prune_stage.choose_plan(job, stages.scores_of(job), images)
 
 
 def run_stages(job: Job, until: str) -> Artifacts:
@@ -174,9 +173,9 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
         coco = flow.open_data(recipe.detect.coco, recipe.detect.detector, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     check_engine_request(recipe, runtimes.runtimes)
-    source = open_source(recipe.data, quiet=quiet)
+    source = open_data(recipe.data, quiet=quiet)
     calib = recipe.precision.calib
-    calibration = source if calib is None else open_source(calib, quiet=quiet)
+    calibration = source if calib is None else open_data(calib, quiet=quiet)
     if source.skipped and not quiet:
         warn_of_skipped(source)
     classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None

@@ -96,7 +96,10 @@ def cut_detector(
         quiet: no progress bar.
     """
     net = detector.get_submodule("backbone.net")
-    pruned = compress(net, plan, images, batch_size=8, quiet=quiet).model if compensate else toolchain.prune(net, plan)
+    if compensate:
+        pruned = compress(net, plan, images, batch_size=8, quiet=quiet).model
+    else:
+        pruned = toolchain.delete_units(net, plan)
     cut, new_info = _cut(detector, info, pruned.cpu(), plan, kept)
     cut.to(device_of(detector))
     held = torch.split(split(images)[1], 4)

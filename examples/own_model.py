@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from upvits import toolchain
-from upvits.calib_data import demo_weights, open_source, proxy_images
+from upvits.calib_data import demo_weights, open_data, proxy_images
 from upvits.deploy.graphs.export import export_onnx
 from upvits.toolchain.compensation import compress
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("small"), help="folder to make")
     arguments = parser.parse_args()
 
-    model, data = own_network(), open_source(arguments.data)
+    model, data = own_network(), open_data(arguments.data)
     preprocess = toolchain.preprocess_of(model)
     images = proxy_images(data, preprocess, arguments.images)
     scores = toolchain.score(model, images)

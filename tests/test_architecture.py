@@ -11,6 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("calib_data", "toolchain", "detection", "deploy")  # each may import those before it
+TOOLCHAIN = (
+    "choices", "structure", "families", "networks", "scores", "planning", "surgery", "compensation", "training", "steps",
+)  # fmt: skip
+"""Rooms inside `toolchain/`: each may import those before it."""
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 # What may be missing on a user's machine. One file each may import it, inside a function.
@@ -72,6 +76,26 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     assert {first for first, *_ in names}.isdisjoint({*ROOMS, "benchmarks", "tests"})  # ours is imported as upvits
     reached = {rest[0] for first, *rest in names if first == "upvits" and rest}
     assert reached <= {*ROOMS[: ROOMS.index(room) + 1]}
+
+
+def imports_up(package: str, order: tuple[str, ...]) -> dict[str, list[str]]:
+    """Files of a package -> rooms of it that they import although they come later in the order."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        room = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        names = [name.split(".") for name in imported(tree_of(path))]
+        reached = {rest[0] for first, *rest in (name[1:] for name in names if name[0] == "upvits") if first == package}
+        later = reached & {*order[order.index(room) + 1 :]}
+        if later:
+            found[name_of(path)] = sorted(later)
+    return found
+
+
+@pytest.mark.parametrize(("package", "order"), [("toolchain", TOOLCHAIN)])
+def test_rooms_of_a_package_import_only_downwards(package: str, order: tuple[str, ...]) -> None:
+    assert imports_up(package, order) == {}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -1,24 +1,25 @@
 """Make it small: families, scores, plan, surgery and distillation of vision transformers. PyTorch only.
 
-model = toolchain.load("my-model/")
-scores = toolchain.score(model, images)
-small = toolchain.prune(model, toolchain.plan(model, scores, ratio=0.5))
-toolchain.save(small, "my-small-model/")
+What users need of it is in `upvits`; here are the same steps, and the parts of the cut that tests and other rooms use.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from upvits.calib_data.lazy import lazy_names
+
 if TYPE_CHECKING:
+    from upvits.toolchain.compensation import compress
     from upvits.toolchain.networks.models import create_model, load, preprocess_of, save
-    from upvits.toolchain.planning import PruningPlan, plan
+    from upvits.toolchain.planning import PruningPlan
     from upvits.toolchain.scores import Scores, score
+    from upvits.toolchain.steps import accuracy, calibration_images, plan, prune
     from upvits.toolchain.structure.groups import ChannelGroup, Widths
     from upvits.toolchain.structure.macs import count_macs, count_params
-    from upvits.toolchain.surgery.prune import prune
-    from upvits.toolchain.training.distillation import DistillSettings, distill
+    from upvits.toolchain.surgery.deletion import delete_units
+    from upvits.toolchain.training.distillation import distill
+    from upvits.toolchain.training.settings import DistillSettings
 
 __all__ = [
     "ChannelGroup",
@@ -26,9 +27,13 @@ __all__ = [
     "PruningPlan",
     "Scores",
     "Widths",
+    "accuracy",
+    "calibration_images",
+    "compress",
     "count_macs",
     "count_params",
     "create_model",
+    "delete_units",
     "distill",
     "load",
     "plan",
@@ -38,27 +43,19 @@ __all__ = [
     "score",
 ]
 
-_HOME = {
-    "ChannelGroup": "structure.groups",
-    "DistillSettings": "training.distillation",
-    "PruningPlan": "planning",
-    "Scores": "scores",
-    "Widths": "structure.groups",
-    "count_macs": "structure.macs",
-    "count_params": "structure.macs",
-    "create_model": "networks.models",
-    "distill": "training.distillation",
-    "load": "networks.models",
-    "plan": "planning",
-    "preprocess_of": "networks.models",
-    "prune": "surgery.prune",
-    "save": "networks.models",
-    "score": "scores",
-}
-
-
-def __getattr__(name: str) -> object:
-    # torch and timm take seconds to import; `toolchain.choices` is read by everything, `--help` and doctor too
-    if name in _HOME:
-        return getattr(import_module(f"upvits.toolchain.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'upvits.toolchain' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker then knows which names there are
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "compensation": ("compress",),
+            "networks.models": ("create_model", "load", "preprocess_of", "save"),
+            "planning": ("PruningPlan",),
+            "scores": ("Scores", "score"),
+            "steps": ("accuracy", "calibration_images", "plan", "prune"),
+            "structure.groups": ("ChannelGroup", "Widths"),
+            "structure.macs": ("count_macs", "count_params"),
+            "surgery.deletion": ("delete_units",),
+            "training.distillation": ("distill",),
+            "training.settings": ("DistillSettings",),
+        },
+    )

@@ -36,6 +36,7 @@ from upvits.deploy.graphs.surgery import (
     rename_input,
     rename_outputs,
 )
+from upvits.toolchain.networks.models import label_names_of, preprocess_of
 
 MIN_OPSET, MAX_OPSET = 18, 23
 _EXAMPLE_BATCH = 2  # with 1 the exporter silently freezes the batch
@@ -136,6 +137,40 @@ def export_onnx(
         outputs=tuple(_signature(value) for value in proto.graph.output),
         seconds=time.perf_counter() - started,
     )
+
+
+def export(
+    model: nn.Module, path: Path | str, *, opset: int = 20, uint8_input: bool = False, external_data: bool = False
+) -> ExportReport:
+    """Write a timm network as one ONNX file with a dynamic batch.
+
+    The input is `images` (float32 [batch, 3, H, W], normalised), or with `uint8_input` `pixels` (uint8
+    [batch, H, W, 3], normalised inside the graph); the output is `logits`, or `features` of a network without head.
+    Preprocessing and labels are in the file's metadata.
+
+    Args:
+        model: stays as it is: a copy is exported, in eval mode, on the CPU, in fp32.
+        path: the file to write; it appears whole or not at all.
+        opset: 18 to 23; Gelu is a single node from 20 on.
+        uint8_input: take raw pixels.
+        external_data: put the weights in one file beside `path`, named like it with ".data" added.
+
+    Raises:
+        UserError: the opset is out of range, the model is too large for one file, or the path cannot be written.
+        BuildError: the model cannot be exported; says what the exporter stumbled over.
+
+    Example:
+        >>> import tempfile, upvits
+        >>> model = upvits.create_model("pvtv2_b0", weights="demo")
+        >>> upvits.export(model, tempfile.mkdtemp() + "/model.onnx").inputs
+        ('images: float32[batch, 3, 64, 64]',)
+    """
+    labels = label_names_of(model)
+    metadata = {} if labels is None else {"labels": json.dumps(list(labels))}
+    return export_onnx(
+        model, Path(path), preprocess_of(model), opset=opset, uint8_input=uint8_input, external_data=external_data,
+        metadata=metadata,
+    )  # fmt: skip
 
 
 def _check_request(model: nn.Module, opset: int, external_data: bool) -> None:

@@ -101,7 +101,7 @@ class _Parts:
         return "upvits" not in self.config
 
 
-def package(run: Path, out: Path | None = None, *, quiet: bool = True) -> Path:
+def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = True) -> Path:
     """Write the hand-over folder of a finished run.
 
     Handed over are the pruned network as ONNX and PyTorch, and of its engines the best one of every runtime that was
@@ -118,9 +118,17 @@ def package(run: Path, out: Path | None = None, *, quiet: bool = True) -> Path:
 
     Raises:
         UserError: the run is not finished or damaged, or the folder holds something else.
+
+    Example:
+        >>> import upvits
+        >>> try:
+        ...     upvits.package("runs/not-finished")  # of a finished run: runs/not-finished-package
+        ... except upvits.UserError as error:
+        ...     print(error.exit_code)
+        2
     """
-    run = run.resolve()
-    out = run.with_name(f"{run.name}-package") if out is None else out.absolute()
+    run = Path(run).resolve()
+    out = run.with_name(f"{run.name}-package") if out is None else Path(out).absolute()
     parts = _collect(run)
     _refuse_foreign(out)
     with disk_errors(out.parent, "package"):

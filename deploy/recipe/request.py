@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import nn
 
@@ -9,8 +11,7 @@ from upvits.calib_data import DataSource
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.recipe.detect import resolved as resolved_detection
 from upvits.deploy.recipe.document import Recipe
-from upvits.toolchain.families import FAMILIES, family_of
-from upvits.toolchain.training.distillation import DistillSettings
+from upvits.toolchain.training.settings import DistillSettings, settings_for
 
 
 def run_name(recipe: Recipe) -> str:
@@ -32,32 +33,13 @@ def run_name(recipe: Recipe) -> str:
 
 
 def resolve(recipe: Recipe, model: nn.Module, source: DataSource, device: torch.device) -> Recipe:
-    """Fill in what depends on the model and the data.
-
-    PVTv2 learns from the dense parent's penultimate features too (weight 20), a ViT from its logits alone. Small data
-    sets get small batches and larger steps, since they see few of them. The demo ends within minutes.
-    """
-    distill = recipe.distill
+    """Fill in what depends on the model and the data. Fine-tuning gets `settings_for` where the recipe says nothing."""
     images = len(source.train)
     demo = source.spec == "demo"
-    small = images < 20_000
-    # measured on the demo at ratio 0.5: compensated, 2 epochs at 3e-3 give 98.75 % (12e-3: 98.6 %); after plain
-    # deletion, 3 epochs at 12e-3 give 98.1 %
-    compensated = recipe.compensate.enabled is not False
-    features = family_of(model) is FAMILIES["pvt_v2"] or model.num_classes == 0
-    filled = {
-        "epochs": (2 if compensated else 3) if demo else 30,
-        "warmup_epochs": 0.3 if demo else 2.0,
-        "batch_size": min(images, 32 if small else 256),
-        "lr": (3e-3 if compensated else 12e-3) if demo else 4e-3 if small else 1e-3,
-        # measured on the demo at 3 epochs: 98.1 % without CutMix, 96.7 % with it; long trainings want it
-        "cutmix": 0.0 if demo else 0.5,
-        "drop_path": 0.0 if small else 0.1,
-        "feature_weight": 20.0 if features else 0.0,
-        # on CPUs, reading processes would take the cores that train
-        "workers": min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0,
-    }
-    distill = distill.model_copy(update={key: value for key, value in filled.items() if getattr(distill, key) is None})
+    suited = asdict(settings_for(model, source, compensated=recipe.compensate.enabled is not False))
+    # on CPUs, reading processes would take the cores that train
+    suited["workers"] = min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0
+    distill = recipe.distill.model_copy(update={name: suited[name] for name, value in recipe.distill if value is None})
     score = recipe.score.model_copy(
         update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
     )

@@ -17,7 +17,7 @@ from upvits.deploy.speed.table import LatencyCosts, measure_table, predicted, sp
 from upvits.deploy.speed.target import Target
 from upvits.toolchain.planning import NotReachableError, PruningPlan
 from upvits.toolchain.planning.costs import Costs
-from upvits.toolchain.surgery.prune import prune
+from upvits.toolchain.surgery.deletion import delete_units
 
 Planner = Callable[[Costs, float], PruningPlan]
 """The best plan whose costs stay within a budget; raises NotReachableError below the smallest that there is."""
@@ -150,7 +150,7 @@ def _attempts(
             plan = planner(costs, error.lowest * (1 + 1e-3))
         if any(plan.cut == other.cut for _, other in tried):
             break
-        network = prune(dense.model, plan)
+        network = delete_units(dense.model, plan)
         expected = predicted(costs, network)
         dense_ms, ms, speedup = _time(network, dense)
         over = ms / target.ms if target.ms is not None else (target.speedup or 1) / speedup.median

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,15 @@ from upvits.deploy.stages.precision import precisions_for
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import write_document
-from upvits.toolchain.compensation import (
-    TooFewImagesError,
-    compensated_curves,
-    compress,
-    weigh_streams,
-    with_joint_units,
-)
+from upvits.toolchain.compensation import TooFewImagesError, compensated_curves, compress, with_joint_units
 from upvits.toolchain.planning import Curve, PruningPlan, plan_within
 from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.scores import Scores
+from upvits.toolchain.steps import CURVE_IMAGES, units_by_joint_loss, weighed_losses, with_units_for_refit
 from upvits.toolchain.surgery.rounds import plan_in_rounds
 
 Losses = Mapping[str, Curve]
 """Expected losses by group."""
-
-CURVE_IMAGES = 256
-"""So many of the calibration images tell the expected losses, which take gradients."""
 
 
 def prune(job: Job, scored: Artifact) -> Artifact:
@@ -49,15 +43,15 @@ def prune(job: Job, scored: Artifact) -> Artifact:
 
     def work(folder: Path) -> None:
         images = compensation_images(job)
-        curves = expected_losses(job, images)
         scores = Scores.load(scored.folder)
-        plan, target = choose_plan(job, scores, images, curves)
-        if curves is not None and units_by_joint_loss(job.recipe):
-            plan = with_joint_units(plan, curves)
+        plan, target = choose_plan(job, scores, images)
+        if images is not None:
+            with suppress(TooFewImagesError):  # `compress` says so, or refuses
+                plan = with_units_for_refit(job.dense, plan, images, seed=job.recipe.seed, quiet=job.quiet)
         if target is not None:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
         (folder / "plan.json").write_text(plan.to_json())
-        deleted = toolchain.prune(job.dense, plan)
+        deleted = toolchain.delete_units(job.dense, plan)
         compensated, record = _compensated(job, plan, images)
         write_document(folder / "compensation.json", record)
         toolchain.save(compensated or deleted, folder / "model")
@@ -112,18 +106,10 @@ def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: S
         Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
 
 
-def units_by_joint_loss(recipe: Recipe) -> bool:
-    """Whether the loss after a refit chooses FFN units: unless another method or rounds are asked for, which would have
-    no say otherwise."""
-    return recipe.score.method == "fisher" and recipe.plan.rounds == 1
-
-
-def choose_plan(
-    job: Job, scores: Scores, images: Tensor | None, curves: Losses | None
-) -> tuple[PruningPlan, LatencyRecord | None]:
+def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[PruningPlan, LatencyRecord | None]:
     """The plan that a job asks for; where it asks for a latency, also how that was met."""
     if job.recipe.plan.planner == "latency":
-        found = _latency_plan(job, scores, images, curves)
+        found = _latency_plan(job, scores, images)
         asked: dict[str, float | int | str] = {
             "latency": found.record.asked,
             "runtime": found.record.runtime,
@@ -132,28 +118,10 @@ def choose_plan(
         return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
-    if job.recipe.plan.planner != "global":
-        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess), None
-
-    def plan_by(own: Losses | None) -> PruningPlan:
-        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, own)
-
-    return plan_by(_weighed(job, images, curves, plan_by)), None
-
-
-def _weighed(
-    job: Job,
-    images: Tensor | None,
-    curves: Losses | None,
-    plan_by: Callable[[Losses], PruningPlan],
-) -> Losses | None:
-    """Expected losses with the weight of the streams that a trial has shown to be best."""
-    if images is None or curves is None:
-        return curves
     try:
-        return weigh_streams(job.dense, images, curves, plan_by, quiet=job.quiet)
-    except TooFewImagesError:  # half of the images, that is
-        return curves
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, images, quiet=job.quiet), None
+    except TooFewImagesError:  # `compress` says so, or refuses
+        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess), None
 
 
 def compensation_images(job: Job) -> Tensor | None:
@@ -170,15 +138,13 @@ def make_plan(
     like: nn.Module | None,
     scores: Scores,
     preprocess: Preprocess,
-    curves: Losses | None = None,
+    images: Tensor | None = None,
+    *,
+    quiet: bool = True,
 ) -> PruningPlan:
     """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
     return toolchain.plan(
-        dense,
-        scores,
-        like=like,
-        curves=curves,
-        **_request(recipe, preprocess),
+        dense, scores, like=like, images=images, seed=recipe.seed, quiet=quiet, **_request(recipe, preprocess)
     )
 
 
@@ -197,20 +163,12 @@ def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
-def expected_losses(job: Job, images: Tensor | None) -> Losses | None:
-    """Expected losses with compensation: which FFN units go, and what the planners weigh groups by.
-
-    Uniform plans need the orders of FFN units alone, which rotations do not change; where scores choose those, and in
-    rounds, nothing reads curves.
-    """
-    rotate = job.recipe.plan.planner != "uniform"
-    read = units_by_joint_loss(job.recipe) or (rotate and job.recipe.plan.rounds == 1)
-    if images is None or not read:
+def _expected_losses(job: Job, images: Tensor | None) -> Losses | None:
+    """What a latency plan weighs groups by: losses after compensation; None where that is off or images are too few."""
+    if images is None:
         return None
     try:
-        return compensated_curves(
-            job.dense, images[:CURVE_IMAGES], rotate=rotate, seed=job.recipe.seed, quiet=job.quiet
-        )
+        return compensated_curves(job.dense, images[:CURVE_IMAGES], seed=job.recipe.seed, quiet=job.quiet)
     except TooFewImagesError:  # `compress` says so, or refuses
         return None
 
@@ -241,7 +199,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
     )
 
 
-def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losses | None) -> Found:
+def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
     """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
 
     Raises:
@@ -262,14 +220,19 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losse
             input_size=job.preprocess.input_size,
         )
 
+    curves = _expected_losses(job, images)
     weighed: list[Losses | None] = []  # by the first budget, which is about the last one
 
     def planner(costs: Costs, budget: float) -> PruningPlan:
         if not weighed:
-            weighed.append(_weighed(job, images, curves, lambda own: plan_by(costs, budget, own)))
+            by = partial(plan_by, costs, budget)
+            if images is None or curves is None:
+                weighed.append(None)
+            else:
+                weighed.append(weighed_losses(job.dense, images, curves, by, quiet=job.quiet))
         return plan_by(costs, budget, weighed[0])
 
-    return search(
+    found = search(
         copy.deepcopy(job.dense).cpu(),
         job.preprocess,
         planner,
@@ -278,6 +241,9 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None, curves: Losse
         align=wanted.align,
         quiet=job.quiet,
     )
+    if curves is None or not units_by_joint_loss(found.plan):
+        return found
+    return replace(found, plan=with_joint_units(found.plan, curves))
 
 
 def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:

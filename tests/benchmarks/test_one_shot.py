@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import one_shot, paper_claim, record
 from upvits import toolchain
-from upvits.calib_data import open_source
+from upvits.calib_data import open_data
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.structure.timm_config import update_config
 
@@ -87,7 +87,7 @@ def test_verdict_names_the_winner_even_when_it_is_a_peer() -> None:
 
 
 def test_finetune_never_sees_validation_images(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, source = toolchain.load(tiny), open_source("demo")
+    model, source = toolchain.load(tiny), open_data("demo")
 
     def refuse(index: int) -> Any:
         raise AssertionError("a validation image was read")
@@ -101,7 +101,7 @@ def test_finetune_never_sees_validation_images(tiny: Path, monkeypatch: pytest.M
 
 
 def test_three_ways_have_the_same_shape_and_only_scratch_ignores_the_parent(tiny: Path) -> None:
-    parent, source = toolchain.load(tiny), open_source("demo")
+    parent, source = toolchain.load(tiny), open_data("demo")
     settings = toolchain.DistillSettings(epochs=1)
     plan = paper_claim.plan_for(parent, source, 24, seed=0)
     trial = paper_claim.Trial("tiny", parent, plan, source, settings, calib_images=48)
@@ -116,7 +116,7 @@ def test_three_ways_have_the_same_shape_and_only_scratch_ignores_the_parent(tiny
 
 
 def test_random_start_differs_by_seed(tiny: Path) -> None:
-    parent, source = toolchain.load(tiny), open_source("demo")
+    parent, source = toolchain.load(tiny), open_data("demo")
     plan = paper_claim.plan_for(parent, source, 24, seed=0)
     starts = [
         paper_claim.student(

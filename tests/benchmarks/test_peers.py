@@ -28,7 +28,7 @@ def dense() -> nn.Module:
 
 
 def test_choice_is_cut_as_the_peer_cuts_it_and_keeps_the_softmax_scale(dense: nn.Module) -> None:
-    small = toolchain.prune(dense, peers.as_plan(dense, REMOVED, "peer"))
+    small = toolchain.delete_units(dense, peers.as_plan(dense, REMOVED, "peer"))
     kept = [unit for unit in range(16) if unit not in REMOVED["embed"]]
     state, new = dense.state_dict(), small.state_dict()
     assert torch.equal(new["norm.weight"], state["norm.weight"][kept])
@@ -42,7 +42,7 @@ def test_choice_is_cut_as_the_peer_cuts_it_and_keeps_the_softmax_scale(dense: nn
 
 def test_plan_counts_the_result(dense: nn.Module) -> None:
     plan = peers.as_plan(dense, REMOVED, "peer")
-    small = toolchain.prune(dense, plan)
+    small = toolchain.delete_units(dense, plan)
     assert plan.after.macs == toolchain.count_macs(small, (3, 32, 32)) < plan.before.macs
     assert plan.after.params == toolchain.count_params(small)
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from benchmarks.realised_speed import WAYS, Cut, Network, gains, measure_network, runtimes_here, table
 from upvits import toolchain
 from upvits.deploy.runtimes import RUNTIMES
-from upvits.toolchain.planning import Size, plan
-from upvits.toolchain.surgery.prune import prune
+from upvits.toolchain.planning import Size
+from upvits.toolchain.surgery.deletion import delete_units
 
 
 def test_gains_are_dense_over_pruned() -> None:
@@ -33,9 +33,9 @@ def test_the_ways_cover_planners_alignment_and_depth() -> None:
 
 def test_a_cut_network_is_timed_in_turns_with_the_dense_one() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=96, num_heads=3).eval()
-    chosen = plan(model, toolchain.score(model, method="magnitude"), ratio=0.5)
+    chosen = toolchain.plan(model, toolchain.score(model, method="magnitude"), ratio=0.5)
     network = Network("tiny", model, torch.zeros(0))
-    (row,) = measure_network(network, [Cut(WAYS[0], 0.3, prune(model, chosen), chosen)], "onnxruntime", 4, 0.3)
+    (row,) = measure_network(network, [Cut(WAYS[0], 0.3, delete_units(model, chosen), chosen)], "onnxruntime", 4, 0.3)
     assert row["macs_share"] == pytest.approx(1 / row["macs_gain"])
     assert row["realised"] == pytest.approx(row["speedup"] / row["macs_gain"])
     assert row["low"] <= row["speedup"] <= row["high"]

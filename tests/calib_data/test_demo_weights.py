@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 
-from upvits.calib_data import Preprocess, batches, demo_weights, open_source
+from upvits.calib_data import Preprocess, batches, demo_weights, open_data
 from upvits.calib_data.demo import DEMO_SIZE, demo_images
 from upvits.calib_data.drawing import CLASS_NAMES, DRAWING_VERSION
 
@@ -53,7 +53,7 @@ def test_stock_timm_loads_it_and_it_is_right_on_400_pictures(folder: Path):
 def test_the_log_tells_how_it_was_made(folder: Path):
     report = json.loads((folder / "train.json").read_text())
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    source = open_source("demo")
+    source = open_data("demo")
     assert report["drawing_version"] == DRAWING_VERSION
     assert report["epochs"] == len(lines)
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.train_demo import linear_baseline
-from upvits.calib_data import drawing, open_source
+from upvits.calib_data import drawing, open_data
 from upvits.calib_data.drawing import CLASS_NAMES, SHAPES, TEXTURES, draw_labelled, draw_scene
 
 FROZEN_CELLS = np.array(
@@ -61,7 +61,7 @@ def test_size_changes_the_resolution_and_not_the_picture():
 def test_classes_are_all_pairs_and_balanced():
     assert len(CLASS_NAMES) == len(SHAPES) * len(TEXTURES) == 12
     assert set(CLASS_NAMES) == {f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES}
-    source = open_source("demo")
+    source = open_data("demo")
     assert set(Counter(source.train.labels).values()) == {500}
     assert set(Counter(source.val.labels).values()) == {100}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from upvits.calib_data import open_source, write_imagefolder
+from upvits.calib_data import open_data, write_imagefolder
 from upvits.calib_data.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -34,7 +34,7 @@ def split_folder(tmp_path: Path) -> Path:
 def refusal(spec: object) -> UserError:
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
-        open_source(f"imagefolder:{spec}")
+        open_data(f"imagefolder:{spec}")
     assert time.monotonic() - start < 10
     assert caught.value.exit_code == 2
     assert caught.value.fix
@@ -42,7 +42,7 @@ def refusal(spec: object) -> UserError:
 
 
 def test_split_folder(split_folder: Path):
-    source = open_source(f"imagefolder:{split_folder}")
+    source = open_data(f"imagefolder:{split_folder}")
     assert source.class_names == ("cat", "dog")
     assert source.train.labels == (0,) * 5 + (1,) * 5
     assert source.val.labels == (0, 0, 1, 1)
@@ -53,16 +53,16 @@ def test_split_folder(split_folder: Path):
 
 @pytest.mark.parametrize("name", ["validation", "valid", "test", "Val"])
 def test_other_names_of_the_validation_folder(split_folder: Path, name: str):
-    expected = open_source(f"imagefolder:{split_folder}").val.labels
+    expected = open_data(f"imagefolder:{split_folder}").val.labels
     (split_folder / "val").rename(split_folder / name)
-    assert open_source(f"imagefolder:{split_folder}").val.labels == expected
+    assert open_data(f"imagefolder:{split_folder}").val.labels == expected
 
 
 def test_classes_alone_are_split_the_same_way_every_time(tmp_path: Path):
     for name, count in (("a", 50), ("b", 20), ("single", 1)):
         for index in range(count):
             picture(tmp_path / name / f"{index}.png", (index, 0, 0))
-    first, second = (open_source(f"imagefolder:{tmp_path}") for _ in range(2))
+    first, second = (open_data(f"imagefolder:{tmp_path}") for _ in range(2))
     assert first.digest == second.digest
     assert [first.val.labels.count(label) for label in range(3)] == [10, 4, 0]
     assert [first.train.labels.count(label) for label in range(3)] == [40, 16, 1]
@@ -74,14 +74,14 @@ def test_classes_alone_are_split_the_same_way_every_time(tmp_path: Path):
     assert len(reds[0] | reds[1]) == 50
     # A picture more moves no other one of another class.
     picture(tmp_path / "b" / "new.png")
-    third = open_source(f"imagefolder:{tmp_path}")
+    third = open_data(f"imagefolder:{tmp_path}")
     assert {third.val[i][0].getpixel((0, 0)) for i, label in enumerate(third.val.labels) if label == 0} == reds[1]
 
 
 def test_unlabelled_folder(tmp_path: Path):
     for index in range(10):
         picture(tmp_path / f"{index}.jpg")
-    source = open_source(f"imagefolder:{tmp_path}")
+    source = open_data(f"imagefolder:{tmp_path}")
     assert source.class_names is None
     assert (len(source.train), len(source.val)) == (8, 2)
     assert set(source.train.labels) == {-1}
@@ -95,7 +95,7 @@ def test_classes_in_timm_order_with_nested_and_hidden_files(tmp_path: Path):
         (tmp_path / name / "._y.jpg").write_bytes(b"what macOS leaves behind")
         (tmp_path / name / "notes.txt").write_text("no picture")
     (tmp_path / ".cache").mkdir()
-    source = open_source(f"imagefolder:{tmp_path}")
+    source = open_data(f"imagefolder:{tmp_path}")
     assert source.class_names == ("9", "10", "a", "B")
     assert len(source.train) + len(source.val) == 8
     assert source.skipped == ()
@@ -106,7 +106,7 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path):
         picture(tmp_path / name / "1.png")
         picture(tmp_path / name / "2.png")
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
-    source = open_source(f"imagefolder:{tmp_path}")
+    source = open_data(f"imagefolder:{tmp_path}")
     assert len(source.train) + len(source.val) == 4
 
 
@@ -126,7 +126,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, name: str):
     ODD[name]().save(tmp_path / name)
-    image, _ = open_source(f"imagefolder:{tmp_path}").train[0]
+    image, _ = open_data(f"imagefolder:{tmp_path}").train[0]
     assert image.mode == "RGB"
     expected = 255 if name.startswith("bilevel") else 100
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= 2
@@ -135,7 +135,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, name: str):
 def test_palette_with_transparent_colours(tmp_path: Path):
     image = Image.new("RGB", (8, 8), (100, 100, 100)).quantize(4)
     image.save(tmp_path / "x.png", transparency=b"\x00\x80")
-    loaded, _ = open_source(f"imagefolder:{tmp_path}").train[0]
+    loaded, _ = open_data(f"imagefolder:{tmp_path}").train[0]
     assert loaded.getpixel((0, 0)) == (100, 100, 100)
 
 
@@ -144,21 +144,21 @@ def test_exif_orientation_is_applied(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     image.save(tmp_path / "x.jpg", exif=exif)
-    loaded, _ = open_source(f"imagefolder:{tmp_path}").train[0]
+    loaded, _ = open_data(f"imagefolder:{tmp_path}").train[0]
     assert loaded.size == (10, 30)
 
 
 def test_digest_tells_content_label_and_split_and_not_the_place(split_folder: Path, tmp_path: Path):
-    original = open_source(f"imagefolder:{split_folder}").digest
+    original = open_data(f"imagefolder:{split_folder}").digest
     moved = tmp_path / "elsewhere"
     shutil.copytree(split_folder, moved)
-    assert open_source(f"imagefolder:{moved}").digest == original
+    assert open_data(f"imagefolder:{moved}").digest == original
     first = moved / "train" / "cat" / "0.png"
     picture(first, (9, 9, 9))
-    changed = open_source(f"imagefolder:{moved}").digest
+    changed = open_data(f"imagefolder:{moved}").digest
     assert changed != original
     first.rename(moved / "train" / "dog" / "0b.png")
-    assert open_source(f"imagefolder:{moved}").digest not in (original, changed)
+    assert open_data(f"imagefolder:{moved}").digest not in (original, changed)
 
 
 def damage_truncate(path: Path) -> None:
@@ -187,7 +187,7 @@ def test_one_damaged_image_among_good_ones_is_left_out(tmp_path: Path, damage, e
         Image.fromarray(noise).save(tmp_path / "ab"[index % 2] / f"{index}.{extension}")
     bad = tmp_path / "a" / f"6.{extension}"
     damage(bad)
-    source = open_source(f"imagefolder:{tmp_path}")
+    source = open_data(f"imagefolder:{tmp_path}")
     assert source.skipped == (str(bad),)
     assert len(source.train) + len(source.val) == 119
     damage(tmp_path / "b" / f"7.{extension}")
@@ -255,7 +255,7 @@ def test_unreadable_folder(split_folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_image_that_breaks_after_opening_is_named(split_folder: Path):
-    source = open_source(f"imagefolder:{split_folder}")
+    source = open_data(f"imagefolder:{split_folder}")
     damage_text(split_folder / "train" / "cat" / "0.png")
     with pytest.raises(UserError, match=r"cat/0\.png"):
         source.train[0]
@@ -264,7 +264,7 @@ def test_an_image_that_breaks_after_opening_is_named(split_folder: Path):
 def test_drawn_folder_is_read_back_exactly(tmp_path: Path):
     write_imagefolder(tmp_path / "drawn", "train", 24, 64)
     write_imagefolder(tmp_path / "drawn", "val", 12, 64)
-    source, demo = open_source(f"imagefolder:{tmp_path / 'drawn'}"), open_source("demo")
+    source, demo = open_data(f"imagefolder:{tmp_path / 'drawn'}"), open_data("demo")
     assert (len(source.train), len(source.val)) == (24, 12)
     assert sorted(source.class_names) == sorted(demo.class_names)
     pixels = {(demo.class_names[label], image.tobytes()) for image, label in (demo.train[i] for i in range(24))}
@@ -273,7 +273,7 @@ def test_drawn_folder_is_read_back_exactly(tmp_path: Path):
 
 @pytest.mark.skipif(not (SHARED / "clothing").is_dir(), reason="needs the photographs in ../shared/data/clothing")
 def test_real_photographs():
-    source = open_source(f"imagefolder:{SHARED / 'clothing'}")
+    source = open_data(f"imagefolder:{SHARED / 'clothing'}")
     assert (len(source.train), len(source.val), len(source.class_names)) == (1817, 341, 10)
     assert source.skipped == ()
     image, label = source.val[0]

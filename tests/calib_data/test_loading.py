@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from upvits.calib_data import DataSource, Images, Preprocess, batches, open_source, proxy_images
+from upvits.calib_data import DataSource, Images, Preprocess, batches, open_data, proxy_images
 from upvits.calib_data.demo import demo_images
 
 PREPROCESS = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
@@ -118,7 +118,7 @@ def test_proxy_of_unlabelled_pictures():
 
 
 def test_proxy_of_the_demo_set():
-    proxy = proxy_images(open_source("demo"), PREPROCESS, 24, seed=0)
+    proxy = proxy_images(open_data("demo"), PREPROCESS, 24, seed=0)
     assert tuple(proxy.shape) == (24, 3, 64, 64)
     assert proxy.min() >= -1
     assert proxy.max() <= 1

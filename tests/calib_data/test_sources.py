@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from upvits.calib_data import open_source
+from upvits.calib_data import open_data
 from upvits.calib_data.errors import MissingDependencyError, UserError
 
 
@@ -30,7 +30,7 @@ from upvits.calib_data.errors import MissingDependencyError, UserError
 )
 def test_unknown_form_is_refused_with_the_valid_ones(spec: str, hint: str):
     with pytest.raises(UserError) as caught:
-        open_source(spec)
+        open_data(spec)
     assert hint in caught.value.fix
     assert "hfds:NAME" in caught.value.fix
     assert repr(spec) in caught.value.what
@@ -38,9 +38,9 @@ def test_unknown_form_is_refused_with_the_valid_ones(spec: str, hint: str):
 
 def test_near_names_and_plain_folders_get_a_direct_answer(tmp_path: Path):
     with pytest.raises(UserError, match=r"Did you mean imagefolder:DIR\?"):
-        open_source("imagefoler:/data")
+        open_data("imagefoler:/data")
     with pytest.raises(UserError, match=f"write imagefolder:{tmp_path}"):
-        open_source(str(tmp_path))
+        open_data(str(tmp_path))
 
 
 def encoded(red: int, format: str = "JPEG") -> bytes:
@@ -71,7 +71,7 @@ def test_shards(tmp_path: Path, separator: str):
     write_shard(tmp_path / "set-train-0000.tar", samples_of(6))
     write_shard(tmp_path / "set-train-0001.tar", samples_of(4, start=6))
     write_shard(tmp_path / "set-val-0000.tar", samples_of(5, start=100))
-    source = open_source(f"wds{separator}{tmp_path}")
+    source = open_data(f"wds{separator}{tmp_path}")
     assert source.class_names == ("0", "1", "2")
     assert source.train.labels == tuple(index % 3 for index in range(10))
     assert source.val.labels == tuple(index % 3 for index in range(100, 105))
@@ -95,7 +95,7 @@ def test_shards_equal_what_timm_streams(tmp_path: Path):
         "class_names": ["x", "y", "z"],
     }
     (tmp_path / "_info.json").write_text(json.dumps(info))
-    source = open_source(f"wds:{tmp_path}")
+    source = open_data(f"wds:{tmp_path}")
     assert source.class_names == ("x", "y", "z")
     streamed = list(create_dataset("wds/", root=str(tmp_path), split="validation"))
     assert [(image.tobytes(), label) for image, label in streamed] == [
@@ -108,7 +108,7 @@ def test_shards_without_labels_and_with_damage(tmp_path: Path):
     write_shard(tmp_path / "val" / "0.tar", dict(list(pictures.items())[:10]))
     pictures["17.png"] = pictures["17.png"][:-30]
     write_shard(tmp_path / "train" / "0.tar", pictures)
-    source = open_source(f"wds:{tmp_path}")
+    source = open_data(f"wds:{tmp_path}")
     assert source.class_names is None
     assert len(source.train) == 149
     assert source.skipped == (f"{tmp_path / 'train' / '0.tar'}:17.png",)
@@ -116,18 +116,18 @@ def test_shards_without_labels_and_with_damage(tmp_path: Path):
 
 def test_bad_shards(tmp_path: Path):
     with pytest.raises(UserError, match="No folder of shards"):
-        open_source("wds:/nowhere/at/all")
+        open_data("wds:/nowhere/at/all")
     with pytest.raises(UserError, match="No training shards"):
-        open_source(f"wds:{tmp_path}")
+        open_data(f"wds:{tmp_path}")
     write_shard(tmp_path / "train.tar", samples_of(4))
     with pytest.raises(UserError, match="No validation shards"):
-        open_source(f"wds:{tmp_path}")
+        open_data(f"wds:{tmp_path}")
     (tmp_path / "val.tar").write_bytes(b"no tar file at all")
     with pytest.raises(UserError, match=r"Cannot read the shard .*val\.tar"):
-        open_source(f"wds:{tmp_path}")
+        open_data(f"wds:{tmp_path}")
     write_shard(tmp_path / "val.tar", {"1.jpg": encoded(1)})
     with pytest.raises(UserError, match=r"no \.cls file"):
-        open_source(f"wds:{tmp_path}")
+        open_data(f"wds:{tmp_path}")
 
 
 def write_mnist(root: Path) -> None:
@@ -143,7 +143,7 @@ def write_mnist(root: Path) -> None:
 @pytest.mark.parametrize("prefix", ["torch:mnist:", "torch/mnist:", "torch:MNIST:"])
 def test_torchvision_set(tmp_path: Path, prefix: str):
     write_mnist(tmp_path)
-    source = open_source(f"{prefix}{tmp_path}")
+    source = open_data(f"{prefix}{tmp_path}")
     assert (len(source.train), len(source.val), len(source.class_names)) == (20, 10, 10)
     image, label = source.train[13]
     assert (image.mode, image.size, label) == ("RGB", (28, 28), 3)
@@ -152,10 +152,10 @@ def test_torchvision_set(tmp_path: Path, prefix: str):
 
 def test_unknown_torchvision_set():
     with pytest.raises(UserError, match="cifar11") as caught:
-        open_source("torch:cifar11")
+        open_data("torch:cifar11")
     assert "cifar10" in caught.value.fix
     with pytest.raises(UserError, match="imagefolder:/x"):
-        open_source("torch/image_folder:/x")
+        open_data("torch/image_folder:/x")
 
 
 def test_torchvision_set_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -164,7 +164,7 @@ def test_torchvision_set_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(MissingDependencyError, match="could not be downloaded") as caught:
-        open_source(f"torch:cifar10:{tmp_path / 'cache'}")
+        open_data(f"torch:cifar10:{tmp_path / 'cache'}")
     assert caught.value.exit_code == 3
     assert "torch:cifar10:DIR" in caught.value.fix
 
@@ -172,7 +172,7 @@ def test_torchvision_set_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
 def test_hugging_face_sets_need_their_package():
     with pytest.raises(MissingDependencyError, match="pip install datasets"):
-        open_source("hfds/food101")
+        open_data("hfds/food101")
 
 
 def test_hugging_face_set_from_a_local_folder(tmp_path: Path):
@@ -183,7 +183,7 @@ def test_hugging_face_set_from_a_local_folder(tmp_path: Path):
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.new("L", (9, 7), index + 10 * len(name)).save(folder / f"{index}.png")
-    source = open_source(f"hfds:{tmp_path / 'set'}")
+    source = open_data(f"hfds:{tmp_path / 'set'}")
     assert source.class_names == ("no", "yes")
     assert sorted(source.train.labels) == [0, 0, 0, 1, 1, 1]
     assert sorted(source.val.labels) == [0, 0, 1, 1]

@@ -102,7 +102,7 @@ def test_slices_have_the_length_that_they_claim(variant: Variant) -> None:
 @variants
 def test_keeping_everything_is_bit_identical(variant: Variant) -> None:
     model, images = make(variant), pictures(variant)
-    kept = toolchain.prune(model, planned(model, 0.0, ("embed", "attention", "ffn")))
+    kept = toolchain.delete_units(model, planned(model, 0.0, ("embed", "attention", "ffn")))
     assert torch.equal(output_of(kept, images), output_of(model, images))
 
 
@@ -111,7 +111,7 @@ def test_keeping_everything_is_bit_identical(variant: Variant) -> None:
 def test_pruned_equals_masked_dense(variant: Variant, components: tuple[Component, ...]) -> None:
     model, images = make(variant), pictures(variant)
     plan = planned(model, 0.5, components)
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     expected, actual = masked_output(model, plan, images), output_of(pruned, images)
     assert (expected - actual).abs().max() <= 1e-5
     assert not torch.allclose(actual, output_of(model, images)[:, : actual.shape[1]], atol=1e-3)
@@ -122,7 +122,7 @@ def test_the_query_scale_is_folded(variant: Variant) -> None:
     """Without sqrt(new / old) on the queries, the narrower heads attend more sharply than the masked ones."""
     model, images = make(variant), pictures(variant)
     plan = planned(model, 0.5, ("attention",))
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     attention = next(group for group in groups_of(model) if group.kind == "attention")
     weight = pruned.get_parameter(attention.queries[0])
     kept = list(plan.keep[attention.name])
@@ -138,7 +138,7 @@ def test_the_query_scale_is_folded(variant: Variant) -> None:
 @pytest.mark.parametrize("components", CUTS[:2] + CUTS[3:4], ids="+".join)
 def test_saved_and_loaded(variant: Variant, components: tuple[Component, ...], tmp_path: Path) -> None:
     model, images = make(variant), pictures(variant)
-    pruned = toolchain.prune(model, planned(model, 0.5, components))
+    pruned = toolchain.delete_units(model, planned(model, 0.5, components))
     toolchain.save(pruned, tmp_path / "model")
     loaded = toolchain.load(tmp_path / "model")
     assert torch.equal(output_of(loaded, images), output_of(pruned, images))
@@ -149,7 +149,7 @@ def test_saved_and_loaded(variant: Variant, components: tuple[Component, ...], t
 def test_unequal_dims_are_cut_saved_and_cut_again(variant: Variant, tmp_path: Path) -> None:
     model, images = make(variant), pictures(variant)
     plan = uneven(model)
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     expected, actual = masked_output(model, plan, images), output_of(pruned, images)
     assert (expected - actual).abs().max() <= 1e-5
     assert plan.widths == widths_of(groups_of(pruned))
@@ -160,7 +160,7 @@ def test_unequal_dims_are_cut_saved_and_cut_again(variant: Variant, tmp_path: Pa
     with pytest.raises(UserError, match="Whole heads"):
         planned(loaded, 0.5, ("heads",))
     again = toolchain.plan(loaded, toolchain.score(loaded, method="random"), ratio=0.5, align=1)
-    smaller = toolchain.prune(loaded, again)
+    smaller = toolchain.delete_units(loaded, again)
     assert (masked_output(loaded, again, images) - output_of(smaller, images)).abs().max() <= 1e-5
     assert toolchain.count_params(smaller) == again.after.params < toolchain.count_params(loaded)
 
@@ -168,7 +168,7 @@ def test_unequal_dims_are_cut_saved_and_cut_again(variant: Variant, tmp_path: Pa
 @variants
 def test_groups_that_make_up_a_network_own_every_part_once(variant: Variant) -> None:
     model = make(variant)
-    for network in (model, toolchain.prune(model, uneven(model))):
+    for network in (model, toolchain.delete_units(model, uneven(model))):
         state = network.state_dict()
         owned: dict[tuple[str, int], list[int]] = {}
         for group in partition(groups_of(network)):
@@ -192,7 +192,7 @@ def test_shorter_networks_load_with_stock_timm(
     scores = replace(toolchain.score(model, method="random"), depth={name: DepthPath((pairs,), (0.1,))})
     share = 1 / sum(family_of(model).block_lists(model).values())
     plan = toolchain.plan(model, scores, ratio=0.5, depth_ratio=share, align=4)
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     assert plan.blocks == {name: pairs}
     assert plan.widths == widths_of(groups_of(pruned))
     assert toolchain.count_params(pruned) == plan.after.params
@@ -210,7 +210,7 @@ def test_shorter_networks_load_with_stock_timm(
 @variants
 def test_uniform_results_load_with_stock_timm(variant: Variant, tmp_path: Path) -> None:
     model, images = make(variant), pictures(variant)
-    pruned = toolchain.prune(model, planned(model, 0.5, ("embed", "attention", "ffn")))
+    pruned = toolchain.delete_units(model, planned(model, 0.5, ("embed", "attention", "ffn")))
     toolchain.save(pruned, tmp_path / "model")
     assert "upvits" not in json.loads((tmp_path / "model" / "config.json").read_text())
     stock = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
@@ -222,7 +222,7 @@ def test_uniform_results_load_with_stock_timm(variant: Variant, tmp_path: Path) 
 def test_counts_are_those_of_the_rebuilt_network(variant: Variant) -> None:
     model, images = make(variant), pictures(variant, 1)
     plan = planned(model, 0.5, ("embed", "attention", "ffn"))
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     with FlopCounterMode(display=False) as counter:
         output_of(pruned, images)
     assert plan.after.macs * 2 == counter.get_total_flops()
@@ -262,7 +262,7 @@ def test_segments_chain_up_to_the_forward_pass(variant: Variant) -> None:
 def test_pruning_leaves_the_dense_network_alone(variant: Variant) -> None:
     model, images = make(variant), pictures(variant)
     before = output_of(model, images)
-    pruned = toolchain.prune(model, planned(model, 0.5, ("ffn",)))
+    pruned = toolchain.delete_units(model, planned(model, 0.5, ("ffn",)))
     with torch.no_grad():
         for parameter in pruned.parameters():
             parameter.zero_()
@@ -272,7 +272,7 @@ def test_pruning_leaves_the_dense_network_alone(variant: Variant) -> None:
 @variants
 def test_pruned_networks_train(variant: Variant) -> None:
     model, images = make(variant), pictures(variant)
-    pruned = toolchain.prune(model, planned(model, 0.5, ("embed", "attention", "ffn"))).train()
+    pruned = toolchain.delete_units(model, planned(model, 0.5, ("embed", "attention", "ffn"))).train()
     pruned(images).square().sum().backward()
     silent = [name for name, p in pruned.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []

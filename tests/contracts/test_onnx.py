@@ -42,7 +42,7 @@ def test_pruned_networks_export(architecture: str, components: tuple[Component, 
     plan = toolchain.plan(model, scores, ratio=0.5, align=4, components=components)
     if components == UNEVEN:
         plan = replace(plan, keep={name: units for name, units in plan.keep.items() if not name.endswith(".v")})
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     report = export_onnx(pruned, tmp_path / "model.onnx", toolchain.preprocess_of(pruned))
     with open_onnx(tmp_path / "model.onnx", threads=1) as session:
         for size in (1, 5):

@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "uniform": toolchain.plan(model, scores, ratio=0.5, align=4),
         "global": toolchain.plan(model, scores, target_macs=0.6, planner="global", align=4),
     }
-    networks = {"dense": model, **{name: toolchain.prune(model, plan) for name, plan in plans.items()}}
+    networks = {"dense": model, **{name: toolchain.delete_units(model, plan) for name, plan in plans.items()}}
     for name, network in networks.items():
         toolchain.save(network, place / name)
     return {name: place / name for name in networks}

@@ -22,7 +22,7 @@ from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import divergence
 from upvits.toolchain.scores.divergence import device_of, output_scale
 from upvits.toolchain.structure.groups import ChannelGroup
-from upvits.toolchain.surgery.prune import cut_out, prune
+from upvits.toolchain.surgery.deletion import cut_out, delete_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def compress(
     model = copy.deepcopy(model).eval()
     fit, held = split(images)
     scale = output_scale(model, torch.split(images, batch_size))
-    deleted = prune(model, plan).eval()  # refuses the plan of another network
+    deleted = delete_units(model, plan).eval()  # refuses the plan of another network
     student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
 
     outputs = _kept_features(model, plan)

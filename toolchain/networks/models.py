@@ -59,6 +59,12 @@ def create_model(
     Raises:
         UserError: unknown name, unsupported model, or weights that don't fit.
         MissingDependencyError: the hub cannot be reached.
+
+    Example:
+        >>> import upvits
+        >>> model = upvits.create_model("deit_tiny", num_classes=5, image_size=64)
+        >>> model.embed_dim, model.num_classes
+        (192, 5)
     """
     architecture = canonical_name(name)
     with torch.device("meta"):
@@ -192,7 +198,7 @@ def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> 
     return config
 
 
-def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = None) -> None:
+def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | None = None) -> None:
     """Write a network as a model folder, and prove that it loads: it is read back and must give the same output.
 
     Args:
@@ -202,7 +208,15 @@ def save(model: nn.Module, folder: Path, *, model_args: dict[str, Any] | None = 
 
     Raises:
         UserError: the folder exists, or the model was built with timm arguments that are not recorded.
+
+    Example:
+        >>> import tempfile, upvits
+        >>> folder = tempfile.mkdtemp() + "/small"
+        >>> upvits.save(upvits.create_model("pvtv2_b0", weights="demo"), folder)
+        >>> upvits.load(folder).num_classes
+        12
     """
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
     config = structure_of(model, model_args)
@@ -258,6 +272,14 @@ def load(folder: Path | str) -> nn.Module:
 
     Raises:
         UserError: the folder is no model folder, or its weights don't fit its structure.
+
+    Example:
+        >>> import tempfile, upvits
+        >>> dense, folder = upvits.create_model("pvtv2_b0", weights="demo"), tempfile.mkdtemp() + "/small"
+        >>> plan = upvits.plan(dense, upvits.score(dense, method="magnitude"), ratio=0.5)
+        >>> upvits.save(upvits.prune(dense, plan, compensate=False), folder)
+        >>> upvits.count_params(upvits.load(folder)) == plan.after.params
+        True
     """
     folder = Path(folder)
     config = structure_in(folder)

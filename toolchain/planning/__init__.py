@@ -6,7 +6,7 @@ from upvits.toolchain.planning.counted import count_costs
 from upvits.toolchain.planning.curves import Curve, curve_of
 from upvits.toolchain.planning.document import Change, PruningPlan, Size
 from upvits.toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
-from upvits.toolchain.planning.plan import plan
+from upvits.toolchain.planning.plan import plan_by_scores
 from upvits.toolchain.planning.request import check_request
 from upvits.toolchain.planning.uniform import aligned
 
@@ -25,6 +25,6 @@ __all__ = [
     "check_request",
     "count_costs",
     "curve_of",
-    "plan",
+    "plan_by_scores",
     "plan_within",
 ]

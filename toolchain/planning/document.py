@@ -60,6 +60,13 @@ class PruningPlan:
         blocks: lists of blocks that get shorter -> the (attention, FFN) pairs that are left. `keep` and `num_heads`
             name groups of the shortened network, `dense_widths` those of the dense one.
         planner: how the widths were chosen.
+
+    Example:
+        >>> import upvits
+        >>> model = upvits.create_model("pvtv2_b0", weights="demo")
+        >>> plan = upvits.plan(model, upvits.score(model, method="magnitude"), ratio=0.5)
+        >>> plan.before.params, plan.after.params
+        (3412844, 871868)
     """
 
     keep: dict[str, tuple[int, ...]]

@@ -24,7 +24,7 @@ from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.timm_config import architecture_of
 
 
-def plan(
+def plan_by_scores(
     model: nn.Module,
     scores: Scores,
     *,
@@ -40,36 +40,21 @@ def plan(
     curves: Mapping[str, Curve] | None = None,
     input_size: tuple[int, int, int] | None = None,
 ) -> PruningPlan:
-    """Choose the units to keep. One of `ratio`, `target_macs`, `target_params` and `like` is given, or `depth_ratio`.
-
-    `uniform`: all blocks of a stage get equal widths, and all heads equally many dims, so that the result is again a
-    network that stock timm builds (as long as `components` prunes embedding and attention together). `global`: one
-    budget over all groups; every block gets its own widths, which only `toolchain.load` rebuilds.
+    """`toolchain.plan` without images: what the scores say, and with `curves` what each cut is expected to cost.
 
     Args:
-        model: the dense network.
-        scores: measured on this very network.
-        ratio: share of every prunable dimension to remove, in [0, 1). With `global`: the MACs of that uniform plan.
-        target_macs: share of the multiply-accumulates to keep, in (0, 1].
-        target_params: share of the parameters to keep, in (0, 1].
-        like: a smaller published model of the same family and input; its depth, widths and heads are taken exactly.
-            Consecutive heads are merged where it has fewer (UP-ViTs, section 3.3).
-        depth_ratio: share of all blocks to remove first, in [0, 1), the cheapest first; needs scores with depth.
-        planner: `uniform` or `global`.
-        align: widths and head dims become multiples of this (unless they stay whole).
-        components: which dimensions to prune; `heads` removes whole heads instead of dims in every head, `qk_v` lets
-            q·k and v choose their own dims (and, with `global`, how many), `depth` lets `global` remove blocks.
-        floor: for `global`: the share of its units that every group keeps at least.
         curves: for `global`: expected losses by group, instead of those that follow from the scores.
-        input_size: (channels, height, width) for counting MACs; the model's own by default.
+
+    The others are those of `toolchain.plan`.
 
     Raises:
         UserError: the request is out of range, contradictory, or would leave a width of zero.
 
     Example:
-        >>> import timm, torch, toolchain
+        >>> import timm
+        >>> from upvits import toolchain
         >>> dense = timm.create_model("pvt_v2_b0", num_classes=5)
-        >>> chosen = toolchain.plan(dense, toolchain.score(dense, method="magnitude"), ratio=0.5)
+        >>> chosen = plan_by_scores(dense, toolchain.score(dense, method="magnitude"), ratio=0.5)
         >>> chosen.widths.channels["stages.3"], round(chosen.after.macs / chosen.before.macs, 2)
         (128, 0.28)
     """

@@ -34,6 +34,15 @@ class Scores:
             for `refined`), where half of the units stay or as many as the plan at hand keeps; empty where fewer than
             two images were used, without the groups that were not measured as a whole.
         halves: group name -> these scores [2, size] on each half, float64, as sums over its images; empty as above.
+
+    Example:
+        >>> import tempfile, upvits
+        >>> from pathlib import Path
+        >>> scores = upvits.score(upvits.create_model("pvtv2_b0", weights="demo"), method="magnitude")
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> scores.save(folder)
+        >>> upvits.Scores.load(folder).values["stages.0.blocks.0.mlp"].shape
+        torch.Size([256])
     """
 
     method: Method

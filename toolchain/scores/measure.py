@@ -71,7 +71,8 @@ def score(
         UserError: the model is not supported, images are missing, or outputs or scores are not finite.
 
     Example:
-        >>> import timm, torch, toolchain
+        >>> import timm, torch
+        >>> from upvits import toolchain
         >>> model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
         >>> scores = toolchain.score(model, torch.randn(8, 3, 32, 32))
         >>> scores.unit, sorted(name for name in scores.values if "attn" not in name)

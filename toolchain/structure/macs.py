@@ -18,6 +18,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Args:
         model: any network.
         input_size: (channels, height, width) in pixels.
+
+    Example:
+        >>> import torch
+        >>> count_macs(torch.nn.Conv2d(3, 8, kernel_size=4, stride=4), (3, 32, 32))
+        24576
     """
     meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -26,5 +31,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Number of parameters.
+
+    Example:
+        >>> import torch
+        >>> count_params(torch.nn.Linear(10, 5))
+        55
+    """
     return sum(parameter.numel() for parameter in model.parameters())

@@ -16,7 +16,7 @@ from torch import nn
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.families import groups_of, skeleton
 from upvits.toolchain.networks.depth import after_shortening, shorten
-from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, plan
+from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, Planner, PruningPlan, plan_by_scores
 from upvits.toolchain.planning.branches import floors_of
 from upvits.toolchain.planning.choose import kept_by_scores
 from upvits.toolchain.planning.counted import count_costs
@@ -25,7 +25,7 @@ from upvits.toolchain.planning.global_plan import FLOOR, plan_within
 from upvits.toolchain.planning.uniform import uniform_widths
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.structure.groups import Widths
-from upvits.toolchain.surgery.prune import prune
+from upvits.toolchain.surgery.deletion import delete_units
 
 Score = Callable[[nn.Module, Widths | None], Scores]
 """Scores a network; also gets the widths that will be cut to, where they are known before the scores are."""
@@ -54,20 +54,20 @@ def plan_in_rounds(
     Args:
         model: the dense network; it is not changed.
         score: called once per round, first with the dense network.
-        rounds: number of steps; 1 is `plan`.
+        rounds: number of steps; 1 is `plan_by_scores`.
 
-    The others are those of `plan`.
+    The others are those of `toolchain.plan`.
 
     Returns:
         One plan for the dense network.
 
     Raises:
-        UserError: rounds is no positive number, or as `plan` raises it.
+        UserError: rounds is no positive number, or as `plan_by_scores` raises it.
     """
     if rounds < 1:
         raise UserError(f"rounds {rounds} is out of range.", fix="Give a whole number of at least 1.")
     first = score(model, None)
-    final = plan(
+    final = plan_by_scores(
         model, first, ratio=ratio, target_macs=target_macs, target_params=target_params, depth_ratio=depth_ratio,
         planner=planner, align=align, components=components, floor=floor, input_size=input_size,
     )  # fmt: skip
@@ -98,14 +98,14 @@ def _uniform_rounds(
     def ratio_after(index: int) -> float:
         return removed if index == rounds else 1 - (1 - removed) ** (index / rounds)
 
-    found = plan(
+    found = plan_by_scores(
         model, first, ratio=ratio_after(1), depth_ratio=depth_ratio, align=align, components=components,
         input_size=input_size,
     )  # fmt: skip
     groups = groups_of(shorten(skeleton(model), found.blocks))
     for index in range(2, rounds + 1):
         widths = uniform_widths(groups, ratio_after(index), align, components)
-        network = prune(model, found)
+        network = delete_units(model, found)
         keep = kept_by_scores(groups_of(network), score(network, widths), widths, "heads" in components)
         found = joined(found, keep, widths.num_heads, {})
     return found
@@ -142,7 +142,7 @@ def _global_rounds(
         )
         found = now if found is None else joined(found, now.keep, now.num_heads, now.blocks)
         if index < rounds:
-            network = prune(model, found)
+            network = delete_units(model, found)
             scores = score(network, None)
     assert found is not None
     return found

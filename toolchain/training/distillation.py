@@ -29,9 +29,11 @@ from upvits.calib_data import DataSource, Preprocess, batches
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.training.evaluate import Accuracy, evaluate, require_finite_weights
 from upvits.toolchain.training.objective import Fit, Learner, compare, cutmix, losses, outputs
 from upvits.toolchain.training.processes import Process, join_processes
+from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
     EpochLog,
     TrainState,
@@ -41,42 +43,6 @@ from upvits.toolchain.training.state import (
     settings_key,
     write_log,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """The paper's recipe; `epochs` is the dial."""
-
-    epochs: int = 200
-    batch_size: int = 256  # global: several processes share it
-    lr: float = 1e-3  # peak at a global batch of 256, scaled linearly with `batch_size`
-    weight_decay: float = 1e-3  # none on biases, norms, tokens and position embedding
-    warmup_epochs: float = 2.0  # linear; at most half of the training
-    drop_path: float | None = 0.1  # stochastic depth of the last block, growing linearly; None: what the model has
-    cutmix: float = 0.5  # lambda ~ Beta(cutmix, cutmix); 0: images are not mixed
-    label_weight: float = 1.0
-    logit_weight: float = 6.4
-    feature_weight: float = 0.0
-    ema_decay: float = 0.9999  # reached gradually, so that the average also follows a short training
-    clip_grad: float | None = None  # largest norm of all gradients together
-    amp: bool = True  # on CUDA: bfloat16, float16 where the GPU lacks it; the CPU computes in float32
-    eval_every: int = 1  # epochs; the last one always is
-    seed: int = 0
-    workers: int = 0  # processes that read and augment images; does not change the result
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1 or self.eval_every < 1 or self.workers < 0:
-            raise UserError("Distillation needs epochs and workers >= 0, batch_size and eval_every >= 1.")
-        rates = (self.weight_decay, self.warmup_epochs, self.cutmix, *self.weights)
-        if self.lr <= 0 or min(rates) < 0 or not 0 <= self.ema_decay < 1 or not 0 <= (self.drop_path or 0) < 1:
-            raise UserError(
-                "Distillation needs lr > 0, weights, rates and warm-up >= 0, ema_decay and drop_path in [0, 1)."
-            )
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Of the label, the logit and the feature loss."""
-        return (self.label_weight, self.logit_weight, self.feature_weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +57,8 @@ def distill(
     student: nn.Module,
     teacher: nn.Module,
     data: DataSource,
-    preprocess: Preprocess,
-    settings: DistillSettings,
+    preprocess: Preprocess | None = None,
+    settings: DistillSettings | None = None,
     folder: Path | None = None,
     *,
     device: str = "auto",
@@ -111,6 +77,8 @@ def distill(
         student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
             changed. Feature widths may differ when `feature_weight` > 0 (see `Learner`).
         data: without class names the labels are not used.
+        preprocess: how images are resized and normalised; the teacher's own by default.
+        settings: by default those that suit teacher and data (see `settings_for`).
         folder: is made when it is missing; only checkpoint.safetensors and log.jsonl are written into it.
         device: "auto" or a torch device.
 
@@ -119,17 +87,19 @@ def distill(
             stays), nothing to learn from, unwritable folder.
 
     Example:
-        >>> import torch, toolchain
-        >>> from upvits.calib_data.demo import demo_images, demo_source
-        >>> from dataclasses import replace
-        >>> data = replace(demo_source(), train=demo_images("train", 24), val=demo_images("val", 12))
-        >>> dense = toolchain.create_model("pvtv2_b0", weights="demo")
-        >>> small = toolchain.prune(dense, toolchain.plan(dense, toolchain.score(dense, method="magnitude"), ratio=0.5))
-        >>> settings = DistillSettings(epochs=1, batch_size=12, feature_weight=20.0)
-        >>> result = distill(small, dense, data, toolchain.preprocess_of(dense), settings)
-        >>> len(result.history), toolchain.count_params(result.model) == toolchain.count_params(small)
+        >>> import dataclasses, upvits
+        >>> from upvits.calib_data.demo import demo_images
+        >>> data = upvits.open_data("demo")
+        >>> few = dataclasses.replace(data, train=demo_images("train", 24), val=demo_images("val", 12))
+        >>> dense = upvits.create_model("pvtv2_b0", weights="demo")
+        >>> plan = upvits.plan(dense, upvits.score(dense, method="magnitude"), ratio=0.5)
+        >>> small = upvits.prune(dense, plan, compensate=False)
+        >>> result = upvits.distill(small, dense, few, settings=upvits.DistillSettings(epochs=1, batch_size=12))
+        >>> len(result.history), upvits.count_params(result.model) == upvits.count_params(small)
         (1, True)
     """
+    preprocess = preprocess or preprocess_of(teacher)
+    settings = settings or settings_for(teacher, data)
     if settings.epochs == 0:
         return DistillResult(student, ())
     require_finite_weights(student, "student")

@@ -11,7 +11,7 @@ from benchmarks.precision import with_outliers
 from tests.deploy.conftest import Exported
 from tests.deploy.precision.graphs import Array, run, sqnr
 from upvits import toolchain
-from upvits.calib_data import batches, open_source, proxy_images
+from upvits.calib_data import batches, open_data, proxy_images
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
 def images() -> tuple[Array, Array, Array]:
     """Calibration images, others to evaluate on, and their labels."""
     preprocess = toolchain.preprocess_of(toolchain.create_model("pvt_v2_b0", weights="demo"))
-    source = open_source("demo")
+    source = open_data("demo")
     held_out = list(batches(source.val, preprocess, 64))[::5]
     labels = torch.cat([own for _, own in held_out]).numpy()
     return proxy_images(source, preprocess, 128, 0).numpy(), torch.cat([own for own, _ in held_out]).numpy(), labels

@@ -19,7 +19,7 @@ def uniform_planner(model: nn.Module, align: int = 8) -> Callable[[Costs, float]
             plan = toolchain.plan(model, scores, ratio=step / 20, align=align)
         except UserError:
             continue
-        plans[step] = plan, toolchain.prune(model, plan)
+        plans[step] = plan, toolchain.delete_units(model, plan)
 
     def within(costs: Costs, budget: float) -> PruningPlan:
         for plan, network in plans.values():

@@ -53,7 +53,7 @@ def test_an_easy_speedup_is_met_by_what_was_built(small: nn.Module) -> None:
     assert chosen in found.record.attempts
     assert chosen.macs_share == found.plan.after.macs / found.plan.before.macs < 1
     # measured again, apart from the search; the machine may be busy, but a network that was not cut is never this fast
-    pruned = toolchain.prune(small, found.plan)
+    pruned = toolchain.delete_units(small, found.plan)
     networks = {"dense": (small, preprocess_for(64)), "pruned": (pruned, preprocess_for(64))}
     with opened(DEPLOYMENT, networks) as sessions:
         report = measure(sessions, dict.fromkeys(sessions, (3, 64, 64)), DEPLOYMENT)

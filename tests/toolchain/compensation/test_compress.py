@@ -18,7 +18,7 @@ from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.planning import Component, Curve, PruningPlan
 from upvits.toolchain.scores import divergence
 from upvits.toolchain.structure.groups import widths_of
-from upvits.toolchain.surgery.prune import cut_out
+from upvits.toolchain.surgery.deletion import cut_out
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "num_classes": 5}
@@ -58,7 +58,7 @@ def test_the_result_has_the_plans_widths_and_loses_less(name: str, rotate: bool)
     plan = halved(model, ("embed", "attention", "ffn"))
     side = 32 if "deit" in name else 64
     result = compress(model, plan, images(150, side), rotate=rotate)
-    pruned = toolchain.prune(model, plan).eval()
+    pruned = toolchain.delete_units(model, plan).eval()
     assert type(result.model) is type(pruned)
     assert widths_of(groups_of(result.model)) == plan.widths
     assert {k: v.shape for k, v in result.model.state_dict().items()} == {
@@ -129,7 +129,7 @@ def test_a_cut_of_redundant_units_is_undone(name: str) -> None:
     plan = halved(model, ("ffn",))
     plan = replace(plan, keep=keep)
     batch = images(200, 32 if "deit" in name else 64)
-    deleted = kl(model, toolchain.prune(model, plan).eval(), batch)
+    deleted = kl(model, toolchain.delete_units(model, plan).eval(), batch)
     assert kl(model, compress(model, plan, batch).model, batch) < 1e-4 * deleted
 
 
@@ -177,7 +177,7 @@ def test_a_network_that_is_worse_than_plain_pruning_is_not_returned(monkeypatch:
     model = network("deit_tiny_patch16_224")
     plan = halved(model, ("ffn",))
     result = compress(model, plan, images(20))
-    pruned = toolchain.prune(model, plan).state_dict()
+    pruned = toolchain.delete_units(model, plan).state_dict()
     assert "the refit was left out" in result.report.warnings[-1]
     assert result.report.kl == result.report.kl_cut == result.report.kl_deleted  # no basis is turned for FFN units
     assert all(torch.equal(pruned[key], tensor) for key, tensor in result.model.state_dict().items())
@@ -210,7 +210,7 @@ def test_the_plan_of_another_network_is_refused() -> None:
     with torch.no_grad():
         other.get_submodule("head").get_parameter("weight").mul_(2)
     with pytest.raises(UserError, match="another network"):
-        toolchain.prune(other, plan)
+        toolchain.delete_units(other, plan)
     with pytest.raises(UserError, match="another network"):
         compress(other, plan, images(20))
 

@@ -192,7 +192,7 @@ def test_heads_with_unequal_dims_are_turned_again(variant: Variant) -> None:
     scores = toolchain.score(model, method="magnitude")
     plan = toolchain.plan(model, scores, target_macs=0.9, planner="uniform", align=1, components=("qk_v",))
     keep = {name: units if name.endswith(".qk") else units[: len(units) // 2] for name, units in plan.keep.items()}
-    once = toolchain.prune(model, replace(plan, keep={n: tuple(u) for n, u in keep.items()})).eval()
+    once = toolchain.delete_units(model, replace(plan, keep={n: tuple(u) for n, u in keep.items()})).eval()
     turned = rotate_heads(once, images[:8])
     assert set(turned.logit_error) == {group.module for group in groups_of(once) if group.kind == "v"}
     weights = dict(once.named_parameters())

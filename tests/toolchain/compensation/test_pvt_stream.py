@@ -142,7 +142,7 @@ def test_turning_loses_less_than_deleting(variant: Variant) -> None:
     plan = toolchain.plan(
         model, toolchain.score(model, method="magnitude"), ratio=1 / 4, align=1, components=("embed",)
     )
-    deleted = divergence(output_of(model, held), output_of(toolchain.prune(model, plan).eval(), held)).mean()
+    deleted = divergence(output_of(model, held), output_of(toolchain.delete_units(model, plan).eval(), held)).mean()
     rotated = rotate_stages(model, seen, plan.keep).model
     assert divergence(output_of(model, held), output_of(rotated, held)).mean() < deleted / 2
 

@@ -97,7 +97,7 @@ def test_turning_loses_less_than_deleting(variant: Variant) -> None:
     plan = toolchain.plan(
         model, toolchain.score(model, method="magnitude"), ratio=1 / 3, align=1, components=("embed",)
     )
-    deleted = divergence(output_of(model, held), output_of(toolchain.prune(model, plan), held)).mean()
+    deleted = divergence(output_of(model, held), output_of(toolchain.delete_units(model, plan), held)).mean()
     rotated = rotate_stream(model, seen, 32).model
     assert divergence(output_of(model, held), output_of(rotated, held)).mean() < deleted / 2
 

@@ -9,7 +9,7 @@ from tests.contracts.variants import VARIANTS, make, pictures
 from upvits import toolchain
 from upvits.toolchain.compensation import compensated_curves, compress, weigh_streams, with_joint_units
 from upvits.toolchain.compensation import weigh as weighing
-from upvits.toolchain.planning import Curve, PruningPlan
+from upvits.toolchain.planning import Curve, PruningPlan, plan_by_scores
 from upvits.toolchain.scores import divergence
 
 WEIGHTS = (1.0, 1e-3, 1e-6)
@@ -22,7 +22,7 @@ def test_the_weight_whose_network_is_closest_wins(monkeypatch: pytest.MonkeyPatc
     scores = toolchain.score(model, images, method="fisher")
 
     def plan_by(own: Mapping[str, Curve]) -> PruningPlan:
-        return toolchain.plan(model, scores, target_macs=0.6, planner="global", align=1, curves=own)
+        return plan_by_scores(model, scores, target_macs=0.6, planner="global", align=1, curves=own)
 
     found = weigh_streams(model, images, curves, plan_by, weights=WEIGHTS)
     losses = {}

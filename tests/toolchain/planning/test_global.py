@@ -58,7 +58,7 @@ def test_the_budget_holds_and_is_used(variant: object, components: tuple[Compone
     plan = toolchain.plan(model, nats(model), target_macs=0.8, planner="global", align=2, components=components)
     assert 0.77 * plan.before.macs < plan.after.macs <= 0.8 * plan.before.macs
     assert plan.planner == "global"
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     assert toolchain.count_macs(pruned, toolchain.preprocess_of(model).input_size) == plan.after.macs
 
 
@@ -143,7 +143,7 @@ def test_blocks_leave_where_that_is_the_better_use_of_the_budget(loss: float, le
     plan = toolchain.plan(model, scores, target_macs=0.7, planner="global", align=2, components=components)
     assert len(plan.blocks.get("blocks", ((0, 0), (1, 1)))) == left
     assert plan.after.macs <= 0.7 * plan.before.macs
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     assert len(pruned.get_submodule("blocks")) == left  # type: ignore[arg-type]
     assert toolchain.count_params(pruned) == plan.after.params
 
@@ -168,5 +168,5 @@ def test_dims_leave_where_they_are_worth_least() -> None:
     cut = [change for change in plan.changes if change.group.endswith(".v")]
     assert cut
     assert all(change.after < change.before and change.heads[0] == change.heads[1] for change in cut)
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     assert widths_of(groups_of(pruned)) == plan.widths

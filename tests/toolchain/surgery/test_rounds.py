@@ -58,7 +58,7 @@ def test_rounds_end_where_one_cut_would_and_rescore_what_is_left(
         assert plan.keep != once.keep
     else:
         assert 0.9 * once.after.macs < plan.after.macs <= float(once.asked["budget"])
-    pruned = toolchain.prune(model, plan)
+    pruned = toolchain.delete_units(model, plan)
     assert toolchain.count_macs(pruned, (3, 32, 32)) == plan.after.macs
     assert widths_of(groups_of(pruned)) == plan.widths
     assert plan.asked["rounds"] == 3
@@ -69,11 +69,11 @@ def test_two_plans_in_one_do_the_same_as_one_after_the_other() -> None:
     model, images = make(replace(DEIT, args={**DEIT.args, "depth": 3})), pictures(DEIT)
     path = {"blocks": DepthPath((((0, 0), (1, 2)),), (0.1,))}
     first = toolchain.plan(model, Scorer(path)(model, None), ratio=0.2, depth_ratio=0.34, align=2)
-    between = toolchain.prune(model, first)
+    between = toolchain.delete_units(model, first)
     scores = replace(Scorer({"blocks": DepthPath((((0, 1),),), (0.1,))})(between, None), seed=5)
     second = toolchain.plan(between, scores, ratio=0.2, depth_ratio=0.5, align=2, components=("qk_v", "ffn"))
-    wanted = toolchain.prune(between, second)
-    together = toolchain.prune(model, joined(first, second.keep, second.num_heads, second.blocks))
+    wanted = toolchain.delete_units(between, second)
+    together = toolchain.delete_units(model, joined(first, second.keep, second.num_heads, second.blocks))
     assert joined(first, second.keep, second.num_heads, second.blocks).blocks == {"blocks": ((0, 2),)}
     assert len(together.get_submodule("blocks")) == 1  # type: ignore[arg-type]
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_blocks_leave_in_the_first_round() -> None:
     plan = plan_in_rounds(model, scorer, 2, ratio=0.3, depth_ratio=0.5, align=2)
     assert [len(network.get_submodule("blocks")) for network in scorer.networks] == [2, 1]  # type: ignore[arg-type]
     assert plan.blocks == {"blocks": ((1, 1),)}
-    assert len(toolchain.prune(model, plan).get_submodule("blocks")) == 1  # type: ignore[arg-type]
+    assert len(toolchain.delete_units(model, plan).get_submodule("blocks")) == 1  # type: ignore[arg-type]
 
 
 def test_no_rounds_are_refused() -> None:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tests.toolchain.training.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from upvits.calib_data import Images, batches
 from upvits.calib_data.errors import UserError
-from upvits.toolchain.training.distillation import DistillSettings, distill
+from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
 from upvits.toolchain.training.objective import cutmix, losses
 from upvits.toolchain.training.processes import Process
+from upvits.toolchain.training.settings import DistillSettings
 
 distill_module: Any = importlib.import_module("upvits.toolchain.training.distillation")
 

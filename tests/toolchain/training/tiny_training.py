@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from upvits.calib_data import DataSource, Images, Preprocess
-from upvits.toolchain.training.distillation import DistillResult, DistillSettings, distill
+from upvits.toolchain.training.distillation import DistillResult, distill
+from upvits.toolchain.training.settings import DistillSettings
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (150, 150, 30))
 

@@ -18,8 +18,10 @@ from upvits.toolchain.structure.layers import adopt_parameters
 from upvits.toolchain.structure.timm_config import update_config
 
 
-def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
+def delete_units(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """The network that `plan` describes, with the weights of the kept units: first fewer blocks, then narrower ones.
+
+    Plain deletion, as in the paper; `toolchain.prune` also compensates for what was cut.
 
     Softmax logits keep their scale: a narrower head divides by the root of its own head_dim, so sqrt(new / old) is
     folded into the query weights. Without that, attention gets sharper with every cut.
@@ -35,12 +37,23 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         UserError: the plan was made for another network.
 
     Example:
-        >>> import timm, toolchain
+        >>> import timm
+        >>> from upvits import toolchain
         >>> dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
         >>> scores = toolchain.score(dense, method="magnitude")
-        >>> small = toolchain.prune(dense, toolchain.plan(dense, scores, ratio=0.5))
+        >>> small = toolchain.delete_units(dense, toolchain.plan(dense, scores, ratio=0.5))
         >>> small.embed_dim, small.blocks[0].attn.head_dim, small.blocks[0].mlp.fc1.out_features
         (96, 32, 384)
+    """
+    require_same_network(model, plan)
+    return cut_out(model, plan)
+
+
+def require_same_network(model: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a plan that was made for other weights.
+
+    Raises:
+        UserError: it was.
     """
     if plan.model_digest != weights_digest(model):
         raise UserError(
@@ -48,11 +61,10 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
             why="Which units matter belongs to exactly the weights that they were scored on.",
             fix="Score and plan this network.",
         )
-    return cut_out(model, plan)
 
 
 def cut_out(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """As `prune`, from any network of the plan's shape: one in another basis, for example."""
+    """As `delete_units`, from any network of the plan's shape: one in another basis, for example."""
     model = shorten(model, plan.blocks) if plan.blocks else model
     groups = groups_of(model)
     keep = {name: torch.tensor(units) for name, units in plan.keep.items()}
