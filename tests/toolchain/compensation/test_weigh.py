@@ -41,7 +41,7 @@ def test_the_weight_whose_network_is_closest_wins(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(weighing, "compress", lambda *_, **__: pytest.fail("there is nothing to try"))
 
     def without_stream(own: Mapping[str, Curve]) -> PruningPlan:
-        return toolchain.plan(
+        return plan_by_scores(
             model, scores, target_macs=0.8, planner="global", align=1, curves=own, components=("attention", "ffn")
         )
 
