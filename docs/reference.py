@@ -6,7 +6,6 @@ A test holds the two files against what this makes, so that they cannot fall beh
 from __future__ import annotations
 
 import re
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from upvits.deploy.cli.app import app
 from upvits.deploy.recipe.document import Recipe
 
 HERE = Path(__file__).parent
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
 MADE = "<!-- Written by docs/reference.py; `make reference` writes it again. -->\n"
 
 
@@ -100,13 +99,13 @@ def recipe_page() -> str:
         "`recipe.toml` in a run's folder holds every setting of the run. `upvits-deploy build --recipe FILE` takes "
         "one; options beside it win. Settings without an option stand in recipes only. A value that is not given is "
         "filled in from the model and the data where the default is in words.\n",
-        _settings(plain),
+        _settings(Recipe, plain),
     ]
     for name, field in Recipe.model_fields.items():
         section = _section(field)
         if section is not None:
             about = " ".join((section.__doc__ or "").split())
-            parts += [f"## [{name}]\n", f"{about}\n", _settings(list(section.model_fields.items()))]
+            parts += [f"## [{name}]\n", f"{about}\n", _settings(section, list(section.model_fields.items()))]
     return "\n".join(parts)
 
 
@@ -115,7 +114,8 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _settings(fields: list[tuple[str, FieldInfo]]) -> str:
+def _settings(section: type[BaseModel], fields: list[tuple[str, FieldInfo]]) -> str:
+    schemas = section.model_json_schema()["properties"]
     rows: list[tuple[str, ...]] = []
     for name, field in fields:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -128,7 +128,7 @@ def _settings(fields: list[tuple[str, FieldInfo]]) -> str:
         else:
             default = "" if field.default in (None, (), {}) else _toml(field.default)
         called = ", ".join(f"`{option}`" for option in options)
-        rows.append((f"`{name}`", _cell(field.description), _kind(field.annotation), default, called))
+        rows.append((f"`{name}`", _cell(field.description), _kind(schemas[name]), default, called))
     return _table(("setting", "meaning", "type", "default", "option"), rows)
 
 
@@ -139,20 +139,16 @@ def _toml(value: object) -> str:
     return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
 
 
-def _kind(annotation: Any) -> str:
-    """A type in the words of TOML."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return f"one of {', '.join(f'`{value}`' for value in inner)}"
-    if origin is typing.Annotated:
-        return _kind(inner[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_kind(part) for part in inner if part is not type(None))
-    if origin is tuple:
-        return f"list: {_kind(inner[0]).replace('one of', 'some of')}"
-    if annotation in WORDS:
-        return WORDS[annotation]
-    return "table"
+def _kind(schema: dict[str, Any]) -> str:
+    """A type of JSON Schema in the words of TOML."""
+    if "anyOf" in schema:
+        return " or ".join(_kind(part) for part in schema["anyOf"] if part.get("type") != "null")
+    if "enum" in schema:
+        return f"one of {', '.join(f'`{value}`' for value in schema['enum'])}"
+    if schema.get("type") == "array":
+        items = schema.get("items") or schema["prefixItems"][0]
+        return f"list: {_kind(items).replace('one of', 'some of')}"
+    return WORDS.get(schema.get("type", ""), "table")
 
 
 def _cell(text: str | None) -> str:
