@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.runtimes import onnxruntime_
-from upvits.deploy.runtimes.engine_folder import BUILD_RECORD, read_engine
+from upvits.deploy.runtimes.engine_folder import read_engine
 from upvits.deploy.runtimes.interface import (
+    BUILD_RECORD,
     Arrays,
     BuildOptions,
     Built,

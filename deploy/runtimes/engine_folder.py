@@ -11,54 +11,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 from onnx import ModelProto, NodeProto
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
-from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
-from upvits.deploy.runtimes.interface import BuildOptions, Built, Engine, Missing, Runtime
+from upvits.deploy.runtimes.interface import BUILD_RECORD, BuildOptions, Built, Engine, Missing, Runtime
 from upvits.deploy.store.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
 
-BUILD_RECORD = "build.json"
-_FORMAT_VERSIONS = (1, 2)  # 2 added `built`
 _NARROW = ("fp16", "bf16", "int8", "fp8")
 _REBUILD = "Build it again with `upvits-deploy engine`."
-
-
-def _plain(name: str) -> str:
-    if name in ("", ".", "..", BUILD_RECORD) or not set(name).isdisjoint("/\\\0"):
-        raise ValueError(f"{name!r} is not the name of a file in the folder")
-    return name
-
-
-class _BuildRecord(BaseModel):
-    """`build.json`.
-
-    Attributes:
-        bytes: size of all files of the engine.
-        more: sha256 by name of the files that the engine file needs beside it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[1, 2] = 2
-    runtime: str
-    precision: str
-    targets: tuple[str, ...]
-    file: str
-    bytes: int
-    seconds: float
-    sha256: str
-    library: str
-    library_version: str
-    onnx_sha256: str
-    batch: BatchProfile
-    settings: dict[str, bool | int | str]
-    built: Built | None = None
-    more: dict[Annotated[str, AfterValidator(_plain)], str] = {}
 
 
 def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: BuildOptions) -> ModelProto:
@@ -174,7 +138,8 @@ def save_engine(
     if isinstance(content, Path):
         weights = data_path(content)
         content, more = content.read_bytes(), {weights.name: weights}
-    record = _BuildRecord(
+    engine = Engine(
+        folder=folder,
         runtime=runtime.name,
         precision=options.precision,
         targets=targets,
@@ -198,12 +163,12 @@ def save_engine(
         for name, source in more.items():
             _copy_whole(source, folder / name)
         atomic_write(folder / file, content)
-        atomic_write(folder / BUILD_RECORD, (record.model_dump_json(indent=2) + "\n").encode())
+        atomic_write(folder / BUILD_RECORD, (engine.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
         if is_disk_full(error):
             raise disk_full_error(folder, f"the {runtime.name} engine could not be saved") from error
         raise unwritable_error(folder, error) from error
-    return _engine(record, folder)
+    return engine
 
 
 def read_engine(folder: Path, runtime: str | None = None) -> Engine:
@@ -214,28 +179,29 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
     """
     path = folder / BUILD_RECORD
     try:
-        record = _BuildRecord.model_validate_json(path.read_bytes())
+        engine = Engine.model_validate({**from_json(path.read_bytes()), "folder": folder})
     except OSError as error:
         why = f"It has no readable {BUILD_RECORD} ({error.strerror})."
         raise UserError(f"{folder} is not an engine folder", why=why, fix=_REBUILD) from error
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"] == ("format_version",):
-            why = f"It has format {first['input']!r}; this version reads {' and '.join(map(str, _FORMAT_VERSIONS))}."
+            why = f"It has format {first['input']!r}; this version reads 1 and 2."
             raise UserError(f"{path} was written by another version of this tool", why=why, fix=_REBUILD) from error
-        why = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}."
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
         raise UserError(f"{path} is damaged", why=why, fix=_REBUILD) from error
-    if runtime is not None and record.runtime != runtime:
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged", why="It is not a whole JSON object.", fix=_REBUILD) from error
+    if runtime is not None and engine.runtime != runtime:
         raise UserError(
-            f"{folder} holds an engine of {record.runtime}, not of {runtime}",
-            fix=f"Open it with {record.runtime}, or build one for {runtime}.",
+            f"{folder} holds an engine of {engine.runtime}, not of {runtime}",
+            fix=f"Open it with {engine.runtime}, or build one for {runtime}.",
         )
-    file = folder / record.file
-    if file.parent != folder or not file.is_file():
-        raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {record.file!r}.", fix=_REBUILD)
-    for name, wanted in {record.file: record.sha256, **record.more}.items():
-        _check_file(folder / name, wanted)
-    return _engine(record, folder)
+    if engine.path.parent != folder or not engine.path.is_file():
+        raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {engine.file!r}.", fix=_REBUILD)
+    for name, sha256 in {engine.file: engine.sha256, **engine.more}.items():
+        _check_file(folder / name, sha256)
+    return engine
 
 
 def runnable_engine(runtime: Runtime, folder: Path) -> Engine:
@@ -300,21 +266,3 @@ def _operator_pattern(node: NodeProto) -> re.Pattern[str]:
     """An operator as libraries write it: "domain:Operator(", "domain.Operator", or in a list of "operations: "."""
     domain, operator = re.escape(node.domain), re.escape(node.op_type)
     return re.compile(rf"{domain}:{operator}\(|operations?: [\w., ]*\b{operator}\b")
-
-
-def _engine(record: _BuildRecord, folder: Path) -> Engine:
-    return Engine(
-        runtime=record.runtime,
-        precision=record.precision,
-        targets=record.targets,
-        path=folder / record.file,
-        bytes=record.bytes,
-        seconds=record.seconds,
-        sha256=record.sha256,
-        library=record.library,
-        library_version=record.library_version,
-        onnx_sha256=record.onnx_sha256,
-        batch=record.batch,
-        settings=record.settings,
-        built=record.built,
-    )

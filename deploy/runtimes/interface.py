@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from upvits.deploy.choices import BatchProfile
 
@@ -129,24 +130,40 @@ class LayerTime:
     bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """A built engine: where it is and what it is.
+BUILD_RECORD = "build.json"
+
+
+def _plain(name: str) -> str:
+    if name in ("", ".", "..", BUILD_RECORD) or not set(name).isdisjoint("/\\\0"):
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return name
+
+
+class Engine(BaseModel):
+    """A built engine. `build.json` in its folder holds all of this except where the folder is.
 
     Attributes:
-        path: the engine file, inside the engine folder.
-        bytes: its size.
+        format_version: of `build.json`; 2 added `built`.
+        folder: the engine folder.
+        file: name of the engine file in it.
+        bytes: size of all files of the engine.
         seconds: wall time of the build.
+        sha256: of the engine file.
         library_version: version of the runtime's library that built it (engines of TensorRT open with no other).
         onnx_sha256: digest of the ONNX file that it was built from.
         settings: runtime-specific facts, such as {"tf32": False}.
         built: what the runtime made of the graph; None where it cannot be read.
+        more: sha256 by name of the files that the engine file needs beside it.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1, 2] = 2
+    folder: Path = Field(exclude=True)
     runtime: str
     precision: str
     targets: tuple[str, ...]
-    path: Path
+    file: str
     bytes: int
     seconds: float
     sha256: str
@@ -154,13 +171,14 @@ class Engine:
     library_version: str
     onnx_sha256: str
     batch: BatchProfile
-    settings: Mapping[str, str | int | bool]
+    settings: Mapping[str, bool | int | str]
     built: Built | None = None
+    more: Mapping[Annotated[str, AfterValidator(_plain)], str] = {}
 
     @property
-    def folder(self) -> Path:
-        """The engine folder, which holds `build.json` too."""
-        return self.path.parent
+    def path(self) -> Path:
+        """The engine file."""
+        return self.folder / self.file
 
 
 DEFAULT_RUN = RunOptions()

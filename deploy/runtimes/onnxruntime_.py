@@ -21,7 +21,6 @@ from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.runtimes import onnxruntime_providers as providers
 from upvits.deploy.runtimes.cuda import missing_gpu
 from upvits.deploy.runtimes.engine_folder import (
-    BUILD_RECORD,
     build_failed,
     check_built,
     check_request,
@@ -30,7 +29,7 @@ from upvits.deploy.runtimes.engine_folder import (
     runnable_engine,
     save_engine,
 )
-from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
+from upvits.deploy.runtimes.interface import BUILD_RECORD, DEFAULT_RUN, BuildOptions, Built, Engine, Missing, RunOptions
 from upvits.deploy.runtimes.onnxruntime_facts import biases_apart, built_of, unsigned_activations
 from upvits.deploy.runtimes.onnxruntime_session import (
     LESS_MEMORY,

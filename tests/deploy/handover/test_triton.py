@@ -19,8 +19,9 @@ def engine_of(folder: Path, runtime: str, smallest: int = 1) -> Engine:
     path = folder / ("model.onnx" if runtime == "onnxruntime" else "engine.plan")
     path.write_bytes(b"a plan")
     return Engine(
-        runtime=runtime, precision="fp16", targets=("sm89",), path=path, bytes=6, seconds=1.0, sha256="",
-        library=runtime, library_version="10.9", onnx_sha256="", batch=BatchProfile(smallest, 4, 16), settings={},
+        folder=folder, runtime=runtime, precision="fp16", targets=("sm89",), file=path.name, bytes=6, seconds=1.0,
+        sha256="", library=runtime, library_version="10.9", onnx_sha256="",
+        batch=BatchProfile(smallest, 4, 16), settings={},
     )  # fmt: skip
 
 

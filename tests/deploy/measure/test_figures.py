@@ -96,8 +96,9 @@ def plan() -> PruningPlan:
 
 def test_findings_are_about_the_fastest_pair() -> None:
     engine = Engine(
-        "onnxruntime", "bf16", (), Path("e"), 1, 1.0, "", "onnxruntime", "1", "", BatchProfile(), {}, built=None
-    )
+        folder=Path("e"), runtime="onnxruntime", precision="bf16", targets=(), file="model.onnx", bytes=1, seconds=1.0,
+        sha256="", library="onnxruntime", library_version="1", onnx_sha256="", batch=BatchProfile(), settings={},
+    )  # fmt: skip
     layers = [LayerTime("a", "MatMul", 1.0, "bf16", 10), LayerTime("b", "Softmax", 1.0, "bf16", 10)]
     found = findings(figures(), plan(), dict.fromkeys(PAIRS, (engine, engine)), dict.fromkeys(PAIRS, (layers, layers)))
     assert found

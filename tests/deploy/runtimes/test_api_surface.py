@@ -384,8 +384,9 @@ def host_only(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def engine_in(folder: Path, *targets: str) -> Engine:
     (folder / "engine.plan").write_bytes(b"the plan")
     return Engine(
-        "tensorrt", "fp16", targets, folder / "engine.plan", 8, 1.0, "", "tensorrt", "10.9.1", "", PROFILE, {}
-    )
+        folder=folder, runtime="tensorrt", precision="fp16", targets=targets, file="engine.plan", bytes=8, seconds=1.0,
+        sha256="", library="tensorrt", library_version="10.9.1", onnx_sha256="", batch=PROFILE, settings={},
+    )  # fmt: skip
 
 
 def images(batch: int) -> dict[str, Any]:

@@ -180,8 +180,11 @@ def test_messages_about_memory_are_known(said: str, memory: bool) -> None:
 
 
 def engine_for(folder: Path, *targets: str, version: str = "1.7.1") -> Engine:
-    path, profile = folder / "engine.plan", BatchProfile()
-    return Engine("tensorrt-rtx", "fp16", targets, path, 1, 1.0, "", "tensorrt-rtx", version, "", profile, {})
+    return Engine(
+        folder=folder, runtime="tensorrt-rtx", precision="fp16", targets=targets, file="engine.plan", bytes=1,
+        seconds=1.0, sha256="", library="tensorrt-rtx", library_version=version, onnx_sha256="", batch=BatchProfile(),
+        settings={},
+    )  # fmt: skip
 
 
 def test_an_engine_of_another_library_version_is_refused(tmp_path: Path) -> None:
