@@ -13,8 +13,7 @@ from rich.console import Console, Group
 
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.pipeline import prepare, run_job
-from upvits.deploy.recipe.checks import CUTS
-from upvits.deploy.recipe.document import IDENTITY, Recipe, make_recipe
+from upvits.deploy.recipe.document import CUTS, IDENTITY, Recipe, make_recipe
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import Comparison, comparisons, device_of, verdict
 from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,11 @@ from rich.console import Console
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.detect import app as detect_app
-from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values, split, whole_numbers
+from upvits.deploy.cli.log import show_log
+from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
+from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
+from upvits.deploy.recipe.document import CUTS, Recipe
+from upvits.deploy.recipe.setting import PLAN, RUN
 
 app = typer.Typer(
     name="upvits-deploy",
@@ -32,125 +39,140 @@ app.add_typer(detect_app, name="detect")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _TERMINATED = 128 + signal.SIGTERM
 
+_SETTINGS = settings_of(Recipe)
+_SWEPT = [setting for path, setting in _SETTINGS.items() if path.removeprefix("plan.") not in CUTS]
+_COMPARED = [_SETTINGS[path] for path in ("engine.runtime", "bench.streams", "bench.cuda_graph")]
+
 
 def _stage_command(until: str) -> Callable[..., None]:
     """A command that runs the pipeline up to one stage; all of them take the same options."""
 
+    @takes(given=_SETTINGS.values())
     def command(
-        model: opt.Model = None,
-        weights: opt.Weights = None,
-        data: opt.Data = None,
-        image_size: opt.ImageSize = None,
-        ratio: opt.Ratio = None,
-        target_macs: opt.TargetMacs = None,
-        target_params: opt.TargetParams = None,
-        like: opt.Like = None,
-        target_latency: opt.TargetLatency = None,
-        speedup: opt.Speedup = None,
-        depth_ratio: opt.DepthRatio = None,
-        planner: opt.Planner = None,
-        rounds: opt.Rounds = None,
-        compensate: opt.Compensate = None,
-        refit_images: opt.RefitImages = None,
-        align: opt.Align = None,
-        components: opt.Components = None,
-        method: opt.Method = None,
-        proxy_images: opt.ProxyImages = None,
-        epochs: opt.Epochs = None,
-        batch_size: opt.BatchSize = None,
-        lr: opt.Lr = None,
-        feature_weight: opt.FeatureWeight = None,
-        workers: opt.Workers = None,
-        device: opt.Device = None,
-        runtime: opt.Runtime = None,
-        precision: opt.Precision = None,
-        max_drop: opt.MaxDrop = None,
-        calib: opt.Calib = None,
-        calib_images: opt.CalibImages = None,
-        batch_profile: opt.BatchProfileOption = None,
-        targets: opt.Targets = None,
-        workspace: opt.Workspace = None,
-        require_fused: opt.RequireFused = None,
-        opset: opt.Opset = None,
-        uint8_input: opt.Uint8 = None,
-        external_data: opt.ExternalData = None,
-        bench_batches: opt.BenchBatches = None,
-        bench_seconds: opt.BenchSeconds = None,
-        streams: opt.Streams = None,
-        cuda_graph: opt.CudaGraph = None,
-        detect: opt.Detect = None,
-        output: opt.Output = None,
+        *,
+        given: Values,
         recipe: opt.RecipeFile = None,
-        seed: opt.Seed = None,
+        output: opt.Output = None,
         quiet: opt.Quiet = False,
+        verbose: opt.Verbose = False,
     ) -> None:
-        options = {
-            "model": model, "weights": weights, "data": data, "image_size": image_size, "ratio": ratio,
-            "target_macs": target_macs, "target_params": target_params, "like": like,
-            "target_latency": target_latency, "speedup": speedup, "depth_ratio": depth_ratio, "planner": planner,
-            "rounds": rounds, "enabled": compensate, "refit_images": refit_images, "align": align,
-            "components": split(components), "method": method, "num_images": proxy_images, "epochs": epochs,
-            "batch_size": batch_size, "lr": lr, "feature_weight": feature_weight, "workers": workers,
-            "device": device, "runtime": runtime, "precision": precision, "max_drop": max_drop, "calib": calib,
-            "calib_images": calib_images, "batch": batch_profile, "targets": split(targets),
-            "workspace_mib": workspace, "require_fused_attention": require_fused, "opset": opset,
-            "uint8_input": uint8_input, "external_data": external_data,
-            "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
-            "streams": whole_numbers(streams, "Streams", "--streams"), "cuda_graph": cuda_graph, "coco": detect,
-            "recipe": recipe, "seed": seed,
-        }  # fmt: skip
-        _run(recipe_values(options), output, until, quiet)
+        from upvits.deploy.pipeline import prepare, run_job
+        from upvits.deploy.recipe.document import make_recipe
+
+        job = prepare(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+        run_job(job, until)
+        _print_place(job.folder, quiet=quiet)
 
     return command
 
 
-def _run(values: dict[str, Any], output: Path | None, until: str, quiet: bool) -> None:
-    from upvits.deploy.cli.plan_view import plan_table
-    from upvits.deploy.pipeline import prepare, preview, require_target, run_job
+@app.command()
+@takes(given=_SETTINGS.values())
+def build(
+    *,
+    given: Values,
+    recipe: opt.RecipeFile = None,
+    output: opt.Output = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """The main job: score, prune, distill, export, build engines, measure, report."""
+    from upvits.deploy.pipeline import prepare, require_target, run_job
     from upvits.deploy.recipe.document import make_recipe
     from upvits.deploy.report.views import terminal
 
-    console = Console(quiet=quiet)
-    if until == "plan":
-        Console().print(plan_table(*preview(make_recipe(values), quiet=quiet)))
-        return
-    job = prepare(make_recipe(values), output, quiet=quiet)
-    report = run_job(job, until)
-    if report is not None:
-        console.print(terminal(report))
-    console.print(f"Everything is in {job.folder}", soft_wrap=True, highlight=False, markup=False)
-    if report is not None:
-        require_target(report)
+    job = prepare(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+    report = run_job(job, "report")
+    assert report is not None
+    if json:
+        print(report.model_dump_json(indent=2))
+    else:
+        Console(quiet=quiet).print(terminal(report))
+        _print_place(job.folder, quiet=quiet)
+    require_target(report)
 
 
-_HELP = {
-    "build": ("report", "The main job: score, prune, distill, export, build engines, measure, report."),
+@app.command()
+@takes(given=_SETTINGS.values())
+def plan(
+    *,
+    given: Values,
+    recipe: opt.RecipeFile = None,
+    output: opt.Output = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Print what would be cut; write nothing."""
+    from upvits.deploy.cli.plan_view import plan_table
+    from upvits.deploy.pipeline import preview
+    from upvits.deploy.recipe.document import make_recipe
+
+    made, timed = preview(make_recipe(recipe_values(given, recipe)), quiet=quiet)
+    if json:
+        _print_json({"plan": loads(made.to_json()), "latency": timed and timed.model_dump(mode="json")})
+    else:
+        Console().print(plan_table(made, timed))
+
+
+_STAGES = {
     "score": ("score", "Run up to the importance of every unit."),
-    "plan": ("plan", "Print what would be cut; write nothing."),
     "prune": ("prune", "Run up to the pruned network (before fine-tuning)."),
     "distill": ("distill", "Run up to the fine-tuned network."),
     "export": ("export", "Run up to the ONNX files, checked against PyTorch."),
     "quantize": ("precision", "Run up to the graphs of every precision, and what each costs."),
     "engine": ("engine", "Run up to the engines."),
 }
-for _name, (_until, _text) in _HELP.items():
+for _name, (_until, _text) in _STAGES.items():
     app.command(_name, help=_text)(_stage_command(_until))
 
 
 @app.command()
+@takes(given=_SETTINGS.values())
+def recipe(
+    *,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes.")] = False,
+    given: Values,
+    recipe: opt.RecipeFile = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Print every setting of a run, resolved, as TOML that --recipe takes; run nothing."""
+    if schema:
+        _print_json(Recipe.model_json_schema())
+        return
+    from upvits.deploy.pipeline import prepare
+    from upvits.deploy.recipe.document import make_recipe
+    from upvits.deploy.store.run_dir import recipe_toml
+
+    resolved = prepare(make_recipe(recipe_values(given, recipe)), None, quiet=quiet).recipe
+    if json:
+        print(resolved.model_dump_json(indent=2))
+    else:
+        print(recipe_toml(resolved.model_dump()), end="")
+
+
+@app.command()
+@takes(given=_COMPARED)
 def bench(
+    *,
     models: Annotated[list[Path], typer.Argument(help="ONNX files, engine folders or runs, ours or not.")],
-    runtime: opt.Runtime = None,
     batches: Annotated[str, typer.Option("--batches", "--batch", help="Batch sizes to time.")] = "1",
     seconds: Annotated[float, typer.Option(help="Seconds per batch size.")] = 5.0,
-    streams: Annotated[str, typer.Option(help="Sessions at once, e.g. 1,4.")] = "1",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every CPU session.")] = None,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay recorded work on GPUs.")] = False,
     input_shape: Annotated[
         list[str] | None, typer.Option(help="NAME=1x3x224x224, for axes that the file leaves open.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+    given: Values,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the figures to this JSON file.", rich_help_panel=RUN),
+    ] = None,
+    json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Compare the latency of any models in turns: the first is what the others are held against."""
     from upvits.deploy.measure.compare import check_output, compare, comparison_table
@@ -158,29 +180,33 @@ def bench(
 
     if output is not None:
         check_output(output, models)
-    found = compare(
+    chosen = {"streams": [1], **given.get("bench", {})}
+    compared = compare(
         models,
-        runtimes=runtime or "auto",
-        batches=whole_numbers(batches, "Batch sizes", "--batches") or [1],
+        runtimes=given.get("engine", {}).get("runtime", "auto"),
+        batches=whole_numbers(batches, "--batches", "Batch sizes to time."),
         seconds=seconds,
-        streams=whole_numbers(streams, "Streams", "--streams") or [1],
         threads=threads,
-        cuda_graph=cuda_graph,
         input_shapes=dict(input_shape_of(text) for text in input_shape or ()),
         quiet=quiet,
+        **chosen,
     )
     if output is not None:
         with disk_errors(output.parent, "bench"):
-            atomic_write(output, found.model_dump_json(indent=2).encode())
-    Console(quiet=quiet).print(comparison_table(found))
+            atomic_write(output, compared.model_dump_json(indent=2).encode())
+    if json:
+        print(compared.model_dump_json(indent=2))
+    else:
+        Console(quiet=quiet).print(comparison_table(compared))
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    json: opt.Json = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write a comparison (HTML, JSON beside it).")
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write a comparison (HTML, JSON beside it).", rich_help_panel=RUN),
     ] = None,
 ) -> None:
     """Show the report of a run and write its pages again from report.json; or compare several runs."""
@@ -207,72 +233,59 @@ def report(
         else:
             Console().print(comparison_terminal(compared))
         return
-    found = load_report(runs[0])
+    document = load_report(runs[0])
     if json:
-        print(found.model_dump_json(indent=2))
+        print(document.model_dump_json(indent=2))
         return
     with disk_errors(runs[0], "report"):
-        save_report(runs[0], found)
-    Console().print(terminal(found))
+        save_report(runs[0], document)
+    Console().print(terminal(document))
 
 
 @app.command()
+@takes(given=_SWEPT)
 def sweep(
-    model: opt.Model = None,
-    ratios: Annotated[str | None, typer.Option(help="Shares of every dimension to remove, e.g. 0.3,0.5,0.7.")] = None,
-    macs: Annotated[str | None, typer.Option(help="Shares of the MACs to keep, e.g. 0.65,0.5,0.35.")] = None,
-    speedups: Annotated[str | None, typer.Option(help="Factors, e.g. 1.5x,2x,3x (planner latency).")] = None,
-    latencies: Annotated[str | None, typer.Option(help="Per batch, e.g. 2ms,3ms (planner latency).")] = None,
-    weights: opt.Weights = None,
-    data: opt.Data = None,
-    image_size: opt.ImageSize = None,
-    planner: opt.Planner = None,
-    method: opt.Method = None,
-    depth_ratio: opt.DepthRatio = None,
-    rounds: opt.Rounds = None,
-    align: opt.Align = None,
-    components: opt.Components = None,
-    compensate: opt.Compensate = None,
-    refit_images: opt.RefitImages = None,
-    proxy_images: opt.ProxyImages = None,
-    epochs: opt.Epochs = None,
-    batch_size: opt.BatchSize = None,
-    device: opt.Device = None,
-    runtime: opt.Runtime = None,
-    precision: opt.Precision = None,
-    max_drop: opt.MaxDrop = None,
-    bench_batches: opt.BenchBatches = None,
-    bench_seconds: opt.BenchSeconds = None,
+    *,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="Shares of every dimension to remove, e.g. 0.3,0.5,0.7.", rich_help_panel=PLAN),
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option(help="Shares of the MACs to keep, e.g. 0.65,0.5,0.35.", rich_help_panel=PLAN)
+    ] = None,
+    speedups: Annotated[
+        str | None, typer.Option(help="Factors, e.g. 1.5x,2x,3x (planner latency).", rich_help_panel=PLAN)
+    ] = None,
+    latencies: Annotated[
+        str | None, typer.Option(help="Per batch, e.g. 2ms,3ms (planner latency).", rich_help_panel=PLAN)
+    ] = None,
+    given: Values,
     recipe: opt.RecipeFile = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the runs. \\[default: runs/MODEL-sweep]")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the runs. \\[default: runs/MODEL-sweep]", rich_help_panel=RUN),
     ] = None,
-    seed: opt.Seed = None,
+    json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Run the main job for several cuts and plot accuracy over latency; other settings come from --recipe."""
+    """Run the main job for several cuts and plot accuracy over latency."""
     from upvits.deploy.sweep import sweep as run_sweep
     from upvits.deploy.sweep import sweep_terminal
 
-    options = {
-        "model": model, "weights": weights, "data": data, "image_size": image_size, "planner": planner,
-        "method": method, "depth_ratio": depth_ratio, "rounds": rounds, "align": align,
-        "components": split(components), "enabled": compensate, "refit_images": refit_images,
-        "num_images": proxy_images, "epochs": epochs, "batch_size": batch_size, "device": device, "runtime": runtime,
-        "precision": precision, "max_drop": max_drop,
-        "batches": whole_numbers(bench_batches, "Batch sizes", "--bench-batches"), "seconds": bench_seconds,
-        "recipe": recipe, "seed": seed,
-    }  # fmt: skip
     cuts: list[dict[str, Any]] = [
-        *({"ratio": number} for number in numbers(ratios, "--ratios") or ()),
-        *({"target_macs": number} for number in numbers(macs, "--macs") or ()),
-        *({"speedup": part} for part in split(speedups) or ()),
-        *({"target_latency": part} for part in split(latencies) or ()),
+        *({"ratio": number} for number in numbers(ratios, "--ratios")),
+        *({"target_macs": number} for number in numbers(macs, "--macs")),
+        *({"speedup": part} for part in split(speedups or "")),
+        *({"target_latency": part} for part in split(latencies or "")),
     ]
-    values = recipe_values(options)
-    found = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
-    Console(quiet=quiet).print(sweep_terminal(found))
-    failed = [run.exit_code for run in found.runs if run.exit_code]
+    values = recipe_values(given, recipe)
+    swept = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
+    if json:
+        print(swept.model_dump_json(indent=2))
+    else:
+        Console(quiet=quiet).print(sweep_terminal(swept))
+    failed = [run.exit_code for run in swept.runs if run.exit_code]
     if failed:
         raise typer.Exit(failed[0])
 
@@ -281,19 +294,23 @@ def sweep(
 def package(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make. \\[default: RUN-package]")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to make. \\[default: RUN-package]", rich_help_panel=RUN),
     ] = None,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Make a folder that runs without this tool: model, engines, examples, model card, Triton repository."""
     from upvits.deploy.handover.package import package as make
 
-    folder = make(run, output, quiet=quiet)
-    Console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
+    _print_place(make(run, output, quiet=quiet), quiet=quiet)
 
 
 @app.command()
-def models(pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "") -> None:
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "",
+    json: opt.Json = False,
+) -> None:
     """List the timm models that can be pruned."""
     from upvits.toolchain.networks.models import supported
 
@@ -302,16 +319,28 @@ def models(pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "
 
 
 @app.command()
-def doctor() -> None:
+def doctor(json: opt.Json = False) -> None:
     """Say what is installed, what is missing for which feature, and how to get it."""
     from upvits.deploy.machine.doctor import doctor as examine
     from upvits.deploy.machine.doctor import render
 
-    Console().print(render(examine()))
+    checks = examine()
+    if json:
+        _print_json([asdict(check) for check in checks])
+    else:
+        Console().print(render(checks))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_json(value: Any) -> None:
+    print(dumps(value, indent=2))
+
+
+def _print_place(folder: Path, *, quiet: bool) -> None:
+    Console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
         from importlib.metadata import version
 
         print(f"upvits-deploy {version('upvits-deploy')}")
@@ -324,7 +353,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    show_log()
 
 
 def main() -> None:
@@ -333,6 +362,7 @@ def main() -> None:
         with _terminated_cleanly():
             app()
     except UserError as error:
+        logging.getLogger("upvits").debug("Raised here:", exc_info=True)
         console = Console(stderr=True)
         console.print("[bold red]Error:[/]", end=" ")
         console.print(error.what, soft_wrap=True, highlight=False, markup=False)
@@ -342,7 +372,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code == _INTERRUPTED:
-            continues = sys.argv[1:2] and sys.argv[1] in {*_HELP, "sweep"} - {"plan"}
+            continues = sys.argv[1:2] and sys.argv[1] in {*_STAGES, "build", "sweep"}
             print("Interrupted. The same command continues." if continues else "Interrupted.", file=sys.stderr)
         raise
 

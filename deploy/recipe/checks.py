@@ -13,7 +13,7 @@ from upvits import toolchain
 from upvits.calib_data import DataSource, Preprocess, demo_weights, proxy_images
 from upvits.calib_data.errors import UserError
 from upvits.deploy.choices import PRECISIONS
-from upvits.deploy.recipe.document import PlanRecipe, Recipe
+from upvits.deploy.recipe.document import CUTS, PlanRecipe, Recipe
 from upvits.deploy.runtimes import Runtime
 from upvits.deploy.stages.precision import precisions_for
 from upvits.toolchain.compensation import MIN_IMAGES
@@ -22,7 +22,6 @@ from upvits.toolchain.networks.names import canonical_name
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, check_request
 from upvits.toolchain.structure.timm_config import num_classes_of
 
-CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
 LATENCY = ("target_latency", "speedup")
 NUMBERS = ("ratio", "target_macs", "target_params")
 

@@ -59,9 +59,7 @@ class DetectRecipe(BaseModel):
     amp: bool = setting(False, "Mixed precision.", "--amp")
     tensorboard: bool = setting(False, "Write curves for it.", "--tensorboard")
     imitation: float = setting(0.0, "Weight of the dense detector's features.", "--imitation", ge=0)
-    cfg_options: dict[str, Any] = setting(
-        {}, "key=value of mmdet's configuration; may be repeated.", "--cfg-options", shown="none"
-    )
+    cfg_options: dict[str, Any] = setting({}, "key=value of mmdet's configuration; may be repeated.", "--cfg-options")
     batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = setting((1,), "Batch sizes to time.", "--bench-batches")
     ap_images: int = setting(500, "Validation images that engines are judged on.", "--ap-images", ge=1)
 

@@ -21,6 +21,9 @@ from upvits.deploy.store.run_dir import read_recipe, read_toml
 from upvits.toolchain.choices import Component, Method
 
 Planner = Literal["uniform", "global", "latency"]
+CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
+"""Fields of a plan of which a run has one; a sweep has several of one."""
+
 IDENTITY = ("model", "weights", "data", "image_size", "plan")
 """What makes a run this run: another value belongs into another directory."""
 
@@ -216,9 +219,7 @@ class Recipe(_Part):
     precision: PrecisionRecipe = PrecisionRecipe()
     export: ExportRecipe = ExportRecipe()
     bench: BenchRecipe = BenchRecipe()
-    detect: DetectRecipe | None = setting(
-        None, "Detectors too, on this COCO folder or demo.", "--detect", panel=RUN, shown="none"
-    )
+    detect: DetectRecipe | None = setting(None, "Detectors too, on this COCO folder or demo.", "--detect", panel=RUN)
     seed: int = setting(0, "Of everything that is drawn.", "--seed", panel=RUN, ge=0, lt=2**63)
 
 

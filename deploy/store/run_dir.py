@@ -63,13 +63,18 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
         try:
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
             atomic_write(run_dir / _HOLDER, json.dumps(holder).encode())
-            atomic_write(run_dir / RECIPE, tomli_w.dumps(wanted).encode())
+            atomic_write(run_dir / RECIPE, recipe_toml(wanted).encode())
         except OSError as error:
             raise _cannot_open(run_dir, error) from error
         yield run_dir
     finally:
         (run_dir / _HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def recipe_toml(recipe: Mapping[str, Any]) -> str:
+    """A recipe as TOML; entries that are None are left out."""
+    return tomli_w.dumps(_plain(recipe))
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
