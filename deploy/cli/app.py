@@ -312,10 +312,14 @@ def models(
     json: opt.Json = False,
 ) -> None:
     """List the timm models that can be pruned."""
-    from upvits.toolchain.networks.models import supported
+    from upvits.deploy.cli.models_view import models_table
+    from upvits.toolchain.networks.catalogue import architectures
 
-    for name in supported(pattern):
-        print(name)
+    listed = list(architectures(pattern))
+    if json:
+        _print_json([asdict(architecture) for architecture in listed])
+    else:
+        Console().print(models_table(listed))
 
 
 @app.command()

@@ -12,8 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +34,7 @@ from upvits.toolchain.networks.checkpoints import (
     read_checkpoint,
     resample_position_embedding,
 )
-from upvits.toolchain.networks.names import candidates, canonical_name
+from upvits.toolchain.networks.names import canonical_name
 from upvits.toolchain.structure.groups import Widths, widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
 from upvits.toolchain.structure.timm_config import architecture_of, config_of, update_config
@@ -153,17 +152,6 @@ def _check_architecture(model: nn.Module, architecture: str, weights: str) -> No
     found = architecture_of(model)
     if found != architecture.partition(".")[0]:
         raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f"Give --model {found}.")
-
-
-def supported(pattern: str = "") -> Iterator[str]:
-    """Names of the timm models that can be pruned, those that contain `pattern`; each is built without weights."""
-    for name in candidates():
-        if pattern in name:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-            with suppress(UserError):
-                family_of(model)
-                yield name
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:

@@ -8,9 +8,7 @@ from functools import cache
 import timm
 
 from upvits.calib_data.errors import UserError
-
-MODULES = {"vit": ("vision_transformer", "deit"), "pvt_v2": ("pvt_v2",)}
-"""timm modules whose models a family may support; single models in them can still be refused."""
+from upvits.toolchain.networks.catalogue import MODULES
 
 
 @cache

@@ -15,8 +15,10 @@ from torch import nn
 from tests.contracts.variants import VARIANTS, make, pictures
 from upvits import toolchain
 from upvits.calib_data.errors import MissingDependencyError, UserError
-from upvits.toolchain.networks.models import label_names_of, supported
-from upvits.toolchain.networks.names import canonical_name
+from upvits.toolchain.families import family_of
+from upvits.toolchain.networks.catalogue import architectures
+from upvits.toolchain.networks.models import label_names_of
+from upvits.toolchain.networks.names import candidates, canonical_name
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 
@@ -44,9 +46,33 @@ def test_unknown_names_get_near_ones() -> None:
         canonical_name("resnet50")
 
 
-def test_supported_lists_what_the_families_take() -> None:
-    assert set(supported("pvt_v2")) == {f"pvt_v2_b{i}" for i in range(6)} | {"pvt_v2_b2_li"}
-    assert "vit_giant_patch14_dinov2" not in set(supported("patch14_dinov2"))
+def test_the_catalogue_lists_what_the_families_take() -> None:
+    names = [architecture.name for architecture in architectures()]
+    assert {name for name in names if "pvt_v2" in name} == {f"pvt_v2_b{i}" for i in range(6)} | {"pvt_v2_b2_li"}
+    assert "deit_tiny_patch16_224" in names
+    assert "vit_giant_patch14_dinov2" not in names
+    (tiny,) = architectures("deit3_small_patch16_224")
+    assert (tiny.family, tiny.embed_dim, tiny.depth) == ("vit", 384, 12)
+
+
+@pytest.mark.slow
+def test_the_catalogue_is_what_building_every_model_gives() -> None:
+    assert [architecture.name for architecture in architectures()] == [name for name in candidates() if takes(name)]
+
+
+def takes(name: str) -> bool:
+    """Whether a family takes the model once it is built."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    try:
+        family = family_of(model)
+    except UserError:
+        return False
+    (listed,) = (architecture for architecture in architectures(name) if architecture.name == name)
+    widths = tuple(stage["num_chs"] for stage in model.feature_info)
+    sizes = (widths, model.depths) if listed.family == "pvt_v2" else (model.embed_dim, len(model.blocks))
+    assert (family.__name__.rpartition(".")[2], (listed.embed_dim, listed.depth)) == (listed.family, sizes)
+    return True
 
 
 @pytest.fixture
