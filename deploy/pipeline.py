@@ -176,7 +176,7 @@ def prepare(recipe: Recipe, out: Path | None, *, quiet: bool) -> Job:
     source = open_data(recipe.data, quiet=quiet)
     calib = recipe.precision.calib
     calibration = source if calib is None else open_data(calib, quiet=quiet)
-    if source.skipped and not quiet:
+    if source.skipped:
         warn_of_skipped(source)
     classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
     with torch.random.fork_rng():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console, Group
+from rich.console import Group
 
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.pipeline import prepare, run_job
@@ -22,6 +23,8 @@ from upvits.deploy.report.views.section import Cell, Section, ms, percent, short
 from upvits.deploy.report.views.text import terminal_sections
 from upvits.deploy.store.artifacts import atomic_write, disk_errors, open_artifact
 from upvits.deploy.store.run_dir import RECIPE, open_run
+
+_LOGGER = logging.getLogger(__name__)
 
 SWEEP = "sweep.json"
 PAGE = "sweep.html"
@@ -96,13 +99,12 @@ def sweep(
     reports: dict[str, Report] = {}
     errors: dict[str, UserError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
-        Console(stderr=True, quiet=quiet).print(f"{number + 1} of {len(recipes)}: {name}", style="bold")
+        _LOGGER.info("%d of %d: %s", number + 1, len(recipes), name)
         try:
             reports[name] = _run(recipe, out / name, [out / other for other in recipes], quiet=quiet)
         except UserError as error:
             errors[name] = error
-            text = f"{name}: {error.what} {error.fix}".strip()
-            Console(stderr=True).print(text, style="red", highlight=False, markup=False)
+            _LOGGER.error("%s", f"{name}: {error.what} {error.fix}".strip())
     if not reports:
         raise next(iter(errors.values()))
     found = compare_cuts(reports, errors)

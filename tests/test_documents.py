@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
 )
 VERBS = {
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "sweep", "models", "doctor", "detect train", "detect compare", "detect eval", "detect export", "detect prune",
+    "sweep", "recipe", "models", "doctor", "detect train", "detect compare", "detect eval", "detect export", "detect prune",
 }  # fmt: skip
 
 

@@ -149,9 +149,9 @@ def _cut_stages(
     inputs = {"detector": detector_digest(folder), "coco": data.digest}
     judging: dict[str, Any] = {"size": training.size}
     scoring = judging | cut.model_dump(include={"task", "images", "seed"})
-    judged = _stage(out, "0-dense", judging, inputs, judge_dense, quiet)
-    scored = _stage(out, "1-score", scoring, inputs, score, quiet)
-    pruned = _stage(out, "2-prune", cut.model_dump() | judging, {**inputs, "scores": scored.digest}, prune, quiet)
+    judged = _stage(out, "0-dense", judging, inputs, judge_dense)
+    scored = _stage(out, "1-score", scoring, inputs, score)
+    pruned = _stage(out, "2-prune", cut.model_dump() | judging, {**inputs, "scores": scored.digest}, prune)
     dense.cpu()  # leaves the GPU to the training
     return {"0-dense": judged, "1-score": scored, "2-prune": pruned}
 
@@ -171,15 +171,15 @@ def _train_stage(
 
     settings = training.model_dump(mode="json", exclude={"workers", "tensorboard", "coco", "batches", "ap_images"})
     inputs = {"pruned": pruned.digest, "coco": data.digest}
-    return _stage(pruned.folder.parent, "3-train", settings, inputs, train, quiet, resumable=True)
+    return _stage(pruned.folder.parent, "3-train", settings, inputs, train, resumable=True)
 
 
 def _stage(
     out: Path, name: str, settings: Mapping[str, object], inputs: Mapping[str, str], work: Callable[[Path], None],
-    quiet: bool, *, resumable: bool = False,
+    *, resumable: bool = False,
 ) -> Artifact:  # fmt: skip
     artifact = run_stage(out, name, settings, inputs, work, version=VERSION, resumable=resumable)
-    announce(name, artifact, quiet=quiet)
+    announce(name, artifact)
     return artifact
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from upvits import toolchain
@@ -21,6 +21,8 @@ from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import canonical_name
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, check_request
 from upvits.toolchain.structure.timm_config import num_classes_of
+
+_LOGGER = logging.getLogger(__name__)
 
 LATENCY = ("target_latency", "speedup")
 NUMBERS = ("ratio", "target_macs", "target_params")
@@ -246,10 +248,9 @@ def check_forward(model: nn.Module, source: DataSource, preprocess: Preprocess) 
 
 
 def warn_of_skipped(source: DataSource) -> None:
-    """Name the unreadable images that were left out, on stderr."""
+    """Name the unreadable images that were left out."""
     names = ", ".join(source.skipped[:5]) + (", ..." if len(source.skipped) > 5 else "")
-    text = f"{len(source.skipped)} unreadable images were skipped: {names}"
-    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    _LOGGER.warning("%d unreadable images were skipped: %s", len(source.skipped), names)
 
 
 def like_model(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module | None:

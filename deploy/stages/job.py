@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from upvits.calib_data import DataSource, Images, Preprocess, batches
@@ -23,6 +23,8 @@ from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
 from upvits.detection.coco import CocoData
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.training.evaluate import Accuracy, evaluate
+
+_LOGGER = logging.getLogger(__name__)
 
 MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
@@ -85,21 +87,21 @@ def stage(
     *,
     resumable: bool = False,
 ) -> Artifact:
-    """`run_stage` in the job's directory, with a line about it on the terminal."""
+    """`run_stage` in the job's directory, with a line about it in the log."""
     artifact = run_stage(
         job.folder, name, settings, inputs, work, version=VERSIONS[name.split("/")[0]], resumable=resumable
     )
     if not artifact.skipped and not name.startswith("7-"):  # a report of what was there before would now be wrong
         for report in ("report.json", "report.md", "report.html"):
             (job.folder / report).unlink(missing_ok=True)
-    announce(name, artifact, quiet=job.quiet)
+    announce(name, artifact)
     return artifact
 
 
-def announce(name: str, artifact: Artifact, *, quiet: bool) -> None:
+def announce(name: str, artifact: Artifact) -> None:
     """A line about a stage that is whole."""
     took = "as before" if artifact.skipped else f"{artifact.manifest.seconds:.1f} s"
-    Console(stderr=True, quiet=quiet).print(f"{name}: {took}", highlight=False)
+    _LOGGER.info("%s: %s", name, took)
 
 
 def write_json(path: Path, document: object) -> None:

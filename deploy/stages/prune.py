@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ from upvits.toolchain.planning.costs import Costs
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.steps import CURVE_IMAGES, units_by_joint_loss, weighed_losses, with_units_for_refit
 from upvits.toolchain.surgery.rounds import plan_in_rounds
+
+_LOGGER = logging.getLogger(__name__)
 
 Losses = Mapping[str, Curve]
 """Expected losses by group."""
@@ -84,26 +86,24 @@ def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn
     except TooFewImagesError as error:
         if job.recipe.compensate.enabled:
             raise
-        _say(job, [f"left out. {error.what} {error.fix}"])
+        _say([f"left out. {error.what} {error.fix}"])
         return None, CompensationRecord(left_out=f"{error.what} {error.fix}")
-    _say(job, compressed.report.warnings)
+    _say(compressed.report.warnings)
     return compressed.model, CompensationRecord(report=compressed.report)
 
 
-def _say(job: Job, warnings: Sequence[str]) -> None:
-    """Name what compensation could not do, on stderr; all of it is in compensation.json."""
+def _say(warnings: Sequence[str]) -> None:
+    """Name what compensation could not do; all of it is in compensation.json."""
     if warnings:
         more = f" (and {len(warnings) - 3} more)" if len(warnings) > 3 else ""
-        text = f"Compensation: {'; '.join(warnings[:3])}{more}"
-        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
+        _LOGGER.warning("Compensation: %s%s", "; ".join(warnings[:3]), more)
 
 
 def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: Sequence[str]) -> None:
     found = unsteady(plan, scores, job.dense, rotated)
     if found:
         worst = next(iter(found))
-        text = small_proxy(len(found), worst, found[worst].overlap)
-        Console(stderr=True, quiet=job.quiet).print(text, style="yellow", markup=False, highlight=False)
+        _LOGGER.warning("%s", small_proxy(len(found), worst, found[worst].overlap))
 
 
 def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[PruningPlan, LatencyRecord | None]:

@@ -15,7 +15,7 @@ from upvits.deploy.cli import app as cli
 
 COMMANDS = (
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "sweep", "models", "doctor",
+    "sweep", "models", "doctor", "recipe",
 )  # fmt: skip
 
 
