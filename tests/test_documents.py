@@ -21,8 +21,9 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 VERBS = {
-    "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package", "recipe",
-    "sweep", "models", "doctor", "detect train", "detect compare", "detect eval", "detect export", "detect prune",
+    "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
+    "recipe", "sweep", "models", "doctor",
+    "detect train", "detect compare", "detect eval", "detect export", "detect prune",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from upvits.calib_data.errors import UserError
@@ -82,7 +82,8 @@ class Setting:
             from upvits.detection.openmm import parse_option
 
             return dict(parse_option(text) for text in given)
-        if get_origin(self.type) is not tuple:
+        parsed = any(isinstance(step, BeforeValidator) for step in self.field.metadata)  # by the recipe
+        if get_origin(self.type) is not tuple or parsed:
             return given
         if self.type == tuple[int, int]:
             return sides(given, self.names[0])

@@ -161,9 +161,7 @@ class EngineRecipe(_Part):
     """What is built: every runtime in every precision that it has."""
 
     runtime: str = setting("auto", "Some of onnxruntime, tensorrt-rtx, ...", "--runtime", panel=ENGINE)
-    precision: Precisions = setting(
-        "auto", "Some of fp32,fp16,bf16,int8,fp8; auto: what suits the runtime.", "--precision", panel=ENGINE
-    )
+    precision: Precisions = setting("auto", "What is built; auto: what suits the runtime.", "--precision", panel=ENGINE)
     batch: Batch = setting("1:8:32", "Batch sizes min:opt:max.", "--batch", "--batch-profile", panel=ENGINE)
     targets: tuple[GpuTarget, ...] = setting(
         (), "GPU targets, e.g. sm86,sm120.", "--targets", panel=ENGINE, shown="the runtime's"
