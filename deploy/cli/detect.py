@@ -153,7 +153,7 @@ def _detect(run: Path, given: Values, *, engines: bool, json: bool, quiet: bool)
         return
     console = Console(quiet=quiet)
     if comparison is None:
-        _print_trained(detectors, json=json, quiet=quiet)
+        _print_trained({str(name): artifact for name, artifact in detectors.items()}, json=json, quiet=quiet)
     else:
         _tell(comparison.notes)
         if json:
@@ -168,11 +168,12 @@ def _detect(run: Path, given: Values, *, engines: bool, json: bool, quiet: bool)
 
 
 def _print_trained(detectors: Mapping[str, Artifact], *, json: bool, quiet: bool) -> None:
+    from upvits.deploy.detectors.accuracy import read_record
     from upvits.deploy.detectors.tables import trained_table
-    from upvits.deploy.detectors.train_stage import figures_of
 
     if json:
-        print(dumps({name: figures_of(artifact) for name, artifact in detectors.items()}, indent=2))
+        records = {name: read_record(artifact).model_dump(mode="json") for name, artifact in detectors.items()}
+        print(dumps(records, indent=2))
     else:
         Console(quiet=quiet).print(trained_table(detectors))
 
