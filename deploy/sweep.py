@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Group
 
 from upvits.calib_data.errors import TargetError, UserError
-from upvits.deploy.pipeline import prepare, run_job
+from upvits.deploy.pipeline import run_job
 from upvits.deploy.recipe.document import CUTS, IDENTITY, Recipe, make_recipe
+from upvits.deploy.recipe.request import resolve
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import Comparison, comparisons, device_of, verdict
 from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter
@@ -214,7 +215,7 @@ def _check_place(out: Path) -> None:
 
 
 def _run(recipe: Recipe, folder: Path, others: Sequence[Path], *, quiet: bool) -> Report:
-    job = prepare(recipe, folder, quiet=quiet)
+    job = resolve(recipe, folder, quiet=quiet)
     with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
         _share_scores(job.folder, others)
     report = run_job(job, "report")

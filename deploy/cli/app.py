@@ -56,10 +56,11 @@ def _stage_command(until: str) -> Callable[..., None]:
         quiet: opt.Quiet = False,
         verbose: opt.Verbose = False,
     ) -> None:
-        from upvits.deploy.pipeline import prepare, run_job
+        from upvits.deploy.pipeline import run_job
         from upvits.deploy.recipe.document import make_recipe
+        from upvits.deploy.recipe.request import resolve
 
-        job = prepare(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+        job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
         run_job(job, until)
         _print_place(job.folder, quiet=quiet)
 
@@ -78,11 +79,12 @@ def build(
     verbose: opt.Verbose = False,
 ) -> None:
     """The main job: score, prune, distill, export, build engines, measure, report."""
-    from upvits.deploy.pipeline import prepare, require_target, run_job
+    from upvits.deploy.pipeline import require_target, run_job
     from upvits.deploy.recipe.document import make_recipe
+    from upvits.deploy.recipe.request import resolve
     from upvits.deploy.report.views import terminal
 
-    job = prepare(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+    job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
     report = run_job(job, "report")
     assert report is not None
     if json:
@@ -143,11 +145,11 @@ def recipe(
     if schema:
         _print_json(Recipe.model_json_schema())
         return
-    from upvits.deploy.pipeline import prepare
     from upvits.deploy.recipe.document import make_recipe
+    from upvits.deploy.recipe.request import resolve
     from upvits.deploy.store.run_dir import recipe_toml
 
-    resolved = prepare(make_recipe(recipe_values(given, recipe)), None, quiet=quiet).recipe
+    resolved = resolve(make_recipe(recipe_values(given, recipe)), quiet=quiet).recipe
     if json:
         print(resolved.model_dump_json(indent=2))
     else:

@@ -109,11 +109,11 @@ def evaluate(
 ) -> None:
     """AP of detectors on the validation images of a data set."""
     from upvits.deploy.detectors import evaluate as judging
-    from upvits.deploy.detectors.flow import open_data
     from upvits.deploy.detectors.tables import judged_table
+    from upvits.deploy.recipe.detect_data import open_detection_data
 
     targets = judging.targets_of(target)
-    data = open_data(coco or judging.coco_of(target), quiet=quiet)
+    data = open_detection_data(coco or judging.coco_of(target), quiet=quiet)
     if output is not None:
         judging.require_free(output, targets)
     judged = [judging.evaluate(path, data, images, quiet=quiet) for path in targets]

@@ -16,6 +16,7 @@ from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.machine.environment import environment
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave
 from upvits.deploy.recipe.detect import size_of
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.report.detection import (
     ApFigures,
     DetectionReport,
@@ -27,7 +28,7 @@ from upvits.deploy.runtimes import Engine, read_engine, runtime_named
 from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.engines import engine_of, runs_here
 from upvits.deploy.stages.job import MODELS, Pixels, stage
-from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.artifacts import Artifact, open_artifact
 from upvits.deploy.store.documents import read_document, write_document
 from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.pictures import fitted
@@ -78,6 +79,22 @@ def compare(work: Work, engines: Sequence[Artifact], notes: Sequence[str]) -> Ar
 def read_comparison(artifact: Artifact) -> DetectionReport:
     """The document of a `compare` artifact."""
     return read_document(artifact.folder / DOCUMENT, DetectionReport)
+
+
+def detection_report(job: Job, tuned: Artifact, compared: Artifact | None) -> DetectionReport | None:
+    """What is known of detectors on a run's networks.
+
+    Args:
+        job: of the run.
+        tuned: the artifact of the fine-tuned network.
+        compared: of this run; None takes an earlier `detect compare` of the same networks.
+    """
+    compared = compared or open_artifact(job.folder / DETECT / "compare")
+    pruned = open_artifact(job.folder / DETECT / "pruned")
+    if compared is None or pruned is None:
+        return None
+    same = pruned.manifest.inputs["backbone"] == tuned.digest
+    return read_comparison(compared) if same and compared.manifest.inputs.get("pruned") == pruned.digest else None
 
 
 def _figures(name: ModelName, detector: Artifact) -> DetectorFigures:

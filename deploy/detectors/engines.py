@@ -27,6 +27,7 @@ from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.machine.environment import builder_facts
 from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
 from upvits.deploy.recipe.detect import DetectRecipe, size_of
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.report.detection import ITSELF
 from upvits.deploy.runtimes import (
     BatchProfile,
@@ -39,8 +40,8 @@ from upvits.deploy.runtimes import (
 )
 from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.engines import runs_here, timing_cache
-from upvits.deploy.stages.job import Job, Pixels, stage
-from upvits.deploy.stages.precision import graph_name, precisions_for
+from upvits.deploy.stages.job import Pixels, stage
+from upvits.deploy.stages.precision import graph_name
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import read_document, write_document
 from upvits.detection.coco import CocoData
@@ -85,27 +86,26 @@ def engines(work: Work) -> tuple[list[Artifact], list[str]]:
     job, limit = work.job, work.job.recipe.precision.max_drop
     asked = job.recipe.engine.precision
     built, notes = [], []
-    for runtime in job.runtimes.runtimes:
-        for precision in precisions_for(runtime, job.recipe.engine.precision):
-            try:
-                artifact = _engine(work, runtime, precision)
-            except (BuildError, GateError) as error:  # the gate: parts of it run in a wider type than the graph says
-                if job.recipe.engine.runtime != "auto" or precision in asked:
-                    raise
-                notes.append(f"{runtime.name} {precision} detectors were left out: {error.what}. {error.why}")
-                continue
-            worst = max(record.drop for record in read_records(artifact).by_model.values())
-            if worst <= limit:
-                built.append(artifact)
-                continue
-            lost = f"{runtime.name} {precision} detectors lose up to {worst:.2f} points of AP, {limit:g} are allowed"
-            if precision == "fp32" or precision in asked:
-                raise GateError(
-                    lost,
-                    why="Measured on the same validation images as PyTorch.",
-                    fix="Allow more with --max-drop, or leave this precision out.",
-                )
-            notes.append(f"{lost}; they were left out.")
+    for runtime, precision in job.engines:
+        try:
+            artifact = _engine(work, runtime, precision)
+        except (BuildError, GateError) as error:  # the gate: parts of it run in a wider type than the graph says
+            if job.recipe.engine.runtime != "auto" or precision in asked:
+                raise
+            notes.append(f"{runtime.name} {precision} detectors were left out: {error.what}. {error.why}")
+            continue
+        worst = max(record.drop for record in read_records(artifact).by_model.values())
+        if worst <= limit:
+            built.append(artifact)
+            continue
+        lost = f"{runtime.name} {precision} detectors lose up to {worst:.2f} points of AP, {limit:g} are allowed"
+        if precision == "fp32" or precision in asked:
+            raise GateError(
+                lost,
+                why="Measured on the same validation images as PyTorch.",
+                fix="Allow more with --max-drop, or leave this precision out.",
+            )
+        notes.append(f"{lost}; they were left out.")
     return built, notes
 
 

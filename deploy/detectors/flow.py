@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from upvits import toolchain
-from upvits.calib_data.errors import MissingDependencyError, UserError
-from upvits.calib_data.scenes import demo_scenes
 from upvits.deploy.detectors.compare import compare
 from upvits.deploy.detectors.engines import Work, engines
 from upvits.deploy.detectors.train_stage import DETECT, require_same_training, trained
 from upvits.deploy.recipe.detect import DetectRecipe, make_detect_recipe, place_of, resolved
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.documents import ModelName
-from upvits.deploy.stages.job import MODELS, Job, write_json
-from upvits.deploy.store.artifacts import Artifact, disk_errors
-from upvits.deploy.store.cache import cache_folder
+from upvits.deploy.stages.job import MODELS, write_json
+from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import read_document
-from upvits.detection import openmm
-from upvits.detection.coco import CocoData, open_coco
+from upvits.detection.coco import CocoData
 from upvits.toolchain.training.crew import ALONE, Crew
 
 _RECIPE = "recipe.json"
-
-
-def open_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoData:
-    """The data set that a spec names: a folder, or `demo`.
-
-    Raises:
-        UserError: the folder holds no data set, or its boxes lack the masks that the detector learns.
-    """
-    cache = cache_folder()
-    with disk_errors(cache, "data"):
-        folder = demo_scenes(cache, quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute()
-        data = open_coco(folder, cache)
-    if detector == "mask-rcnn":
-        data.require_masks()
-    return data
-
-
-def check_request(recipe: DetectRecipe) -> None:
-    """Refuse, before anything is read, what this machine cannot do.
-
-    Raises:
-        UserError: mixed precision without a GPU.
-        MissingDependencyError: mmdet, or TensorBoard where it is asked for, is not installed.
-    """
-    openmm.require()
-    if recipe.amp and not torch.cuda.is_available():
-        raise UserError("--amp needs an NVIDIA GPU.", fix="Leave it out: on CPUs training runs in fp32.")
-    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise MissingDependencyError("--tensorboard needs TensorBoard.", fix="Run: pip install tensorboard")
 
 
 def read_detect_recipe(run: Path) -> DetectRecipe | None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors.accuracy import judge_detector
-from upvits.deploy.detectors.flow import check_request, open_data
 from upvits.deploy.detectors.train_stage import detector_digest, train_into
 from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe, resolved, size_for, size_of
+from upvits.deploy.recipe.detect_data import check_detection, open_detection_data
 from upvits.deploy.stages.job import announce, write_json
 from upvits.deploy.store.artifacts import Artifact, run_stage
 from upvits.deploy.store.run_dir import open_run
@@ -65,7 +65,7 @@ def prune_detector(
         if not crew.is_leader:
             train_along(crew)
             return {}
-        data = open_data(training.coco, quiet=quiet)
+        data = open_detection_data(training.coco, quiet=quiet)
         if info.classes != data.classes:
             raise UserError(
                 f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
@@ -83,7 +83,7 @@ def prune_detector(
 def _schedule(info: DetectorInfo, cut: PruneRecipe, given: DetectRecipe) -> DetectRecipe:
     """Fine-tuning: images of the size that the detector was trained with, a part of the epochs, smaller steps."""
     usual = resolved(given)
-    check_request(usual)
+    check_detection(usual)
     kinds = info.config["type"], info.config["backbone"]["type"]
     if kinds != ("RetinaNet", "UPPVTv2"):
         raise UserError(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors.compare import read_comparison
-from upvits.deploy.detectors.flow import check_request, compared, detectors_of, open_data, remembered
-from upvits.deploy.pipeline import prepare
+from upvits.deploy.detectors.flow import compared, detectors_of, remembered
 from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.detect_data import check_detection, open_detection_data
 from upvits.deploy.recipe.document import IDENTITY, make_recipe
+from upvits.deploy.recipe.request import resolve
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import REPORT, load_report
 from upvits.deploy.report.views import save_report
@@ -41,12 +42,12 @@ def detect_in_run(
         MissingDependencyError: mmdet is not installed.
     """
     recipe = remembered(run, recipe)
-    check_request(recipe)
+    check_detection(recipe)
     with gathered() as crew:
         if not crew.is_leader:
             train_along(crew)
             return {}, None
-        data = open_data(recipe.coco, recipe.detector, quiet=quiet)
+        data = open_detection_data(recipe.coco, recipe.detector, quiet=quiet)
         tuned = open_artifact(run / "3-distill")
         if tuned is None:
             raise UserError(
@@ -54,7 +55,7 @@ def detect_in_run(
                 why="Detectors are trained on the dense and on the pruned network of a run.",
                 fix=f"Run `upvits-deploy distill --recipe {run} --output {run}` first, or `build`.",
             )
-        job = prepare(make_recipe(read_recipe(run)), run, quiet=quiet)
+        job = resolve(make_recipe(read_recipe(run)), run, quiet=quiet)
         with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
             detectors = detectors_of(job, tuned, data, recipe, crew)
             crew.dismiss()

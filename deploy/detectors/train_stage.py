@@ -16,7 +16,8 @@ from upvits.deploy.detectors.documents import TrainingRecord
 from upvits.deploy.detectors.graph import LEVELS
 from upvits.deploy.detectors.suppression import limits_of
 from upvits.deploy.recipe.detect import DetectRecipe, schedule_of, size_of
-from upvits.deploy.stages.job import Job, stage, write_json
+from upvits.deploy.recipe.request import Job
+from upvits.deploy.stages.job import stage, write_json
 from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_digest, open_artifact
 from upvits.deploy.store.documents import read_document, write_document
 from upvits.detection import configs, openmm

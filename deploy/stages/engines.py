@@ -25,6 +25,7 @@ from upvits.deploy.measure.document import Throughput
 from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
 from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
 from upvits.deploy.precision import QUANTIZED, for_cpu
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import (
     BuildOptions,
     Engine,
@@ -40,7 +41,6 @@ from upvits.deploy.runtimes.nvinfer import device_here
 from upvits.deploy.stages.documents import EngineAccuracies, EngineAccuracy, Parities
 from upvits.deploy.stages.job import (
     MODELS,
-    Job,
     Pixels,
     model_input,
     parity_images,
@@ -48,7 +48,7 @@ from upvits.deploy.stages.job import (
     validation_outputs,
     write_json,
 )
-from upvits.deploy.stages.precision import graph_name, holds, precisions_for
+from upvits.deploy.stages.precision import graph_name, holds
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import read_document, write_document
 from upvits.toolchain.planning import PruningPlan
@@ -73,9 +73,8 @@ def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Eng
             something else and that nobody asked for by name is left out instead.
     """
     asked = job.recipe.engine.precision
-    wanted = [(r, p) for r in job.runtimes.runtimes for p in precisions_for(r, job.recipe.engine.precision)]
     built, left_out = [], []
-    for runtime, precision in wanted:
+    for runtime, precision in job.engines:
         graph = graphs.get(graph_name(runtime, precision), exported)
         if graph is not exported and not holds(graph, job.recipe.precision.max_drop):
             continue

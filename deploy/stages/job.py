@@ -1,11 +1,10 @@
-"""A job: one resolved recipe with its network, its data and its directory; what all stages share."""
+"""What all stages share: how one runs in the folder of its job, and the images that networks are judged on."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data import DataSource, Images, Preprocess, batches
+from upvits.calib_data import DataSource, Images, batches
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.accuracy import outputs_of
-from upvits.deploy.recipe.document import Recipe
-from upvits.deploy.runtimes import RuntimeChoice, Session
+from upvits.deploy.recipe.request import Job
+from upvits.deploy.runtimes import Session
 from upvits.deploy.stages.documents import NetworkAccuracy
 from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
-from upvits.detection.coco import CocoData
-from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.training.evaluate import Accuracy, evaluate
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,47 +32,6 @@ VERSIONS = {
 """Raise a stage's number when its code gives other results: artifacts of the old code are then made again."""
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What all stages of a run share.
-
-    Attributes:
-        recipe: resolved.
-        folder: the run directory, held by this process.
-        dense: the network to prune, in eval mode on the device of the run.
-        like: the published model whose widths are wanted, or None.
-        first_plan: a plan with the widths of the one that will be made; None where scores decide them.
-        dense_digest: sha256 of its weights.
-        calibration: where quantization takes its images from: the data, or what `--calib` names.
-        runtimes: what engines are built for, and what was left out.
-        coco: what detectors are trained on, where `--detect` asks for them.
-    """
-
-    recipe: Recipe
-    folder: Path
-    dense: nn.Module
-    like: nn.Module | None
-    first_plan: PruningPlan | None
-    dense_digest: str
-    source: DataSource
-    calibration: DataSource
-    preprocess: Preprocess
-    runtimes: RuntimeChoice
-    quiet: bool
-    coco: CocoData | None = None
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Digests of the network, the data and the preprocessing."""
-        preprocess = json.dumps(asdict(self.preprocess), sort_keys=True)
-        return {"dense": self.dense_digest, "data": self.source.digest, "preprocess": preprocess}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the dense network is."""
-        return next(self.dense.parameters()).device
 
 
 def stage(

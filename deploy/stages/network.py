@@ -21,12 +21,10 @@ from upvits import toolchain
 from upvits.calib_data import proxy_images
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
-from upvits.deploy.recipe.document import Recipe
-from upvits.deploy.recipe.request import distill_settings
+from upvits.deploy.recipe.request import Job, distill_settings
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.stages.documents import Parities, TunedAccuracy
 from upvits.deploy.stages.job import (
-    Job,
     accuracy_of,
     accuracy_record,
     model_input,
@@ -37,7 +35,6 @@ from upvits.deploy.stages.job import (
 )
 from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_digest
 from upvits.deploy.store.documents import write_document
-from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.scores import Scores
@@ -49,7 +46,7 @@ def score(job: Job) -> Artifact:
     settings = {
         **job.recipe.score.model_dump(),
         "seed": job.recipe.seed,
-        "depth": may_shorten(job.recipe, job.dense, job.like),
+        "depth": job.may_shorten,
     }
     if job.recipe.score.method == "refined":  # measures around the cut, so the cut decides the result
         settings["cuts"] = job.recipe.plan.model_dump()
@@ -58,24 +55,18 @@ def score(job: Job) -> Artifact:
 
 def scores_of(job: Job) -> Scores:
     """Measure them; nothing is written."""
-    recipe, depth = job.recipe.score, may_shorten(job.recipe, job.dense, job.like)
-    needs_images = depth or recipe.method not in ("magnitude", "random")
+    recipe = job.recipe.score
+    needs_images = job.may_shorten or recipe.method not in ("magnitude", "random")
     return toolchain.score(
         job.dense,
         proxy_images(job.source, job.preprocess, recipe.num_images or 1, job.recipe.seed) if needs_images else None,
         method=recipe.method,
         cuts=None if job.first_plan is None else job.first_plan.widths,
-        depth=depth,
+        depth=job.may_shorten,
         batch_size=recipe.batch_size,
         seed=job.recipe.seed,
         quiet=job.quiet,
     )
-
-
-def may_shorten(recipe: Recipe, dense: nn.Module, like: nn.Module | None) -> bool:
-    """Whether blocks may leave."""
-    lists = [family_of(model).block_lists(model) for model in (dense, like or dense)]
-    return lists[0] != lists[1] or recipe.plan.depth_ratio is not None or "depth" in (recipe.plan.components or ())
 
 
 def distill(job: Job, pruned: Artifact) -> Artifact:

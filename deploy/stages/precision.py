@@ -6,7 +6,7 @@ machine are measured again by themselves, in the bench stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
 from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import Runtime, open_model
 from upvits.deploy.stages.documents import Calibration, PrecisionRecord, Precisions
-from upvits.deploy.stages.job import MODELS, Job, Pixels, model_input, stage, validation_outputs
+from upvits.deploy.stages.job import (
+    MODELS,
+    Pixels,
+    model_input,
+    stage,
+    validation_outputs,
+)
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import read_document, write_document
 
 _CALIBRATION_BATCH = 8
 _SENSITIVITY_IMAGES = 32
 _FEW_IMAGES = 32
-
-
-def precisions_for(runtime: Runtime, asked: Sequence[str]) -> tuple[str, ...]:
-    """Precisions to build: those asked for; by default fp32, bf16 and int8 on CPUs, fp16 and int8 elsewhere."""
-    usual = ("fp32", "bf16", "int8") if runtime.on_cpu else ("fp16", "int8")
-    wanted = dict.fromkeys(p for name in asked for p in (usual if name == "auto" else (name,)))
-    return tuple(name for name in wanted if name in runtime.precisions)
 
 
 def graph_name(runtime: Runtime, precision: str) -> str:
@@ -45,13 +45,12 @@ def graph_name(runtime: Runtime, precision: str) -> str:
 
 def precisions(job: Job, exported: Artifact) -> dict[str, Artifact]:
     """4-precision: the graphs that the engines need beside the fp32 ones, by name."""
-    wanted = {
+    needed = {
         graph_name(runtime, precision): (precision, runtime.base_precision)
-        for runtime in job.runtimes.runtimes
-        for precision in precisions_for(runtime, job.recipe.engine.precision)
+        for runtime, precision in job.engines
         if precision != "fp32"
     }
-    return {name: _graphs(job, exported, name, *how) for name, how in wanted.items()}
+    return {name: _graphs(job, exported, name, *how) for name, how in needed.items()}
 
 
 def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precision: str) -> Artifact:

@@ -9,21 +9,17 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upvits import toolchain
-from upvits.calib_data import Preprocess, proxy_images
-from upvits.deploy.recipe.document import Recipe
+from upvits.calib_data import proxy_images
+from upvits.deploy.recipe.request import Job, plan_arguments
 from upvits.deploy.report.verdict import small_proxy
-from upvits.deploy.runtimes import Runtime
-from upvits.deploy.speed.deployment import Deployment, check_deployment
 from upvits.deploy.speed.search import Found, LatencyRecord, search
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
-from upvits.deploy.stages.job import Job, accuracy_of, accuracy_record, stage
-from upvits.deploy.stages.precision import precisions_for
+from upvits.deploy.stages.job import accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import write_document
@@ -69,8 +65,9 @@ def prune(job: Job, scored: Artifact) -> Artifact:
         )
         write_document(folder / "accuracy.json", accuracies)
 
+    where = {} if job.deployment is None else job.deployment.facts()  # a latency depends on the machine too
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
-    return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **_where(job)}, work)
+    return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **where}, work)
 
 
 def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn.Module | None, CompensationRecord]:
@@ -119,48 +116,25 @@ def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[Prunin
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
     try:
-        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess, images, quiet=job.quiet), None
+        return make_plan(job, scores, images), None
     except TooFewImagesError:  # `compress` says so, or refuses
-        return make_plan(job.recipe, job.dense, job.like, scores, job.preprocess), None
+        return make_plan(job, scores), None
 
 
 def compensation_images(job: Job) -> Tensor | None:
     """Training images that compensation is fitted on; None when it is switched off."""
-    wanted = job.recipe.compensate
-    if wanted.enabled is False:
+    recipe = job.recipe.compensate
+    if recipe.enabled is False:
         return None
-    return proxy_images(job.source, job.preprocess, wanted.refit_images or 1, job.recipe.seed)
+    return proxy_images(job.source, job.preprocess, recipe.refit_images or 1, job.recipe.seed)
 
 
-def make_plan(
-    recipe: Recipe,
-    dense: nn.Module,
-    like: nn.Module | None,
-    scores: Scores,
-    preprocess: Preprocess,
-    images: Tensor | None = None,
-    *,
-    quiet: bool = True,
-) -> PruningPlan:
-    """The plan that a recipe asks for, unless it asks for a latency or for rounds."""
+def make_plan(job: Job, scores: Scores, images: Tensor | None = None) -> PruningPlan:
+    """The plan that a job asks for, unless it asks for a latency or for rounds."""
+    arguments = plan_arguments(job.recipe.plan, job.preprocess)
     return toolchain.plan(
-        dense, scores, like=like, images=images, seed=recipe.seed, quiet=quiet, **_request(recipe, preprocess)
+        job.dense, scores, like=job.like, images=images, seed=job.recipe.seed, quiet=job.quiet, **arguments
     )
-
-
-def _request(recipe: Recipe, preprocess: Preprocess) -> dict[str, Any]:
-    """What `plan` and `plan_in_rounds` are asked for alike."""
-    wanted = recipe.plan
-    return {
-        "ratio": wanted.ratio,
-        "target_macs": wanted.target_macs,
-        "target_params": wanted.target_params,
-        "depth_ratio": wanted.depth_ratio,
-        "planner": "global" if wanted.planner == "global" else "uniform",
-        "align": wanted.align,
-        "components": wanted.components or (),
-        "input_size": preprocess.input_size,
-    }
 
 
 def _expected_losses(job: Job, images: Tensor | None) -> Losses | None:
@@ -195,7 +169,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
         job.dense,
         score_again,
         job.recipe.plan.rounds,
-        **_request(job.recipe, job.preprocess),
+        **plan_arguments(job.recipe.plan, job.preprocess),
     )
 
 
@@ -205,8 +179,9 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
     Raises:
         TargetError: none does.
     """
-    wanted = job.recipe.plan
-    assert wanted.latency is not None
+    recipe = job.recipe.plan
+    assert recipe.latency is not None
+    assert job.deployment is not None
 
     def plan_by(costs: Costs, budget: float, own: Losses | None) -> PruningPlan:
         return plan_within(
@@ -214,8 +189,8 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
             scores,
             costs,
             budget,
-            components=wanted.components or (),
-            align=wanted.align,
+            components=recipe.components or (),
+            align=recipe.align,
             curves=own,
             input_size=job.preprocess.input_size,
         )
@@ -236,41 +211,11 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
         copy.deepcopy(job.dense).cpu(),
         job.preprocess,
         planner,
-        deployment_of(job.recipe, job.runtimes.runtimes),
-        wanted.latency,
-        align=wanted.align,
+        job.deployment,
+        recipe.latency,
+        align=recipe.align,
         quiet=job.quiet,
     )
     if curves is None or not units_by_joint_loss(found.plan):
         return found
     return replace(found, plan=with_joint_units(found.plan, curves))
-
-
-def deployment_of(recipe: Recipe, runtimes: Sequence[Runtime]) -> Deployment:
-    """Where a latency target is measured: on the first runtime that works here and has a precision of the run, in the
-    first of these, at the first batch size that is timed.
-
-    Raises:
-        UserError: none of the runtimes works here.
-    """
-    having = [one for one in runtimes if precisions_for(one, recipe.engine.precision)]
-    here = [one for one in having if one.missing_to_build() is None and one.missing_to_run() is None]
-    runtime = here[0] if here else having[0]
-    deployment = Deployment(
-        runtime=runtime,
-        precision=precisions_for(runtime, recipe.engine.precision)[0],
-        batch=recipe.bench.batches[0],
-        profile=recipe.engine.batch,
-        opset=recipe.export.opset,
-        uint8_input=recipe.export.uint8_input,
-        cuda_graph=recipe.bench.cuda_graph,
-    )
-    check_deployment(deployment)
-    return deployment
-
-
-def _where(job: Job) -> dict[str, str]:
-    """What a latency plan depends on beyond the network: the machine and the runtime's version."""
-    if job.recipe.plan.planner != "latency":
-        return {}
-    return deployment_of(job.recipe, job.runtimes.runtimes).facts()

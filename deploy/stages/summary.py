@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from upvits.deploy.detectors.compare import read_comparison
-from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import Pair
 from upvits.deploy.precision.half import HALVES
 from upvits.deploy.recipe.document import PlanRecipe
+from upvits.deploy.recipe.request import Job
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import (
     AccuracyFigures,
@@ -38,10 +37,10 @@ from upvits.deploy.stages.documents import (
     TunedAccuracy,
 )
 from upvits.deploy.stages.engines import Engines, engine_of, runs_here
-from upvits.deploy.stages.job import MODELS, Job, read_json
+from upvits.deploy.stages.job import MODELS, read_json
 from upvits.deploy.stages.precision import graph_name, left_out, read_precisions
 from upvits.deploy.stages.steadiness import unsteady
-from upvits.deploy.store.artifacts import Artifact, open_artifact, package_versions
+from upvits.deploy.store.artifacts import Artifact, package_versions
 from upvits.deploy.store.documents import read_document
 from upvits.toolchain.compensation import CompressionReport
 from upvits.toolchain.planning import PruningPlan
@@ -78,8 +77,8 @@ class Artifacts:
         return [artifact for artifact in found if artifact is not None]
 
 
-def summarise(job: Job, done: Artifacts) -> Report:
-    """The report of a whole run."""
+def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> Report:
+    """The report of a whole run, with what is known of detectors on its networks."""
     assert done.pruned is not None
     assert done.tuned is not None
     assert done.benched is not None
@@ -123,7 +122,7 @@ def summarise(job: Job, done: Artifacts) -> Report:
         plan=_plan_figures(plan, unsteady(plan, scores, job.dense, compensated.rotated)),
         compensation=_compensation(compensated.report),
         target=_target(job.recipe.plan, done.pruned, latency),
-        detection=_detection(job, done),
+        detection=detection,
         measurement=_measurement(job, scores, done.benched, after.top1 is not None, after.images),
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
@@ -271,16 +270,6 @@ def _target(plan: PlanRecipe, pruned: Artifact, bench: Bench) -> Target | None:
         measured=measured,
         met=over <= ALLOWED,
     )
-
-
-def _detection(job: Job, done: Artifacts) -> DetectionReport | None:
-    """What this run, or an earlier `detect compare` of the same networks, found of detectors."""
-    found = done.detected or open_artifact(job.folder / DETECT / "compare")
-    pruned = open_artifact(job.folder / DETECT / "pruned")
-    if found is None or pruned is None or done.tuned is None:
-        return None
-    same = pruned.manifest.inputs["backbone"] == done.tuned.digest
-    return read_comparison(found) if same and found.manifest.inputs.get("pruned") == pruned.digest else None
 
 
 def _at(values: Mapping[str, Mapping[str, Mapping[int, Any]]], runtime: str, precision: str, batch: int) -> Any:

@@ -13,13 +13,13 @@ from tests.deploy.speed.planner import uniform_planner
 from upvits import toolchain
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.recipe.document import make_recipe
+from upvits.deploy.recipe.engines import deployment_of, engines_of
 from upvits.deploy.runtimes import RUNTIMES, BatchProfile
 from upvits.deploy.speed import search as searching
 from upvits.deploy.speed import table as tables
 from upvits.deploy.speed.deployment import Deployment, check_deployment, measure, opened
 from upvits.deploy.speed.search import ALLOWED, search
 from upvits.deploy.speed.target import parse_speedup, parse_target
-from upvits.deploy.stages.prune import deployment_of
 from upvits.toolchain.compensation import compensated_curves
 from upvits.toolchain.planning import Costs, PruningPlan, plan_within
 
@@ -135,5 +135,5 @@ def test_what_is_no_speedup_is_refused(text: str) -> None:
 def test_a_target_is_measured_where_its_precision_is() -> None:
     recipe = make_recipe({"model": "pvt_v2_b0", "plan": {"speedup": "2x"}, "engine": {"precision": "bf16"}})
     here = replace(RUNTIMES["onnxruntime"], name="has-bf16", precisions=("fp32", "bf16"))
-    found = deployment_of(recipe, [RUNTIMES["onnxruntime"], here])
+    found = deployment_of(recipe, engines_of(recipe, [RUNTIMES["onnxruntime"], here]))
     assert (found.runtime.name, found.precision) == ("has-bf16", "bf16")

@@ -15,8 +15,9 @@ from upvits import toolchain
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.pipeline import build
+from upvits.deploy.recipe.engines import precisions_for
 from upvits.deploy.runtimes import runtime_named
-from upvits.deploy.stages.precision import graph_name, precisions_for
+from upvits.deploy.stages.precision import graph_name
 
 CPU, RTX = runtime_named("onnxruntime"), runtime_named("tensorrt-rtx")
 
