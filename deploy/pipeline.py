@@ -14,10 +14,13 @@ from upvits.deploy.recipe.request import Job, resolve
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.views import save_report
 from upvits.deploy.speed.search import LatencyRecord
-from upvits.deploy.stages import engines as engine_stages
-from upvits.deploy.stages import network as stages
-from upvits.deploy.stages import prune as prune_stage
-from upvits.deploy.stages.precision import precisions
+from upvits.deploy.stages.bench import bench
+from upvits.deploy.stages.distill import distill
+from upvits.deploy.stages.engines import build_engines
+from upvits.deploy.stages.export import export
+from upvits.deploy.stages.precision import convert_graphs
+from upvits.deploy.stages.prune import choose_plan, compensation_images, prune
+from upvits.deploy.stages.score import score, scores_of
 from upvits.deploy.stages.summary import Artifacts, summarise
 from upvits.deploy.store.artifacts import disk_errors
 from upvits.deploy.store.run_dir import open_run
@@ -108,31 +111,31 @@ def preview(recipe: Recipe, *, quiet: bool = True) -> tuple[toolchain.PruningPla
     job = resolve(recipe, quiet=quiet)
     if job.first_plan is not None:
         return job.first_plan, None
-    images = prune_stage.compensation_images(job) if job.recipe.plan.planner != "uniform" else None
-    return prune_stage.choose_plan(job, stages.scores_of(job), images)
+    images = compensation_images(job) if job.recipe.plan.planner != "uniform" else None
+    return choose_plan(job, scores_of(job), images)
 
 
 def run_stages(job: Job, until: str) -> Artifacts:
     """The stages in order, each run or found whole, up to the one named `until`."""
-    scored = stages.score(job)
+    scored = score(job)
     if until == "score":
         return Artifacts(scored)
-    pruned = prune_stage.prune(job, scored)
+    pruned = prune(job, scored)
     if until == "prune":
         return Artifacts(scored, pruned)
-    tuned = stages.distill(job, pruned)
+    tuned = distill(job, pruned)
     if until == "distill":
         return Artifacts(scored, pruned, tuned)
-    exported = stages.export(job, pruned, tuned)
+    exported = export(job, pruned, tuned)
     if until == "export":
         return Artifacts(scored, pruned, tuned, exported)
-    graphs = precisions(job, exported)
+    graphs = convert_graphs(job, exported)
     if until == "precision":
         return Artifacts(scored, pruned, tuned, exported, graphs)
-    engines = engine_stages.engines(job, exported, graphs)
+    engines = build_engines(job, exported, graphs)
     if until == "engine":
         return Artifacts(scored, pruned, tuned, exported, graphs, engines)
-    benched = engine_stages.bench(job, pruned, exported, engines.artifacts)
+    benched = bench(job, pruned, exported, engines.artifacts)
     detected = None
     if job.coco is not None and job.recipe.detect is not None:
         detectors = detectors_of(job, tuned, job.coco, job.recipe.detect)

@@ -1,12 +1,11 @@
-"""The stages that build engines from ONNX graphs, and measure those that run on this machine."""
+"""5-engine: engines from ONNX graphs, held against what they were made of."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,30 @@ from safetensors.numpy import load_file
 
 from upvits.calib_data.errors import GateError
 from upvits.deploy.graphs.files import load_model
-from upvits.deploy.machine.environment import builder_facts, environment
-from upvits.deploy.machine.gpu_monitor import GpuMonitor
-from upvits.deploy.measure.accuracy import Accuracy, accuracy
-from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
-from upvits.deploy.measure.document import Throughput
-from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
+from upvits.deploy.machine.environment import builder_facts
 from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
 from upvits.deploy.precision import QUANTIZED, for_cpu
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import (
     BuildOptions,
     Engine,
-    LayerTime,
-    RunOptions,
     Runtime,
-    Session,
     open_model,
     read_engine,
     runtime_named,
 )
 from upvits.deploy.runtimes.nvinfer import device_here
-from upvits.deploy.stages.documents import EngineAccuracies, EngineAccuracy, Parities
+from upvits.deploy.stages.documents import Parities
 from upvits.deploy.stages.job import (
     MODELS,
     Pixels,
     model_input,
     parity_images,
     stage,
-    validation_outputs,
-    write_json,
 )
 from upvits.deploy.stages.precision import graph_name, holds
-from upvits.deploy.store.artifacts import Artifact, atomic_write
+from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import read_document, write_document
-from upvits.toolchain.planning import PruningPlan
-
-_PROFILED_CALLS = 20
-_THROUGHPUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +50,7 @@ class Engines:
     left_out: tuple[str, ...] = ()
 
 
-def engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Engines:
+def build_engines(job: Job, exported: Artifact, graphs: Mapping[str, Artifact]) -> Engines:
     """5-engine: an engine of both networks for every runtime and precision; checked where it can run here.
 
     Raises:
@@ -168,75 +153,6 @@ def _graph_outputs(onnx_path: Path, fed: Sequence[Pixels]) -> np.ndarray[Any, An
         return session_outputs(session, fed)
 
 
-def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifact]) -> Artifact:
-    """6-bench: accuracy and latency of all engines that run here, dense and pruned, all in turns."""
-    recipe = job.recipe.bench
-
-    def work(folder: Path) -> None:
-        pairs = {pair: artifact for artifact in built if (pair := _pair(artifact)) is not None}
-        options = RunOptions(cuda_graph=recipe.cuda_graph)
-        with ExitStack() as stack:
-            sessions = {
-                pair.session(model): stack.enter_context(_open(artifact.folder / model, options))
-                for pair, artifact in pairs.items()
-                for model in MODELS
-            }
-            costs = _accuracies(job, exported, pairs, sessions)
-            write_document(folder / "accuracy.json", _accuracy_record(pairs, costs))
-            feeds = _feeds(job, sessions)
-            settings = BenchSettings(
-                seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
-            )
-            with GpuMonitor() as monitor:
-                measured = interleave(sessions, feeds, settings, quiet=job.quiet) if sessions else None
-            joules = _energy(pairs, sessions, feeds) if monitor.samples else {}
-            layers = _layers(pairs, sessions, feeds)
-        plan = PruningPlan.load(pruned.folder / "plan.json")
-        engines = {
-            pair: (engine_of(artifact, "dense"), engine_of(artifact, "pruned")) for pair, artifact in pairs.items()
-        }
-        figures = bench_figures(measured, list(pairs), costs, job.recipe.precision.max_drop, joules)
-        figures = figures.model_copy(
-            update={
-                "layer_times": [layer_figures(pair, max(feeds), *layers[pair]) for pair in pairs],
-                "findings": findings(figures, plan, engines, layers),
-                "throughput": _throughputs(job, pairs, feeds),
-                "gpu": monitor.as_json(),
-            }
-        )
-        atomic_write(folder / "latency.json", figures.model_dump_json(indent=2).encode())
-        write_json(folder / "sessions.json", _settings_used(measured, pairs))
-        write_json(folder / "environment.json", environment().as_json())
-
-    # the export holds what accuracy is judged against, the plan what findings speak of
-    inputs = {"export": exported.digest, "pruned": pruned.digest}
-    inputs |= {artifact.manifest.stage: artifact.digest for artifact in built}
-    here = environment()
-    device = {"cpu": here.cpu, "cores": str(here.cores_usable), "gpus": ", ".join(gpu.name for gpu in here.gpus)}
-    settings = {**recipe.model_dump(), "max_drop": job.recipe.precision.max_drop}
-    artifact = stage(job, "6-bench", settings, {**inputs, **device}, work)
-    _require_accuracy(job, artifact)
-    return artifact
-
-
-def _require_accuracy(job: Job, benched: Artifact) -> None:
-    """The gate `--max-drop` for engines in a precision that was asked for by name, on what they were measured to lose.
-
-    Raises:
-        GateError: names the engine and its loss.
-    """
-    limit = job.recipe.precision.max_drop
-    for engine in read_document(benched.folder / "accuracy.json", EngineAccuracies).engines:
-        cost = engine.accuracy
-        if engine.precision in job.recipe.engine.precision and cost.drop > limit:
-            raise GateError(
-                f"the engine {engine.model} {engine.runtime} {engine.precision} loses {cost.drop:.2f} points, "
-                f"{limit:g} are allowed",
-                why=f"Measured on {cost.images} validation images; its graph kept the limit.",
-                fix="Allow more with --max-drop, or leave this precision out.",
-            )
-
-
 def runs_here(engine: Engine) -> bool:
     """Whether this machine has what the engine's runtime needs, and a device that the engine was built for."""
     if runtime_named(engine.runtime).missing_to_run() is not None:
@@ -247,118 +163,3 @@ def runs_here(engine: Engine) -> bool:
 def engine_of(artifact: Artifact, name: str) -> Engine:
     """The record of one engine of an engine artifact."""
     return read_engine(artifact.folder / name)
-
-
-def _pair(artifact: Artifact) -> Pair | None:
-    """What an engine artifact is measured as; None where it cannot run here."""
-    engine = engine_of(artifact, "pruned")
-    return Pair(engine.runtime, engine.precision) if runs_here(engine) else None
-
-
-def _open(folder: Path, options: RunOptions) -> Session:
-    return runtime_named(read_engine(folder).runtime).open(folder, options)
-
-
-def _accuracies(
-    job: Job, exported: Artifact, pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session]
-) -> dict[str, Accuracy]:
-    """Every session on the validation images, which are decoded once for all."""
-    if not sessions:
-        return {}
-    outputs, labels = validation_outputs(job, sessions, job.recipe.engine.batch.opt)
-    reference = load_file(exported.folder / "accuracy_reference.safetensors")
-    found = {
-        pair.session(model): accuracy(reference[model], outputs[pair.session(model)], labels, pair.session(model))
-        for pair in pairs
-        for model in MODELS
-    }
-    return found
-
-
-def _accuracy_record(pairs: Iterable[Pair], costs: Mapping[str, Accuracy]) -> EngineAccuracies:
-    return EngineAccuracies(
-        engines=tuple(
-            EngineAccuracy(
-                model=model,
-                runtime=pair.runtime,
-                precision=pair.precision,
-                accuracy=costs[pair.session(model)],
-            )
-            for pair in pairs
-            for model in MODELS
-        )
-    )
-
-
-def _feeds(job: Job, sessions: Mapping[str, Session]) -> dict[int, dict[str, Pixels]]:
-    """Real images by batch size; decoded once."""
-    images = parity_images(job)
-    name = next(iter(sessions.values())).input_names[0] if sessions else "images"
-    sizes = job.recipe.bench.batches
-    return {size: {name: model_input(job, images[torch.arange(size) % len(images)])} for size in sizes}
-
-
-def _throughputs(
-    job: Job, pairs: Mapping[Pair, Artifact], feeds: Mapping[int, Mapping[str, Pixels]]
-) -> list[Throughput]:
-    """Images per second of several sessions at once; one of them alone is in the latencies already."""
-    recipe = job.recipe.bench
-    found = []
-    for streams in (count for count in recipe.streams if count > 1):
-        for pair, artifact in pairs.items():
-            for model in MODELS:
-                options = RunOptions(threads=1, cuda_graph=recipe.cuda_graph)
-                feed = feeds[max(feeds)]
-                rate = throughput(lambda: _open(artifact.folder / model, options), feed, streams, _THROUGHPUT_SECONDS)  # noqa: B023
-                found.append(
-                    Throughput(
-                        model=model,
-                        runtime=pair.runtime,
-                        precision=pair.precision,
-                        batch=max(feeds),
-                        streams=streams,
-                        images_per_s=rate,
-                    )
-                )
-    return found
-
-
-def _layers(
-    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
-) -> dict[Pair, tuple[tuple[LayerTime, ...], tuple[LayerTime, ...]]]:
-    """Profiles of both networks at the largest batch; empty where a runtime has no profiler."""
-    feed = feeds[max(feeds)]
-    return {
-        pair: (
-            sessions[pair.session("dense")].layer_times(feed, _PROFILED_CALLS),
-            sessions[pair.session("pruned")].layer_times(feed, _PROFILED_CALLS),
-        )
-        for pair in pairs
-    }
-
-
-def _energy(
-    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
-) -> dict[tuple[str, int], float | None]:
-    """Energy per image of every session on a GPU, by session and batch size."""
-    return {
-        (pair.session(model), batch): joules_per_image(sessions[pair.session(model)], feed)
-        for pair in pairs
-        if not runtime_named(pair.runtime).on_cpu
-        for model in MODELS
-        for batch, feed in feeds.items()
-    }
-
-
-def _settings_used(measured: LatencyReport | None, pairs: Mapping[Pair, Artifact]) -> dict[str, dict[str, Any]]:
-    """What sessions ran with, by pair; threads stand with the latencies, since each engine has its own."""
-    if measured is None:
-        return {}
-    return {
-        f"{pair.runtime} {pair.precision}": {
-            name: value
-            for name, value in measured.sessions[pair.session("pruned")].items()
-            if name != "intra_op_threads"
-        }
-        for pair in pairs
-    }

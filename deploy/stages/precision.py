@@ -43,7 +43,7 @@ def graph_name(runtime: Runtime, precision: str) -> str:
     return f"{precision}-{runtime.base_precision}" if precision in QUANTIZED else precision
 
 
-def precisions(job: Job, exported: Artifact) -> dict[str, Artifact]:
+def convert_graphs(job: Job, exported: Artifact) -> dict[str, Artifact]:
     """4-precision: the graphs that the engines need beside the fp32 ones, by name."""
     needed = {
         graph_name(runtime, precision): (precision, runtime.base_precision)

@@ -1,0 +1,47 @@
+"""3-distill: the pruned network fine-tuned against its dense parent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from upvits import toolchain
+from upvits.deploy.recipe.request import Job, distill_settings
+from upvits.deploy.stages.documents import TunedAccuracy
+from upvits.deploy.stages.job import (
+    accuracy_of,
+    accuracy_record,
+    stage,
+)
+from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.documents import write_document
+
+
+def distill(job: Job, pruned: Artifact) -> Artifact:
+    """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
+    settings = distill_settings(job.recipe)
+    decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")}
+
+    def work(folder: Path) -> None:
+        if not (folder / "model").exists():
+            student = toolchain.load(pruned.folder / "model")
+            result = toolchain.distill(
+                student,
+                job.dense,
+                job.source,
+                job.preprocess,
+                settings,
+                folder,
+                device=job.recipe.device,
+                quiet=job.quiet,
+            )
+            toolchain.save(result.model.cpu(), folder / "model")
+        tuned = toolchain.load(folder / "model").to(job.device)
+        reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
+        tuned_accuracy = accuracy_record(accuracy_of(job, tuned, reference))
+        write_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    return stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
