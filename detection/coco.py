@@ -71,7 +71,7 @@ class CocoData:
                 raise UserError(
                     f"{split.source} has boxes without masks.",
                     why="Mask R-CNN learns masks, too.",
-                    fix="Give annotations with `segmentation`, or train --detector retinanet.",
+                    fix='Give annotations with `segmentation`, or train `detector="retinanet"`.',
                 )
 
     @property

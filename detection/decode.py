@@ -36,7 +36,7 @@ class Levels(nn.Module):
             raise UserError(
                 f"A {type(detector).__name__} cannot be exported.",
                 why="Its boxes depend on each other in ways that have no fixed graph.",
-                fix="Train a RetinaNet (--detector retinanet).",
+                fix='Train a RetinaNet (`detector="retinanet"`).',
             )
         self.backbone = detector.get_submodule("backbone")
         self.neck = detector.get_submodule("neck")

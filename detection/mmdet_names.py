@@ -116,7 +116,8 @@ def stock_arguments(model: nn.Module) -> dict[str, object]:
         raise UserError(
             "Stock mmdet cannot build this backbone.",
             why="Its PVTv2 has one width per stage, a multiple of the heads, which attention fills.",
-            fix="Use the backbone UPPVTv2, or a uniform plan (--planner uniform, components embed,attention,ffn).",
+            fix='Use the backbone UPPVTv2, or a uniform plan (`planner="uniform"`, '
+            '`components=("embed", "attention", "ffn")`).',
         )
     return {
         "embed_dims": base.pop(),

@@ -158,7 +158,7 @@ def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = Non
     unknown = sorted({name.partition(".")[0] for name in options or ()} - values.keys())
     if unknown:
         raise UserError(
-            f"--cfg-options: there is no {', '.join(unknown)}.",
+            f"`options=`: there is no {', '.join(unknown)}.",
             fix=f"Keys start with one of {', '.join(sorted(values))}.",
         )
     if options:
@@ -166,7 +166,7 @@ def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = Non
             config.merge_from_dict(dict(options))
         except (KeyError, TypeError, IndexError, AssertionError) as error:
             raise UserError(
-                f"--cfg-options cannot be taken over: {error}.",
+                f"`options=` cannot be taken over: {error}.",
                 fix="Give keys of the configuration, e.g. optim_wrapper.optimizer.lr=2e-4.",
             ) from error
     return config
@@ -181,11 +181,11 @@ def parse_option(text: str) -> tuple[str, Any]:
     _loaded()
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--cfg-options {text!r} is not valid.", fix="Give key=value.")
+        raise UserError(f"`options=` {text!r} is not valid.", fix="Give key=value.")
     try:
         return key, importlib.import_module("mmengine.config").DictAction._parse_iterable(value)
     except AssertionError as error:
-        raise UserError(f"--cfg-options {text!r} is not valid: {error}.", fix="Close every bracket.") from error
+        raise UserError(f"`options=` {text!r} is not valid: {error}.", fix="Close every bracket.") from error
 
 
 def make_runner(config: Any, hooks: Sequence[Any] = ()) -> Any:

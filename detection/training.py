@@ -118,7 +118,7 @@ def train_detector(
             if not options or sums:  # after the first step: all options could be built
                 raise
             raise UserError(
-                f"mmengine cannot build what --cfg-options asks for: {str(error).strip().splitlines()[-1]}",
+                f"mmengine cannot build what `options=` asks for: {str(error).strip().splitlines()[-1]}",
                 fix=f"Check {', '.join(options)}.",
             ) from error
     crew.finish()
@@ -134,7 +134,7 @@ def _check_options(options: Mapping[str, Any], model: Config) -> None:
     taken = sorted({"work_dir", "resume"} & {name.partition(".")[0] for name in options})
     if taken:
         raise UserError(
-            f"--cfg-options cannot set {' and '.join(taken)}.",
+            f"`options=` cannot set {' and '.join(taken)}.",
             why="Checkpoints lie in the run, and a training that was stopped goes on by itself.",
             fix="Leave it out.",
         )

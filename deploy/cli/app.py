@@ -18,6 +18,7 @@ from rich.console import Console
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import options as opt
+from upvits.deploy.cli.arguments import as_options, options_of
 from upvits.deploy.cli.detect import app as detect_app
 from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
@@ -371,10 +372,10 @@ def main() -> None:
         logging.getLogger("upvits").debug("Raised here:", exc_info=True)
         console = Console(stderr=True)
         console.print("[bold red]Error:[/]", end=" ")
-        console.print(error.what, soft_wrap=True, highlight=False, markup=False)
-        for text in (error.why, error.fix):
+        options = options_of(app)
+        for text in (error.what, error.why and f"  {error.why}", error.fix and f"  {error.fix}"):
             if text:
-                console.print(f"  {text}", soft_wrap=True, highlight=False, markup=False)
+                console.print(as_options(text, options), soft_wrap=True, highlight=False, markup=False)
         sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code == _INTERRUPTED:

@@ -89,7 +89,7 @@ def too_large_error(size: int) -> UserError:
     return UserError(
         f"the model's weights take {size / 2**30:.1f} GiB",
         why="One ONNX file ends at 2 GiB.",
-        fix="Use --save-external-data: the weights then go to a second file beside the model.",
+        fix="Use `external_data=True`: the weights then go to a second file beside the model.",
     )
 
 

@@ -154,7 +154,7 @@ def check_state(state: Mapping[str, Tensor], model: nn.Module, source: str, arch
         raise UserError(
             f"{source} does not fit {architecture}: {'; '.join(fault for fault in faults if fault)}.",
             why="Every tensor must agree, or the network would compute something else.",
-            fix="Check --model: the checkpoint must hold exactly that timm architecture, in timm's naming.",
+            fix="Check `name=`: the checkpoint must hold exactly that timm architecture, in timm's naming.",
         )
 
 

@@ -86,8 +86,8 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
             raise UserError(
                 f"There are no demo weights for {architecture}.",
                 why="Pruning needs a trained network.",
-                fix="Give your own with --weights FILE, or --weights timm for pretrained ones from the hub "
-                "(--weights random only to look at sizes and speed). The demo covers pvtv2_b0.",
+                fix='Give your own with `weights="FILE"`, or `weights="timm"` for pretrained ones from the hub '
+                '(`weights="random"` only to look at sizes and speed). The demo covers pvtv2_b0.',
             )
         return _at_size(load(folder), image_size, "The demo checkpoint")
     if weights == "random":
@@ -99,7 +99,7 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
             f"The pretrained weights of {architecture} cannot be had here ({str(error).splitlines()[0][:200]}).",
             why="timm downloads them from the Hugging Face hub, which this machine does not reach or does not cache.",
             fix="On a machine with network: `timm.create_model(NAME, pretrained=True)`, save its state_dict with "
-            "safetensors, copy the file here and give it as --weights FILE.",
+            'safetensors, copy the file here and give it as `weights="FILE"`.',
         ) from error
 
 
@@ -111,7 +111,7 @@ def _at_size(model: nn.Module, image_size: int | None, source: str) -> nn.Module
         raise UserError(
             f"{source} holds a network for images of {preprocess_of(model).input_size[1]} pixels, not {image_size}.",
             why="Its position embedding belongs to that size.",
-            fix="Leave --image-size out, or give the weights as a checkpoint file: that is resampled.",
+            fix="Leave `image_size=` out, or give the weights as a checkpoint file: that is resampled.",
         )
     update_config(model, input_size=(3, image_size, image_size))
     return model
@@ -151,7 +151,7 @@ def _create_from_file(architecture: str, path: Path, num_classes: int | None, im
 def _check_architecture(model: nn.Module, architecture: str, weights: str) -> None:
     found = architecture_of(model)
     if found != architecture.partition(".")[0]:
-        raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f"Give --model {found}.")
+        raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f'Give `name="{found}"`.')
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
@@ -295,7 +295,7 @@ def structure_in(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is no model folder ({error}).",
-            fix="Expected are config.json and model.safetensors, as `upvits-deploy prune` or timm write them.",
+            fix="Expected are config.json and model.safetensors, as `upvits.save` or timm write them.",
         ) from error
     return config
 

@@ -90,13 +90,13 @@ def check_scores(model: nn.Module, groups: Sequence[ChannelGroup], scores: Score
         raise UserError(
             "These scores were measured on another network.",
             why="Importance belongs to exactly the weights that it was measured on.",
-            fix="Score this network again (`upvits-deploy score`).",
+            fix="Score this network again.",
         )
     for group in groups:
         if group.name not in scores.values or len(scores.values[group.name]) != group.size:
             raise UserError(
                 f"These scores have nothing on {group.name} with {group.size} units.",
-                fix="Score this network again (`upvits-deploy score`).",
+                fix="Score this network again.",
             )
         if not torch.isfinite(scores.values[group.name]).all():
             raise UserError(

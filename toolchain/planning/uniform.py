@@ -59,9 +59,9 @@ def aligned(size: int, ratio: float, align: int, name: str) -> int:
     raise UserError(
         f"ratio {ratio:g} with alignment {align} would leave {name} (size {size}) without any channels.",
         why="A width of zero is no network.",
-        fix=f"Use a ratio of at most {math.floor(largest * 100) / 100:g}, or a smaller --align."
+        fix=f"Use a ratio of at most {math.floor(largest * 100) / 100:g}, or a smaller `align=`."
         if largest > 0
-        else f"Use --align {size // 2 or 1} or less.",
+        else f"Use `align={size // 2 or 1}` or less.",
     )
 
 
@@ -91,7 +91,7 @@ def search_ratio(
             f"{'target_macs' if target_macs is not None else 'target_params'} {target:g} cannot be reached.",
             why=f"Even the largest cut with alignment {align} keeps {share(high / 256):.3f}; "
             "what is left are the input layer, the head and the parts that are not pruned.",
-            fix="Ask for a larger share, use a smaller --align, or prune more components.",
+            fix="Ask for a larger share, use a smaller `align=`, or prune more components.",
         )
     while low < high:
         middle = (low + high) // 2
@@ -106,4 +106,4 @@ def _largest_ratio(groups: Sequence[ChannelGroup], align: int, components: Seque
         except UserError:
             continue
         return step
-    raise UserError(f"align {align} is larger than a width of this network.", fix="Use a smaller --align.")
+    raise UserError(f"align {align} is larger than a width of this network.", fix="Use a smaller `align=`.")

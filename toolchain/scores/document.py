@@ -100,7 +100,7 @@ class Scores:
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{folder} holds no readable scores ({error}).",
-                fix="Give the folder that `upvits-deploy score --output` wrote (scores.safetensors and score.json).",
+                fix="Give the folder that `Scores.save` wrote (scores.safetensors and score.json).",
             ) from error
 
 

@@ -153,7 +153,7 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"The scores of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} are not finite.",
             why="The network's output overflows, or becomes NaN, when units leave it.",
-            fix="Check the weights; score in fp32, or by --method magnitude.",
+            fix='Check the weights; score in fp32, or by `method="magnitude"`.',
         )
 
 

@@ -266,7 +266,7 @@ def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, *, quiet: bool
     _require_finite(torch.stack([p.detach().sum() for p in run.state.learner.parameters()]), settings, epoch, step)
     sums = process.sum(sums)
     if not sums[3]:
-        raise UserError("No training images were read.", fix="Check the training split of --data and the batch size.")
+        raise UserError("No training images were read.", fix="Check the training split of `data=` and the batch size.")
     seconds = time.perf_counter() - start
     means = (sums[:3] / sums[3]).tolist()
     last = epoch + 1 == settings.epochs

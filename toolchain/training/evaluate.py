@@ -60,7 +60,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if not labels:
-        raise UserError("There are no images to evaluate on.", fix="Check the validation split of --data.")
+        raise UserError("There are no images to evaluate on.", fix="Check the validation split of `data=`.")
     return _accuracy(model, torch.cat(predictions).cpu(), torch.cat(labels).cpu(), reference)
 
 

@@ -342,7 +342,7 @@ def test_numbers_in_fields_of_their_own_type_are_whole_too(tmp_path: Path) -> No
 
 def test_a_model_too_large_for_one_file_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upvits.deploy.graphs.files, "MAX_FILE_BYTES", 1000)
-    with pytest.raises(UserError, match="--save-external-data"):
+    with pytest.raises(UserError, match="`external_data=True`"):
         save_model(small(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
     save_model(small(), tmp_path / "model.onnx", external_data=True)

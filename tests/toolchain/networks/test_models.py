@@ -167,7 +167,7 @@ def test_no_demo_weights_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependencyError, match="cannot be had") as caught:
         toolchain.create_model("deit_tiny", weights="timm")
     assert caught.value.exit_code == 3
-    assert "--weights FILE" in caught.value.fix
+    assert '`weights="FILE"`' in caught.value.fix
 
 
 def test_nothing_is_overwritten_and_nothing_half_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
