@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from upvits.detection.coco import CocoData, Split
+if TYPE_CHECKING:  # the recipe reads this file, and --help the recipe
+    from upvits.detection.coco import CocoData, Split
 
 Config = dict[str, Any]
 

@@ -97,7 +97,7 @@ _PACKAGES = (
     _Package(
         "mmdet",
         "detection",
-        "from detection import openmm; openmm.require()",
+        "from upvits.detection import openmm; openmm.require()",
         "pip install 'upvits-deploy[detection]'",
     ),
     _Package("nvidia-ml-py", "GPU name, clocks and driver in reports", "import pynvml", "pip install nvidia-ml-py"),

@@ -17,7 +17,6 @@ from upvits.deploy.recipe.setting import BENCH, ENGINE, PLAN, REQUIRED, RUN, TRA
 from upvits.deploy.recipe.validation import validated
 from upvits.deploy.recipe.values import Batch, GpuTarget, Precisions, Speedup, TargetLatency
 from upvits.deploy.speed.target import Target
-from upvits.deploy.store.run_dir import read_recipe, read_toml
 from upvits.toolchain.choices import Component, Method
 
 Planner = Literal["uniform", "global", "latency"]
@@ -232,4 +231,6 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Values of a recipe in TOML: a file, or the run directory that holds one."""
+    from upvits.deploy.store.run_dir import read_recipe, read_toml  # not for --help
+
     return read_recipe(path) if path.is_dir() else read_toml(path)
