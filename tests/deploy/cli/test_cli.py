@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,50 @@ def test_devices_and_targets_are_checked_first(
 ) -> None:
     code, _, err = run(capsys, monkeypatch, *PLAN, "-r", "0.5", *option)
     assert (code, option[1] in err) == (2, True)
+
+
+def test_a_resolved_recipe_is_printed_and_can_be_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds what the model and the data decide, and says the same once more when it is given back."""
+    monkeypatch.chdir(tmp_path)
+    code, toml, _ = run(capsys, monkeypatch, "recipe", "-m", "pvtv2_b0", "-r", "0.5", "--precision", "fp32,int8")
+    assert code == 0
+    assert 'model = "pvt_v2_b0"' in toml
+    assert "lr = 0.003" in toml  # of the demo
+    assert 'precision = "fp32,int8"' in toml
+    (tmp_path / "mine.toml").write_text(toml)
+    assert run(capsys, monkeypatch, "recipe", "--recipe", "mine.toml")[:2] == (0, toml)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_tables_are_printed_as_json_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--json")
+    assert (code, json.loads(out)["plan"]["asked"]["ratio"]) == (0, 0.5)
+    code, out, _ = run(capsys, monkeypatch, "models", "pvt_v2_b2_li", "--json")
+    listed = {"name": "pvt_v2_b2_li", "family": "pvt_v2", "embed_dim": [64, 128, 320, 512], "depth": [3, 4, 6, 3]}
+    assert (code, json.loads(out)) == (0, [listed])
+
+
+def test_the_log_goes_to_stderr_at_the_level_that_was_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("upvits.somewhere")
+
+    def say(pattern: str) -> list[object]:
+        log.debug("in detail")
+        log.info("a stage")
+        log.warning("a note")
+        return []
+
+    monkeypatch.setattr("upvits.toolchain.networks.catalogue.architectures", say)
+    assert run(capsys, monkeypatch, "models", "--json") == (0, "[]\n", "a stage\na note\n")
+    monkeypatch.setenv("UPVITS_LOG", "warning")
+    assert run(capsys, monkeypatch, "models", "--json")[2] == "a note\n"
+    monkeypatch.setenv("UPVITS_LOG", "loud")
+    code, _, err = run(capsys, monkeypatch, "models")
+    assert (code, "UPVITS_LOG=loud is no level" in err) == (2, True)
+    monkeypatch.delenv("UPVITS_LOG")
+    for option, shown in (("-v", True), ("-q", False)):
+        err = run(capsys, monkeypatch, "plan", option)[2]
+        assert ("Traceback" in err, "Which model?" in err) == (shown, True)
