@@ -1,6 +1,6 @@
 # The demo in a container:
 #     docker build --tag upvits-deploy .
-#     docker run --rm --volume "$PWD/runs:/runs" upvits-deploy
+#     mkdir -p runs && docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/runs:/runs" upvits-deploy
 # Other commands come after the name: docker run --rm upvits-deploy doctor
 FROM python:3.12-slim
 
@@ -13,9 +13,10 @@ COPY detection detection
 COPY deploy deploy
 RUN pip install --no-cache-dir --constraint constraints.txt '.[tensorrt-rtx,openvino]'
 
-RUN useradd --create-home upvits && mkdir /runs && chown upvits /runs
-USER upvits
+# Any user may run it: results go to /runs, caches to /tmp.
+RUN mkdir --mode=1777 /runs
+USER nobody
+ENV HOME=/tmp
 WORKDIR /
-VOLUME /runs
 ENTRYPOINT ["upvits-deploy"]
 CMD ["build", "--model", "pvtv2_b0", "--ratio", "0.5"]
