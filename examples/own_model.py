@@ -15,17 +15,17 @@ import timm
 from safetensors.torch import load_file
 from torch import nn
 
-from upvits import toolchain
-from upvits.calib_data import demo_weights, open_data, proxy_images
-from upvits.deploy.graphs.export import export_onnx
-from upvits.toolchain.compensation import compress
+import upvits
+from upvits.calib_data import demo_weights
 
 
 def own_network() -> nn.Module:
     """Yours: a trained ViT or PVTv2 of timm. Here a checkpoint of the demo stands in for it."""
-    prepared = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
-    model: nn.Module = timm.create_model("pvt_v2_b0", num_classes=12, pretrained_cfg_overlay=prepared)
-    model.load_state_dict(load_file(demo_weights("pvt_v2_b0") / "model.safetensors"))
+    checkpoint = demo_weights("pvt_v2_b0")
+    assert checkpoint is not None
+    images = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0}
+    model: nn.Module = timm.create_model("pvt_v2_b0", num_classes=12, pretrained_cfg_overlay=images)
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     return model.eval()
 
 
@@ -35,22 +35,23 @@ def main() -> None:
     parser.add_argument("--data", default="demo", help="images, like --data of upvits-deploy")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of every dimension to remove")
     parser.add_argument("--images", type=int, default=512, help="training images to score and refit on")
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning; 0 skips it")
+    parser.add_argument("--no-fine-tuning", action="store_true", help="stop after the cut")
     parser.add_argument("--out", type=Path, default=Path("small"), help="folder to make")
     arguments = parser.parse_args()
 
-    model, data = own_network(), open_data(arguments.data)
-    preprocess = toolchain.preprocess_of(model)
-    images = proxy_images(data, preprocess, arguments.images)
-    scores = toolchain.score(model, images)
-    plan = toolchain.plan(model, scores, ratio=arguments.ratio)
-    small = compress(model, plan, images).model
-    if arguments.epochs:
-        settings = toolchain.DistillSettings(epochs=arguments.epochs, batch_size=32, lr=3e-3)
-        small = toolchain.distill(small, model, data, preprocess, settings).model
-    toolchain.save(small, arguments.out)
-    export_onnx(small, arguments.out / "model.onnx", preprocess)
-    print(f"{toolchain.count_params(model):,} parameters became {toolchain.count_params(small):,}: {arguments.out}")
+    model, data = own_network(), upvits.open_data(arguments.data)
+    images = upvits.calibration_images(model, data, arguments.images)
+    plan = upvits.plan(model, upvits.score(model, images), ratio=arguments.ratio)
+    small = upvits.prune(model, plan, images)
+    if not arguments.no_fine_tuning:
+        small = upvits.distill(small, model, data).model
+
+    upvits.save(small, arguments.out)
+    upvits.export(small, arguments.out / "model.onnx")
+    before, after = upvits.accuracy(model, data).top1, upvits.accuracy(small, data).top1
+    print(f"{upvits.count_params(model):,} parameters became {upvits.count_params(small):,}")
+    print(f"{before:.2f} % top-1 became {after:.2f} %")
+    print(f"The small network is in {arguments.out}")
 
 
 if __name__ == "__main__":

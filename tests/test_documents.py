@@ -1,16 +1,17 @@
 """What the documents tell a reader to type works, what they point to is there, and what is generated is up to date."""
 
 import ast
-import functools
 import pkgutil
 import re
 import shlex
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+import upvits
 from docs import reference
 from upvits.calib_data import errors
 
@@ -44,13 +45,13 @@ def typed_commands(document: str) -> list[list[str]]:
     return [line for line in words if "[OPTIONS]" not in line and "COMMAND" not in line]  # how a command is used
 
 
-@functools.cache
+@cache
 def commands() -> dict[str, Any]:
     """Commands by name, those of groups by both names."""
     return dict(reference.commands())
 
 
-@functools.cache
+@cache
 def options(verb: str) -> set[str]:
     return {name for parameter in commands()[verb].params for name in (*parameter.opts, *parameter.secondary_opts)}
 
@@ -125,9 +126,13 @@ PYTHON = [
 
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_in_the_documents_works(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks run, apart from those about a finished run: these compile, and what they import is there."""
+    """Blocks run, on few images. Those about a whole run compile, and what they import and name of ours is there."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(upvits, "calibration_images", partial(upvits.calibration_images, num_images=64))
     tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "upvits":
+            assert node.attr in upvits.__all__
     if "runs/" in block:
         tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     exec(compile(tree, "block", "exec"), {})
@@ -174,6 +179,10 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 @pytest.mark.parametrize("page", sorted(reference.pages()))
 def test_the_reference_is_up_to_date(page: str) -> None:
     assert text_of(f"docs/{page}") == reference.pages()[page], "options changed: run `make reference`"
+
+
+def test_every_public_name_is_documented() -> None:
+    assert set(re.findall(r"^::: upvits\.(\w+)$", text_of("docs/python.md"), re.MULTILINE)) == set(upvits.__all__)
 
 
 def test_the_readme_is_short() -> None:
