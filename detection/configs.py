@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the recipe reads this file, and --help the recipe
 
 Config = dict[str, Any]
 
+Detector = Literal["retinanet", "mask-rcnn"]
+
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of 0 to 255
 SILENT = "CRITICAL"
 """Level of mmengine's log, which repeats our progress bar and warns about deprecations in other projects."""
@@ -319,6 +321,3 @@ def _sampler(count: int, share: float, *, add_gt: bool) -> Config:
     return {
         "type": "RandomSampler", "num": count, "pos_fraction": share, "neg_pos_ub": -1, "add_gt_as_proposals": add_gt,
     }  # fmt: skip
-
-
-Detector = Literal["retinanet", "mask-rcnn"]
