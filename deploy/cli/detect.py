@@ -138,9 +138,10 @@ def export(
     uint8_input: Annotated[bool, typer.Option("--uint8-input", help="Take raw pixels.")] = False,
 ) -> None:
     """Write a detector as ONNX: levels, decoded boxes, or boxes without overlaps."""
-    from upvits.deploy.detectors.evaluate import export as write
+    from upvits.deploy.detectors.export import export_folder, parse_shape
 
-    write(folder, output, shape, size=None if size is None else sides(size, "--size"), uint8=uint8_input)
+    sizes = None if size is None else sides(size, "--size")
+    export_folder(folder, output, parse_shape(shape), size=sizes, uint8_input=uint8_input)
     print(output)
 
 

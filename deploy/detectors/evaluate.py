@@ -12,7 +12,6 @@ from onnx import TensorProto
 
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
-from upvits.deploy.detectors.export import export_detector
 from upvits.deploy.detectors.flow import read_detect_recipe
 from upvits.deploy.detectors.predictions import Detections, Predictor, in_pytorch, in_session, predict
 from upvits.deploy.detectors.suppression import Limits
@@ -95,18 +94,6 @@ def evaluate(path: Path, data: CocoData, most: int | None = None, *, quiet: bool
     predictions = predict(predictor, data, most, quiet=quiet)
     masks = predictions.ap(data, "segm") if predictor.has_masks and data.val.masks else None
     return Judged(str(path), predictor.run_by, predictions.ap(data), masks, predictions.detections)
-
-
-def export(folder: Path, out: Path, shape: str, *, size: tuple[int, int] | None = None, uint8: bool = False) -> None:
-    """Write a detector folder as ONNX in one of its shapes.
-
-    Raises:
-        UserError: there is no detector, the shape is unknown, or the file exists.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
-    detector, info = load_detector(folder)
-    export_detector(detector, info, out, size or size_for(info.scale), shape=shape, uint8_input=uint8)  # type: ignore[arg-type]
 
 
 def _in_folder(path: Path) -> Predictor:

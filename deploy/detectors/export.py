@@ -16,12 +16,41 @@ from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, with_outpu
 from upvits.deploy.detectors.suppression import limits_of, with_suppression
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import load_model, save_model
+from upvits.deploy.recipe.detect import size_for
 from upvits.detection.decode import DecodedBoxes
-from upvits.detection.detector import DetectorInfo
+from upvits.detection.detector import DetectorInfo, load_detector
 
 Shape = Literal["raw", "decode", "decode+nms"]
 """`raw`: logits and deltas of every level; `decode`: a fixed number of boxes, scores and labels; `decode+nms`: only
 boxes that overlap no better one of their class, those of all images one after the other."""
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for shape in SHAPES:
+        if shape == text:
+            return shape
+    raise UserError(f"Unknown shape {text!r}.", fix=f"Choose one of {', '.join(SHAPES)}.")
+
+
+def export_folder(
+    folder: Path, path: Path, shape: Shape = "decode", *, size: tuple[int, int] | None = None, uint8_input: bool = False
+) -> None:
+    """Write the detector in a folder as ONNX; images have the size of its training by default. Args: `export_detector`.
+
+    Raises:
+        UserError: there is no detector, or the file exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
+    detector, info = load_detector(folder)
+    export_detector(detector, info, path, size or size_for(info.scale), shape=shape, uint8_input=uint8_input)
 
 
 def export_detector(
@@ -49,11 +78,9 @@ def export_detector(
         uint8_input: take raw pixels.
 
     Raises:
-        UserError: another detector, a size that does not fit, or an unknown shape.
+        UserError: another detector, or a size that does not fit.
         BuildError: the exporter stumbled.
     """
-    if shape not in get_args(Shape):
-        raise UserError(f"Unknown shape {shape!r}.", fix=f"Choose one of {', '.join(get_args(Shape))}.")
     whole = whole_graph(detector, info, size, opset=opset, uint8_input=uint8_input)
     save_model(in_shape(whole, shape, size, info), path)
 

@@ -112,21 +112,21 @@ _CLOSE = 1.02
 
 
 def make_detect_recipe(values: dict[str, Any]) -> DetectRecipe:
-    """Validate plain values.
+    """A recipe of plain values.
 
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    return validated(DetectRecipe, values, "This cannot be done", "upvits-deploy detect train")
+    return validated(DetectRecipe, values, "upvits-deploy detect train")
 
 
 def make_prune_recipe(values: dict[str, Any]) -> PruneRecipe:
-    """Validate plain values.
+    """A recipe of plain values.
 
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    return validated(PruneRecipe, values, "This cannot be done", "upvits-deploy detect prune")
+    return validated(PruneRecipe, values, "upvits-deploy detect prune")
 
 
 def resolved(recipe: DetectRecipe) -> DetectRecipe:

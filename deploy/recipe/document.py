@@ -226,7 +226,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         UserError: a value is out of range, of the wrong type, or unknown.
     """
-    return validated(Recipe, values, "The recipe is not valid", "upvits-deploy build")
+    return validated(Recipe, values, "upvits-deploy build")
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Values that people gave, made into documents; what is wrong with them in words."""
+"""Values that people gave, made into recipes; what is wrong with them is said in words."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from upvits.calib_data.errors import UserError
 Document = TypeVar("Document", bound=BaseModel)
 
 
-def validated(document: type[Document], values: Mapping[str, Any], what: str, command: str) -> Document:
-    """A document of these values.
+def validated(document: type[Document], values: Mapping[str, Any], command: str) -> Document:
+    """A recipe of these values.
 
     Args:
         document: its type.
         values: by name of the field.
-        what: the first words of the message, e.g. "The recipe is not valid".
         command: whose `--help` explains the values.
 
     Raises:
@@ -27,12 +26,14 @@ def validated(document: type[Document], values: Mapping[str, Any], what: str, co
     try:
         return document.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(_fault(one["loc"], one["msg"], one["input"]) for one in error.errors()[:4])
-        raise UserError(f"{what}: {faults}.", fix=f"`{command} --help` explains the options.") from error
+        faults = "; ".join(_fault(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()[:4])
+        raise UserError(
+            f"The recipe is not valid: {faults}.", fix=f"`{command} --help` explains the options."
+        ) from error
 
 
 def _fault(place: tuple[int | str, ...], message: str, given: object) -> str:
-    """One fault in words; without a place it is about several values together, and our own sentence."""
+    """One fault in words; a fault without a place is about several values together, and is a sentence of ours."""
     if not place:
         return message.removeprefix("Value error, ")
     return f"{'.'.join(map(str, place))}: {message} (got {given!r})"

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -12,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.detection.conftest import small_retinanet
+from tests.detection.conftest import detect, refused, small_retinanet
 from upvits.calib_data import Preprocess
-from upvits.calib_data.errors import UserError
-from upvits.deploy.detectors.export import Shape, export_detector, in_shape, whole_graph
+from upvits.deploy.detectors.export import SHAPES, in_shape, whole_graph
 from upvits.deploy.detectors.graph import BOX_OUTPUTS, LEVEL_OUTPUTS, network_of, with_network
 from upvits.deploy.detectors.predictions import agreement, by_session, by_torch
 from upvits.deploy.detectors.suppression import Limits, suppress
@@ -23,7 +21,7 @@ from upvits.deploy.graphs.files import load_model
 from upvits.deploy.precision import convert
 from upvits.deploy.runtimes import RUNTIMES, BatchProfile, BuildOptions, open_model
 from upvits.detection.decode import DecodedBoxes, Levels
-from upvits.detection.detector import DetectorInfo
+from upvits.detection.detector import DetectorInfo, save_detector
 from upvits.detection.pictures import Fitted, fit
 
 pytestmark = pytest.mark.usefixtures("mmdet")
@@ -51,9 +49,9 @@ def files(mmdet: None, folders: dict[str, Path], tmp_path_factory: pytest.TempPa
     info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
     place = tmp_path_factory.mktemp("onnx")
     whole = whole_graph(detector, info, SIZE)
-    for shape in get_args(Shape):
+    for shape in SHAPES:
         onnx.save(in_shape(whole, shape, SIZE, info), place / f"{shape}.onnx")
-    return {shape: place / f"{shape}.onnx" for shape in get_args(Shape)}
+    return {shape: place / f"{shape}.onnx" for shape in SHAPES}
 
 
 def test_raw_gives_the_levels(files: dict[str, Path], folders: dict[str, Path]) -> None:
@@ -137,9 +135,9 @@ def test_openvino_runs_it(files: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported(folders: dict[str, Path], tmp_path: Path) -> None:
     detector, model = small_retinanet(folders["dense"], 3)
-    info = DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64))
-    with pytest.raises(UserError, match="Unknown shape"):
-        export_detector(detector, info, tmp_path / "x.onnx", SIZE, shape="boxes")  # type: ignore[arg-type]
+    save_detector(detector, DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64)), tmp_path / "detector")
+    with refused("Unknown shape"):
+        detect("export", tmp_path / "detector", "-o", tmp_path / "x.onnx", "--shape", "boxes")
     assert not (tmp_path / "x.onnx").exists()
 
 
