@@ -100,6 +100,12 @@ class _Parts:
         """Whether timm alone rebuilds the network: its widths are such that timm's own arguments express them."""
         return "upvits" not in self.config
 
+    @property
+    def triton_plan(self) -> Engine | None:
+        """The TensorRT engine that Triton can serve: one that takes single images."""
+        plans = (engine for engine, _ in self.engines if engine.runtime == "tensorrt" and engine.batch.min == 1)
+        return next(plans, None)
+
 
 def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = True) -> Path:
     """Write the hand-over folder of a finished run.
@@ -148,7 +154,9 @@ def _collect(run: Path) -> _Parts:
     """Find and check everything, before anything is written."""
     recipe, report = read_recipe(run), load_report(run)
     exported, tuned = _artifact(run, ONNX_FOLDER), _artifact(run, MODEL_FOLDER)
-    onnx_files = tuple(exported.folder / path for path in exported.manifest.files if path.startswith("pruned/"))
+    onnx_files = tuple(
+        exported.folder / path for path in exported.manifest.files if Path(path).is_relative_to("pruned")
+    )
     model_path = exported.folder / "pruned" / "model.onnx"
     network = tuned.folder / "model"
     if model_path not in onnx_files or "model/config.json" not in tuned.manifest.files:
@@ -288,6 +296,7 @@ def _write(folder: Path, run: Path, parts: _Parts) -> None:
         preprocess=parts.preprocess,
         stock_timm=parts.stock_timm,
         triton=tuple(triton),
+        triton_plan=parts.triton_plan is not None,
         has_report=report.is_file(),
         detector=parts.detector is not None,
     )
@@ -304,11 +313,11 @@ def _copy_engine(folder: Path, engine: Engine, artifact: Artifact, names: Mappin
     """Copy an engine folder as its stage listed it; the engine file itself was checked when it was read."""
     place = Path("engines") / f"{engine.runtime}-{engine.precision}"
     (folder / place).mkdir(parents=True)
-    inside = engine.folder.relative_to(artifact.folder).as_posix() + "/"
+    inside = engine.folder.relative_to(artifact.folder)
     for path in artifact.manifest.files:
-        if not path.startswith(inside):
+        if not Path(path).is_relative_to(inside):
             continue
-        target = folder / place / path.removeprefix(inside)
+        target = folder / place / Path(path).relative_to(inside)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".json":
             _write_text(target, shorten((artifact.folder / path).read_text(encoding="utf-8"), names))
@@ -325,13 +334,19 @@ def _copy_engine(folder: Path, engine: Engine, artifact: Artifact, names: Mappin
 
 
 def _write_triton(folder: Path, parts: _Parts) -> list[str]:
-    plans = [engine for engine, _ in parts.engines if engine.runtime == "tensorrt" and engine.batch.min == 1]
     batch = parts.engines[0][0].batch if parts.engines else BatchProfile()
-    engine = plans[0] if plans else None
     image, answer, labels = parts.image, parts.answer, parts.labels
     int8 = (e for e, _ in parts.engines if (e.runtime, e.precision) == ("onnxruntime", "int8"))
     return write_repository(
-        folder, parts.report.model, parts.onnx_files, engine, image, answer, batch, labels, cpu_int8=next(int8, None)
+        folder,
+        parts.report.model,
+        parts.onnx_files,
+        parts.triton_plan,
+        image,
+        answer,
+        batch,
+        labels,
+        cpu_int8=next(int8, None),
     )
 
 

@@ -20,8 +20,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from upvits.deploy.handover.triton import Port
 from upvits.deploy.report.document import Report
-from upvits.deploy.report.verdict import comparisons, verdict
-from upvits.deploy.report.views.results import AGAINST, precision_remarks
+from upvits.deploy.report.verdict import AGAINST, comparisons, precision_remarks, verdict
 from upvits.deploy.runtimes.interface import Engine
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -45,6 +44,7 @@ class Subject:
         labels: names of the classes; None for a network without classifier.
         stock_timm: timm alone loads the PyTorch folder.
         triton: names of the models in the Triton repository.
+        triton_plan: one of them is a TensorRT engine.
         detector: a detector on this network is in the package.
     """
 
@@ -57,6 +57,7 @@ class Subject:
     preprocess: dict[str, Any]
     stock_timm: bool
     triton: tuple[str, ...]
+    triton_plan: bool
     has_report: bool
     detector: bool = False
 
@@ -198,7 +199,7 @@ def _version(package: str) -> str | None:
 
 def _triton_left_out(subject: Subject) -> str | None:
     """Why there is no TensorRT model in the Triton repository."""
-    if any(name.endswith("_tensorrt") for name in subject.triton):
+    if subject.triton_plan:
         return None
     libraries = {engine.library for engine, _ in subject.engines}
     if "tensorrt" in libraries:

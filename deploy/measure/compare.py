@@ -150,7 +150,7 @@ def compare(
             feeds = {own.name: feeds[own.name] for own in models}
             with GpuMonitor() as monitor:
                 measured = interleave_own(sessions, feeds, settings, quiet=quiet)
-            on_gpu = [own.name for own in models if not own.runtime.on_cpu] if monitor.samples else []
+            on_gpu = [own.name for own in models if own.runtime.on_nvidia] if monitor.samples else []
             joules = {(n, b): joules_per_image(sessions[n], feeds[n][b]) for n in on_gpu for b in batches}
         rates = _throughputs(models, folders, feeds, [n for n in streams if n > 1], options, seconds, quiet=quiet)
     return Comparison(

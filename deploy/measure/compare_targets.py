@@ -20,7 +20,7 @@ from upvits.deploy.graphs.nodes import copied, graph_inputs
 from upvits.deploy.runtimes import BUILD_RECORD, RUNTIMES, Arrays, Engine, Runtime, read_engine, runtime_named
 from upvits.deploy.runtimes.engine_folder import require
 from upvits.deploy.runtimes.nvinfer import device_here
-from upvits.deploy.store.artifacts import open_artifact
+from upvits.deploy.store.artifacts import has_final_name, open_artifact
 from upvits.deploy.store.run_dir import RECIPE
 
 _MEMORY_SHARE = 0.25  # of what is free, for the inputs of one call
@@ -233,7 +233,7 @@ def _of_run(
     run: Path, label: str, wanted: Sequence[Runtime] | None, batches: Sequence[int]
 ) -> tuple[list[Target], list[Skipped]]:
     targets, skipped = [], []
-    stages = [stage for stage in sorted(run.glob("5-engine/*")) if _is_finished(stage)]
+    stages = [stage for stage in sorted(run.glob("5-engine/*")) if has_final_name(stage)]
     graphs = _current_graphs(run)
     for folder in (record.parent for stage in stages for record in sorted(stage.glob(f"*/{BUILD_RECORD}"))):
         try:
@@ -254,17 +254,12 @@ def _of_run(
     return targets, skipped
 
 
-def _is_finished(stage: Path) -> bool:
-    """Whether a stage's folder has its final name: not one in the making, nor one that was replaced."""
-    return not stage.name.startswith(".") and ".replaced-" not in stage.name
-
-
 def _current_graphs(run: Path) -> set[str]:
     """Digests of the exported graphs of a run, and of those that were made of them in other precisions."""
     exported = open_artifact(run / "4-export")
     if exported is None:
         return set()
-    made = [open_artifact(stage) for stage in sorted(run.glob("4-precision/*")) if _is_finished(stage)]
+    made = [open_artifact(stage) for stage in sorted(run.glob("4-precision/*")) if has_final_name(stage)]
     return {
         exported.digest,
         *(own.digest for own in made if own and own.manifest.inputs.get("onnx") == exported.digest),

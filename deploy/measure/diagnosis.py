@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from upvits.deploy.measure.bench import LAUNCH_BOUND, LatencyStats
 from upvits.deploy.measure.document import Finding, Latency
 from upvits.deploy.measure.layer_table import layer_table
+from upvits.deploy.runtimes import RUNTIMES
 from upvits.deploy.runtimes.interface import Built, LayerTime
 
 TRUSTED_SUM = 1.3
 """Layers that add up to more than so many times a call were slowed down by the profiler, each in its own way."""
 
-_CPU_RUNTIMES = ("onnxruntime", "openvino")
 _SHORT_LAYER_MS = {"cpu": 0.010, "gpu": 0.005}  # starting a layer costs about as much as such a one computes
 _NO_WORK = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _SHORT_SHARE = 0.4
@@ -96,7 +96,7 @@ def diagnose(
     gain = speedup if speedup is not None else dense.latency.median / pruned.latency.median
     if not falls_short(dense.macs / pruned.macs, gain):
         return []
-    cpu = runtime in _CPU_RUNTIMES
+    cpu = RUNTIMES[runtime].on_cpu
     where = f"{runtime} {precision}, batch {batch}"
     if runtime == "onnxruntime" and (cost := _profiling_cost([*dense.layers, *pruned.layers])) > 0:
         dense, pruned = _faster_layers(dense, cost), _faster_layers(pruned, cost)
@@ -152,7 +152,7 @@ def _launch_bound(pruned: Measured, runtime: str, batch: int) -> Finding | None:
     # layers were profiled at another moment: the difference means something only where the clock stands still
     if pruned.layers and not pruned.latency.unstable and total < (1 - _BETWEEN_SHARE) * own:
         evidence.append(f"its {len(pruned.layers)} layers take {total:.2f} of {own:.2f} ms, the rest passes in between")
-    limit = _SHORT_LAYER_MS["cpu" if runtime in _CPU_RUNTIMES else "gpu"]
+    limit = _SHORT_LAYER_MS["cpu" if RUNTIMES[runtime].on_cpu else "gpu"]
     short = [layer.ms for layer in pruned.layers if layer.ms < limit]
     if total and sum(short) >= _SHORT_SHARE * total:
         evidence.append(
@@ -164,7 +164,7 @@ def _launch_bound(pruned: Measured, runtime: str, batch: int) -> Finding | None:
     advice = f"More images per call (batch {batch} here) spread the fixed cost of starting a layer. "
     if runtime == "onnxruntime":
         advice += "Compare a runtime that fuses more layers (--runtime openvino). "
-    elif not runtime.startswith("openvino"):
+    elif RUNTIMES[runtime].on_nvidia:
         advice += "--cuda-graph replays all launches at once. "
     advice += "Fewer blocks pay more here than narrower ones: prune a shallower model."
     return Finding(cause="launch-bound", evidence=_sentence("In the pruned model, ", evidence), advice=advice)

@@ -5,12 +5,16 @@ Nothing here is measured, and nothing is typed in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from upvits.deploy.measure.diagnosis import falls_short
 from upvits.deploy.measure.document import Best, Latency
 from upvits.deploy.report.document import AccuracyFigures, Report
+from upvits.deploy.runtimes import RUNTIMES
 
-_GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+AGAINST = "against the fp32 graph, which was held against PyTorch"
+"""What accuracies of precisions are relative to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,9 @@ class Comparison:
     high: float | None
 
 
-def on_gpu(runtime: str) -> bool:
-    """Whether a runtime's engines run on an NVIDIA GPU."""
-    return runtime in _GPU_RUNTIMES
+def on_nvidia(runtime: str) -> bool:
+    """Whether a runtime's engines run on an NVIDIA GPU; no, for a runtime of another version that is unknown here."""
+    return runtime in RUNTIMES and RUNTIMES[runtime].on_nvidia
 
 
 def comparisons(report: Report) -> list[Comparison]:
@@ -72,7 +76,7 @@ def device_of(report: Report) -> str:
     """Name what the headline was measured on: the GPU of a GPU runtime, otherwise the processor."""
     best = headline(report)
     gpus = report.environment.get("gpus")
-    if best is not None and best.runtime in _GPU_RUNTIMES and gpus:
+    if best is not None and on_nvidia(best.runtime) and gpus:
         return str(gpus[0]["name"])
     return str(report.environment.get("cpu", ""))
 
@@ -92,19 +96,19 @@ def cost_of(report: Report, best: Best) -> AccuracyFigures | None:
 def shortfall(report: Report) -> str | None:
     """Say so when latency fell far less than the MACs did (less than half of the way), and what that points to."""
     macs_gain = report.dense.macs / report.pruned.macs
-    found = comparisons(report)
-    short = [c for c in found if c.speedup < 1 + (macs_gain - 1) / 2]
-    if macs_gain <= 1 or not short:
+    pairs = comparisons(report)
+    short = [pair for pair in pairs if falls_short(macs_gain, pair.speedup)]
+    if not short:
         return None
     least = min(short, key=lambda c: c.speedup)
     text = (
-        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(found)} measurements, "
+        f"MACs fell {macs_gain:.1f}x, latency less than half as far in {len(short)} of {len(pairs)} measurements, "
         f"least on {least.runtime} {least.precision} at batch {least.batch}: {least.speedup:.2f}x. "
         "MACs count only matrix products and convolutions. "
         "Reading and writing activations, normalisation and softmax shrink with the width instead of its square, and "
         "the cost of starting each layer does not shrink at all."
     )
-    small, large = min(short, key=lambda c: c.batch), max(found, key=lambda c: c.batch)
+    small, large = min(short, key=lambda c: c.batch), max(pairs, key=lambda c: c.batch)
     if small.batch < large.batch and large.speedup > 1.1 * small.speedup:
         text += " The gain is larger at larger batches, so at small ones the fixed cost per layer dominates."
     return text
@@ -116,6 +120,40 @@ def small_proxy(groups: int, worst: str, overlap: float) -> str:
         f"The proxy set is small: in {groups} groups its two halves choose other units (least in {worst}: "
         f"{100 * overlap:.0f} % the same). More --proxy-images make the choice steadier."
     )
+
+
+def precision_remarks(report: Report) -> list[str]:
+    """How the graphs of each precision were made: what stays in fp32, calibration, layers that were put back."""
+    fp32 = sorted({kind for a in report.accuracy for kind in a.in_fp32})
+    remarks = [f"Around fp16 and bf16 layers, fp32 stays in {', '.join(fp32)}."] if fp32 else []
+    calibrated: dict[str, list[str]] = {}
+    kept: dict[str, list[str]] = {}
+    for a in report.accuracy:
+        if a.calibration_images is not None:
+            how = f"(digest {(a.calibration_digest or 'unknown')[:12]}, method {a.calibration_method})"
+            calibrated.setdefault(f"calibrated on {a.calibration_images} images {how}.", []).append(a.precision)
+        if a.kept:
+            kept.setdefault(_put_back(a), []).append(f"{a.model} {a.runtime} {a.precision}")
+    remarks += [f"{_listed(precisions)} {text}" for text, precisions in calibrated.items()]
+    return remarks + [f"{_listed(names)}: {text}" for text, names in kept.items()]
+
+
+def _put_back(figures: AccuracyFigures) -> str:
+    """The layers that the search put back, and what that was good for."""
+    text = f"kept in {figures.rest or 'higher precision'}: {', '.join(figures.kept)}."
+    if figures.drop_without_search is None:
+        return text
+    before = figures.drop_without_search
+    many = len(figures.kept)
+    text += f" Without putting {'this layer' if many == 1 else f'these {many} layers'} back it "
+    text += f"{'lost' if before >= 0 else 'gained'} {abs(before):.2f} points"
+    if figures.graphs_tried is not None:
+        text += f"; {figures.graphs_tried} graphs were tried, judged on the same validation images"
+    return text + "."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def _speed_part(best: Best | None, report: Report) -> list[str]:

@@ -244,6 +244,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def on_nvidia(self) -> bool:
+        """Whether engines run on an NVIDIA GPU, which NVML knows."""
+        ...
+
+    @property
     def has_targets(self) -> bool:
         """Whether an engine is built for GPUs of some compute capabilities, and runs on no other ones."""
         ...

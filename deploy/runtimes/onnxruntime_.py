@@ -66,6 +66,10 @@ class OnnxRuntime:
         return self.provider == providers.CPU
 
     @property
+    def on_nvidia(self) -> bool:
+        return not self.on_cpu
+
+    @property
     def has_batch_profile(self) -> bool:
         return self.provider in (providers.TENSORRT, providers.TENSORRT_RTX)
 

@@ -72,6 +72,7 @@ class OpenVino:
     device: str
     base_precision: str
     libraries: tuple[str, ...] = ("openvino",)
+    on_nvidia: bool = False
     has_targets: bool = False
     has_batch_profile: bool = False
 

@@ -31,6 +31,7 @@ class TensorRt:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
     base_precision: str = "fp16"
     on_cpu: bool = False
+    on_nvidia: bool = True
     has_targets: bool = True
     has_batch_profile: bool = True
     libraries: tuple[str, ...] = ("tensorrt",)

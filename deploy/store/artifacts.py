@@ -203,6 +203,11 @@ def open_artifact(folder: Path) -> Artifact | None:
     return Artifact(folder, manifest, skipped=True)
 
 
+def has_final_name(folder: Path) -> bool:
+    """Whether a stage's folder is in its place: neither in the making nor set aside for a newer one."""
+    return not folder.name.startswith(".") and ".replaced-" not in folder.name
+
+
 def stage_key(name: str, version: int, settings: Mapping[str, object], inputs: Mapping[str, str]) -> str:
     """Return the sha256 (hexadecimal) that decides whether an artifact still answers what is asked for."""
     return canonical_digest({"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)})

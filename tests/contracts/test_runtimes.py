@@ -89,7 +89,7 @@ def options_for(precision: str = "fp32") -> BuildOptions:
 
 def test_a_runtime_says_what_its_engines_run_on(runtime: Runtime) -> None:
     assert runtime.on_cpu == (runtime.base_precision == "fp32")  # no CPU of today computes in fp16
-    assert not (runtime.on_cpu and (runtime.has_targets or runtime.has_batch_profile))
+    assert not (runtime.on_cpu and (runtime.on_nvidia or runtime.has_targets or runtime.has_batch_profile))
     assert {"fp32", runtime.base_precision} <= {*runtime.precisions}
 
 

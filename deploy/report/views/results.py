@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from upvits.deploy.measure.document import Best, Latencies, Latency
-from upvits.deploy.report.document import AccuracyFigures, Report
-from upvits.deploy.report.verdict import Comparison, comparisons, headline
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import AGAINST, Comparison, comparisons, headline, precision_remarks
 from upvits.deploy.report.views.section import (
     MINUS,
     Cell,
@@ -23,9 +23,6 @@ from upvits.deploy.report.views.section import (
     times,
     words,
 )
-
-AGAINST = "against the fp32 graph, which was held against PyTorch"
-"""What accuracies of precisions are relative to."""
 
 
 def result(report: Report) -> Section:
@@ -160,40 +157,6 @@ def accuracy(report: Report) -> Section:
         terminal=(0, 1, 2, 3, 4, 5, 6),
         sortable=True,
     )  # fmt: skip
-
-
-def precision_remarks(report: Report) -> list[str]:
-    """How the graphs of each precision were made: what stays in fp32, calibration, layers that were put back."""
-    fp32 = sorted({kind for a in report.accuracy for kind in a.in_fp32})
-    remarks = [f"Around fp16 and bf16 layers, fp32 stays in {', '.join(fp32)}."] if fp32 else []
-    calibrated: dict[str, list[str]] = {}
-    kept: dict[str, list[str]] = {}
-    for a in report.accuracy:
-        if a.calibration_images is not None:
-            how = f"(digest {(a.calibration_digest or 'unknown')[:12]}, method {a.calibration_method})"
-            calibrated.setdefault(f"calibrated on {a.calibration_images} images {how}.", []).append(a.precision)
-        if a.kept:
-            kept.setdefault(_put_back(a), []).append(f"{a.model} {a.runtime} {a.precision}")
-    remarks += [f"{_listed(precisions)} {text}" for text, precisions in calibrated.items()]
-    return remarks + [f"{_listed(names)}: {text}" for text, names in kept.items()]
-
-
-def _put_back(figures: AccuracyFigures) -> str:
-    """The layers that the search put back, and what that was good for."""
-    text = f"kept in {figures.rest or 'higher precision'}: {', '.join(figures.kept)}."
-    if figures.drop_without_search is None:
-        return text
-    before = figures.drop_without_search
-    many = len(figures.kept)
-    text += f" Without putting {'this layer' if many == 1 else f'these {many} layers'} back it "
-    text += f"{'lost' if before >= 0 else 'gained'} {abs(before):.2f} points"
-    if figures.graphs_tried is not None:
-        text += f"; {figures.graphs_tried} graphs were tried, judged on the same validation images"
-    return text + "."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
 
 
 def measured(latencies: Latencies) -> Iterator[tuple[str, str, int, Latency]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from upvits.deploy.measure.bench import UNSTABLE_CV
 from upvits.deploy.report.document import BuiltFigures, Report
-from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_gpu, shortfall, small_proxy
+from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_nvidia, shortfall, small_proxy
 from upvits.deploy.report.views.results import engine_bytes, measured, precisions
 from upvits.deploy.report.views.section import inline, short_count, signed, three_digits
 
@@ -59,7 +59,7 @@ def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
         for name, wanted in built.planned.items()
         if name != "fp32" and built.gemms.get(name, 0) < wanted
     ]
-    if on_gpu(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
+    if on_nvidia(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
         short.append(f"{built.attention_fused} of {built.attention_blocks} attention blocks fused")
     return short
 
