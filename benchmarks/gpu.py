@@ -196,7 +196,8 @@ def _row(
     images = np.random.default_rng(0).standard_normal((batch, *networks.size)).astype(np.float32)
     both = dict(zip(("dense", "pruned"), sessions, strict=True))
     try:
-        report = interleave(both, {batch: {sessions[0].input_names[0]: images}}, settings)
+        feeds = {batch: {sessions[0].input_names[0]: images}}
+        report = interleave(both, dict.fromkeys(both, feeds), settings)
     except torch.OutOfMemoryError as error:  # smaller batches were fine, and so is the next way
         return Row(networks.name, str(way), batch, failed=_reason(error))
     ratio = report.ratio("dense", "pruned", batch)

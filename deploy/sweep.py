@@ -312,7 +312,7 @@ def _table(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Se
         for point in sorted(points, key=lambda own: own.ms)
     )
     return Section(
-        f"runtime-{runtime}",
+        "runtime",
         f"{runtime}, batch {found.batch}, {found.device}",
         ("run", "precision", "ms", "faster", found.accuracy, "MACs", "MACs, %", "Pareto"),
         rows,
@@ -320,4 +320,5 @@ def _table(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Se
         text_columns=(0, 1, 7),
         terminal=(0, 1, 2, 3, 4, 6, 7),
         sortable=True,
+        part=runtime,
     )

@@ -178,7 +178,8 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> None:
     """Compare the latency of any models in turns: the first is what the others are held against."""
-    from upvits.deploy.measure.compare import check_output, compare, comparison_table
+    from upvits.deploy.measure.compare import compare
+    from upvits.deploy.measure.compare_result import check_output, comparison_table
     from upvits.deploy.store.artifacts import atomic_write, disk_errors
 
     if output is not None:

@@ -164,7 +164,7 @@ def _measured(work: Work, engines: Sequence[Artifact]) -> LatencyReport | None:
         feeds = _feeds(work, next(iter(sessions.values())).input_names[0])
         pairs = max(1, len(sessions) // len(work.detectors))
         settings = BenchSettings(seconds=bench.seconds * pairs, warmup=bench.warmup, rounds=bench.rounds)
-        return interleave(sessions, feeds, settings, quiet=work.job.quiet)
+        return interleave(sessions, dict.fromkeys(sessions, feeds), settings, quiet=work.job.quiet)
 
 
 def _feeds(work: Work, name: str) -> dict[int, dict[str, Pixels]]:

@@ -182,16 +182,17 @@ def _collect(run: Path) -> _Parts:
 
 def _detector(run: Path, tuned: Artifact) -> Path | None:
     """The detector that was trained on this very network."""
-    found = open_artifact(run / DETECTOR_FOLDER)
-    same = found is not None and found.manifest.inputs.get("backbone") == tuned.digest
-    return found.folder / "model.onnx" if found is not None and same and "model.onnx" in found.manifest.files else None
+    detector = open_artifact(run / DETECTOR_FOLDER)
+    if detector is None or detector.manifest.inputs.get("backbone") != tuned.digest:
+        return None
+    return detector.folder / "model.onnx" if "model.onnx" in detector.manifest.files else None
 
 
 def _artifact(run: Path, name: str) -> Artifact:
-    found = open_artifact(run / name)
-    if found is None:
+    artifact = open_artifact(run / name)
+    if artifact is None:
         raise _incomplete(run, f"{name} is missing, or a file in it was changed")
-    return found
+    return artifact
 
 
 def _incomplete(run: Path, what: str) -> UserError:
@@ -203,8 +204,8 @@ def _incomplete(run: Path, what: str) -> UserError:
 
 
 def _engines(run: Path, report: Report) -> list[tuple[Engine, Artifact]]:
-    best = {one.runtime: one.precision for one in report.best}
-    found = []
+    best = {choice.runtime: choice.precision for choice in report.best}
+    engines = []
     for figures in report.engines:
         measured = figures.runtime in report.pruned.latency_ms
         chosen = best.get(figures.runtime) == figures.precision if measured else True
@@ -214,8 +215,8 @@ def _engines(run: Path, report: Report) -> list[tuple[Engine, Artifact]]:
         if not folder.resolve().is_relative_to(run):
             raise UserError(f"{REPORT} names an engine outside of the run: {figures.path}.")
         artifact = _artifact(run, folder.parent.relative_to(run).as_posix())
-        found.append((read_engine(folder), artifact))
-    return found
+        engines.append((read_engine(folder), artifact))
+    return engines
 
 
 def _labels(metadata: Mapping[str, str], config: Mapping[str, Any], answer: Port) -> tuple[str, ...] | None:

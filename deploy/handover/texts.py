@@ -123,11 +123,11 @@ def model_card(subject: Subject) -> str:
 def shortened_paths(run: Path, recipe: Mapping[str, Any], report: Report) -> dict[str, str]:
     """Absolute paths in a run's documents, and the last component of each to show instead."""
     values = [*_strings(recipe), *_strings(report.model_dump(mode="json"))]
-    found = {match.group() for value in values for match in _ABSOLUTE.finditer(value)}
+    paths = {match.group() for value in values for match in _ABSOLUTE.finditer(value)}
     # a specification such as imagefolder:/data/my photos may hold spaces, which the pattern cannot follow
     whole = [part for value in _strings(recipe) for part in (value, value.partition(":")[2])]
-    found |= {part for part in whole if Path(part).is_absolute()}
-    return {path: re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in {*found, str(run)}}
+    paths |= {part for part in whole if Path(part).is_absolute()}
+    return {path: re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in {*paths, str(run)}}
 
 
 def shorten(text: str, names: Mapping[str, str]) -> str:
@@ -139,8 +139,8 @@ def shorten(text: str, names: Mapping[str, str]) -> str:
 
 
 def _examples(subject: Subject) -> list[_Example]:
-    found = [_example(engine, file) for engine, file in subject.engines]
-    examples = [example for example in found if example is not None]
+    drafts = [_example(engine, file) for engine, file in subject.engines]
+    examples = [example for example in drafts if example is not None]
     if not any(example.file == "run_onnxruntime.py" for example in examples):
         provider = {"engine": "model/model.onnx", "provider": _CPU, "options": ""}
         needs = _pinned("onnxruntime", _version("onnxruntime") or _version("onnxruntime-gpu"))
@@ -186,8 +186,8 @@ def _with_basics(*needs: str) -> tuple[str, ...]:
     return (*needs, *(_pinned(name, _version(name)) for name in ("numpy", "pillow")))
 
 
-def _pinned(package: str, found: str | None) -> str:
-    return package if found is None else f"{package}=={found}"
+def _pinned(package: str, release: str | None) -> str:
+    return package if release is None else f"{package}=={release}"
 
 
 def _version(package: str) -> str | None:
@@ -213,8 +213,8 @@ def _strings(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [found for item in value.values() for found in _strings(item)]
-    return [found for item in value for found in _strings(item)] if isinstance(value, (list, tuple)) else []
+        return [text for item in value.values() for text in _strings(item)]
+    return [text for item in value for text in _strings(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _render(name: str, **values: object) -> str:

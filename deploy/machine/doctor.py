@@ -153,8 +153,8 @@ def _python() -> Check:
 
 
 def _packages(packages: Sequence[_Package]) -> Iterator[Check]:
-    there = [package for package in packages if installed(package.name)]
-    troubles = _load(there)
+    present = [package for package in packages if installed(package.name)]
+    troubles = _load(present)
     for package in packages:
         version = installed(package.name)
         trouble = troubles.get(package.name)

@@ -125,7 +125,7 @@ class GpuMonitor:
             "seconds": self.samples[-1].seconds,
             "samples": len(self.samples),
             "before": asdict(self.samples[0]),
-            "during": {name: found for name, found in during.items() if found is not None},
+            "during": {name: value for name, value in during.items() if value is not None},
             "after": asdict(self.samples[-1]),
             "throttled": {r: sum(r in s.throttled for s in self.samples) / len(self.samples) for r in reasons},
             "joules": self.joules,

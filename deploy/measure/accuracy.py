@@ -76,10 +76,10 @@ def accuracy(reference: Array, candidate: Array, labels: Array, name: str = "the
             why="Values overflow in this precision.",
             fix="Use another precision: bf16 has the range of fp32.",
         )
-    chosen, wanted = candidate.argmax(1), reference.argmax(1)
+    predicted, expected = candidate.argmax(1), reference.argmax(1)
     labelled = int((labels >= 0).sum())
-    agreeing = int((chosen == wanted).sum())
-    right, right_before = (int(((answer == labels) & (labels >= 0)).sum()) for answer in (chosen, wanted))
+    agreeing = int((predicted == expected).sum())
+    right, right_before = (int(((answer == labels) & (labels >= 0)).sum()) for answer in (predicted, expected))
     # from counts: a difference of two percentages may miss a limit by its last bit
     drop = 100.0 * (right_before - right) / labelled if labelled else 100.0 * (len(labels) - agreeing) / len(labels)
     return Accuracy(

@@ -139,33 +139,12 @@ class LatencyReport:
 
 def interleave(
     sessions: Mapping[str, Session],
-    feeds: Mapping[int, Arrays],
-    settings: BenchSettings | None = None,
-    *,
-    quiet: bool = True,
-) -> LatencyReport:
-    """Measure any number of sessions in turns, all with the same inputs.
-
-    Args:
-        sessions: by name.
-        feeds: inputs by batch size.
-        settings: how long and how often; default `BenchSettings()`.
-        quiet: no progress bar.
-
-    Raises:
-        UserError: there is no session or no batch to measure.
-    """
-    return interleave_own(sessions, dict.fromkeys(sessions, feeds), settings, quiet=quiet)
-
-
-def interleave_own(
-    sessions: Mapping[str, Session],
     feeds: Mapping[str, Mapping[int, Arrays]],
     settings: BenchSettings | None = None,
     *,
     quiet: bool = True,
 ) -> LatencyReport:
-    """Measure sessions in turns, each with inputs of its own, at the batch sizes that it has inputs for.
+    """Measure sessions in turns, each at the batch sizes that it has inputs for.
 
     Args:
         sessions: by name.
@@ -176,7 +155,7 @@ def interleave_own(
     Raises:
         UserError: there is no session or no batch to measure.
     """
-    batches = list(dict.fromkeys(batch for own in feeds.values() for batch in own))
+    batches = list(dict.fromkeys(batch for inputs in feeds.values() for batch in inputs))
     if not batches:
         raise UserError(
             "nothing to measure", why=f"{len(sessions)} sessions and {len(batches)} batch sizes were given."
@@ -188,23 +167,23 @@ def interleave_own(
     with progress_bar(quiet=quiet) as progress:
         task = progress.add_task("latency", total=len(batches) * settings.rounds)
         for batch in batches:
-            taking = {name: (sessions[name], own[batch]) for name, own in feeds.items() if batch in own}
+            taking = {name: (sessions[name], inputs[batch]) for name, inputs in feeds.items() if batch in inputs}
             measured = _measure(taking, settings, lambda: progress.advance(task))
             for name, rounds in measured.items():
                 stats[name][batch] = latency_stats(rounds, batch)
-                medians[name][batch] = tuple(float(np.median(own.total)) * 1e3 for own in rounds)
-                seconds += sum(float(own.total.sum()) for own in rounds)
+                medians[name][batch] = tuple(float(np.median(times.total)) * 1e3 for times in rounds)
+                seconds += sum(float(times.total.sum()) for times in rounds)
     settings_used = {name: dict(session.settings) for name, session in sessions.items()}
     return LatencyReport(stats, medians, settings_used, settings, seconds)
 
 
 def latency_stats(rounds: Sequence[CallTimes], batch: int) -> LatencyStats:
     """Statistics of calls that were timed in one or more rounds."""
-    ms = np.concatenate([np.asarray(own.total, np.float64) for own in rounds]) * 1e3
+    ms = np.concatenate([np.asarray(times.total, np.float64) for times in rounds]) * 1e3
     quantiles = np.percentile(ms, np.arange(0, 101, 2)).tolist()
     p90, p95, p99 = np.percentile(ms, (90, 95, 99)).tolist()
     mean, median = float(ms.mean()), float(np.median(ms))
-    of_rounds = np.array([np.median(own.total) for own in rounds]) * 1e3
+    medians = np.array([np.median(times.total) for times in rounds]) * 1e3
     cv = float(ms.std() / mean)
     return LatencyStats(
         batch=batch,
@@ -216,7 +195,7 @@ def latency_stats(rounds: Sequence[CallTimes], batch: int) -> LatencyStats:
         p95=p95,
         p99=p99,
         cv=cv,
-        drift=float(1.4826 * np.median(np.abs(of_rounds - np.median(of_rounds))) / np.median(of_rounds)),
+        drift=float(1.4826 * np.median(np.abs(medians - np.median(medians))) / np.median(medians)),
         quantiles=tuple(quantiles),
         images_per_second=batch * 1e3 / median,
         unstable=cv > UNSTABLE_CV,
@@ -246,7 +225,9 @@ def throughput(open_session: Callable[[], Session], feeds: Arrays, streams: int,
         for _ in range(streams):
             sessions.append(open_session())
         # one after the other: runtimes may not record CUDA graphs while other threads use the device
-        chunks = [max(1, int(_WARMUP_CHUNK_SECONDS / _warm_up(own, feeds, BenchSettings()))) for own in sessions]
+        chunks = [
+            max(1, int(_WARMUP_CHUNK_SECONDS / _warm_up(session, feeds, BenchSettings()))) for session in sessions
+        ]
         barrier = threading.Barrier(streams)
 
         def stream(session: Session, chunk: int) -> float:
@@ -287,16 +268,16 @@ def batch_of(feeds: Arrays) -> int:
 
 
 def _measure(
-    taking: Mapping[str, tuple[Session, Arrays]], settings: BenchSettings, advance: Callable[[], None]
+    participants: Mapping[str, tuple[Session, Arrays]], settings: BenchSettings, advance: Callable[[], None]
 ) -> dict[str, list[CallTimes]]:
     """Call times of every session in every round, at one batch size."""
-    share = settings.seconds / len(taking)
-    calls = {name: _calls_per_round(_warm_up(*own, settings), share, settings) for name, own in taking.items()}
-    rounds: dict[str, list[CallTimes]] = {name: [] for name in taking}
+    share = settings.seconds / len(participants)
+    calls = {name: _calls_per_round(_warm_up(*work, settings), share, settings) for name, work in participants.items()}
+    rounds: dict[str, list[CallTimes]] = {name: [] for name in participants}
     for number in range(settings.rounds):
         # Every other round runs backwards, so that nobody always follows the same neighbour.
-        for name in list(taking)[:: 1 if number % 2 == 0 else -1]:
-            session, feed = taking[name]
+        for name in list(participants)[:: 1 if number % 2 == 0 else -1]:
+            session, feed = participants[name]
             session.time(feed, 1)  # the neighbour has filled the caches with its own weights
             rounds[name].append(session.time(feed, calls[name]))
         advance()
@@ -318,25 +299,25 @@ def _calls_per_round(seconds_per_call: float, share: float, settings: BenchSetti
 
 
 def _median_of_part(rounds: Sequence[CallTimes], part: str) -> float | None:
-    found: list[Floats] = [times for own in rounds if (times := getattr(own, part)) is not None]
-    return float(np.median(np.concatenate(found))) * 1e3 if found else None
+    parts: list[Floats] = [times for calls in rounds if (times := getattr(calls, part)) is not None]
+    return float(np.median(np.concatenate(parts))) * 1e3 if parts else None
 
 
 def _warnings(stats: LatencyStats) -> list[str]:
-    found = []
+    warnings = []
     if stats.compute is not None:
         if stats.enqueue is not None and stats.enqueue > LAUNCH_BOUND * stats.compute:
-            found.append(
+            warnings.append(
                 f"launch-bound: submitting the work takes {stats.enqueue:.3f} ms, the GPU {stats.compute:.3f} ms; "
                 "a CUDA graph or a larger batch helps"
             )
         copies = [("input to the GPU", stats.h2d), ("output back", stats.d2h)]
-        found += [
+        warnings += [
             f"copying the {what} takes {ms:.3f} ms, longer than computing ({stats.compute:.3f} ms)"
             for what, ms in copies
             if ms is not None and ms > stats.compute
         ]
     if stats.unstable:
         cause = "clocks or other jobs changed meanwhile" if stats.drift > UNSTABLE_CV else "single calls jitter"
-        found.append(f"unstable: CV {100 * stats.cv:.1f} %, between rounds {100 * stats.drift:.1f} %; {cause}")
-    return found
+        warnings.append(f"unstable: CV {100 * stats.cv:.1f} %, between rounds {100 * stats.drift:.1f} %; {cause}")
+    return warnings

@@ -8,13 +8,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.progress import progress_bar
@@ -24,12 +19,14 @@ from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.bench import (
     BenchSettings,
     LatencyReport,
-    interleave_own,
+    interleave,
     joules_per_image,
     throughput,
 )
-from upvits.deploy.measure.compare_targets import Skipped, Target, activation_bytes, find_targets, random_feeds
+from upvits.deploy.measure.compare_result import ComparedModel, Comparison, Figure, Skip, StreamFigure
+from upvits.deploy.measure.compare_targets import Skipped, Target, find_targets
 from upvits.deploy.measure.document import Latency
+from upvits.deploy.measure.inputs import activation_bytes, random_feeds
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
 from upvits.deploy.runtimes.engine_folder import check_built
 
@@ -38,69 +35,6 @@ _MOST_THROUGHPUT_SECONDS = 3.0
 _SAME_NAMES = (
     "min", "median", "mean", "p90", "p95", "p99", "cv", "unstable", "h2d", "compute", "d2h", "enqueue",
 )  # fmt: skip
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ComparedModel(_Document):
-    """One model in one runtime; `name` is unique, `label` without the runtime. `session` is what it ran with."""
-
-    name: str
-    label: str
-    path: str
-    runtime: str
-    precision: str
-    session: dict[str, Any]
-
-
-class Figure(_Document):
-    """One model at one batch size.
-
-    `speedup` is how many times faster than the first model it is: the median over rounds of the ratio of medians
-    within a round; `low` and `high` the 10th and 90th percentile over rounds. `rounds_ms` are those medians.
-    """
-
-    name: str
-    batch: int
-    latency: Latency
-    drift: float
-    speedup: float
-    low: float
-    high: float
-    rounds_ms: list[float]
-
-
-class StreamFigure(_Document):
-    """Images per second of so many sessions of one model at the same time."""
-
-    name: str
-    batch: int
-    streams: int
-    images_per_s: float
-
-
-class Skip(_Document):
-    """An engine that was not measured, and why."""
-
-    name: str
-    why: str
-
-
-class Comparison(_Document):
-    """What was compared, on what, and how. Latency in milliseconds per call; inputs are random numbers."""
-
-    format_version: Literal[1] = 1
-    reference: str
-    models: list[ComparedModel]
-    figures: list[Figure]
-    throughput: list[StreamFigure]
-    skipped: list[Skip]
-    warnings: list[str]
-    measurement: dict[str, Any]
-    gpu: dict[str, Any]
-    environment: dict[str, Any]
 
 
 def compare(
@@ -140,99 +74,33 @@ def compare(
     settings = BenchSettings(seconds=seconds)
     models, skipped = find_targets(targets, runtimes, batches)
     # before anything is built or opened: this finds open sizes and absurd ones
-    feeds = {own.name: {b: random_feeds(own.inputs, b, input_shapes, own.label) for b in batches} for own in models}
+    feeds = {
+        target.name: {b: random_feeds(target.inputs, b, input_shapes, target.label) for b in batches}
+        for target in models
+    }
     _check_memory(models, feeds, max(streams))
     options = RunOptions(threads=threads, cuda_graph=cuda_graph)
     with tempfile.TemporaryDirectory(prefix="upvits-bench-") as scratch:
         with ExitStack() as stack:
             opened = _open_all(models, Path(scratch), feeds, options, stack, quiet=quiet)
             models, sessions, folders = opened.models, opened.sessions, opened.folders
-            feeds = {own.name: feeds[own.name] for own in models}
+            feeds = {target.name: feeds[target.name] for target in models}
             with GpuMonitor() as monitor:
-                measured = interleave_own(sessions, feeds, settings, quiet=quiet)
-            on_gpu = [own.name for own in models if own.runtime.on_nvidia] if monitor.samples else []
+                measured = interleave(sessions, feeds, settings, quiet=quiet)
+            on_gpu = [target.name for target in models if target.runtime.on_nvidia] if monitor.samples else []
             joules = {(n, b): joules_per_image(sessions[n], feeds[n][b]) for n in on_gpu for b in batches}
         rates = _throughputs(models, folders, feeds, [n for n in streams if n > 1], options, seconds, quiet=quiet)
     return Comparison(
         reference=models[0].name,
-        models=[_model(own, measured) for own in models],
-        figures=[_figure(measured, models[0].name, own.name, b, joules) for b in batches for own in models],
+        models=[_model(target, measured) for target in models],
+        figures=[_figure(measured, models[0].name, target.name, b, joules) for b in batches for target in models],
         throughput=rates,
-        skipped=[Skip(name=own.name, why=own.why) for own in (*skipped, *opened.skipped)],
+        skipped=[Skip(name=target.name, why=target.why) for target in (*skipped, *opened.skipped)],
         warnings=[*opened.notes, *measured.warnings()],
         measurement={**asdict(measured.settings), "inputs": "random", "cuda_graph": cuda_graph, "threads": threads},
         gpu=monitor.as_json(),
         environment=environment().as_json(),
     )
-
-
-def check_output(output: Path, targets: Sequence[Path]) -> None:
-    """Refuse a file for the figures that cannot be written, or that is something else already.
-
-    Raises:
-        UserError: it is, or lies in, one of the targets, is a folder or a file that holds no comparison, or its
-            folder does not exist or cannot be written.
-    """
-    whole = output.resolve()
-    if any(target.resolve() in (whole, *whole.parents) for target in targets):
-        raise UserError(
-            f"{output} is, or lies in, what is to be measured",
-            why="Writing figures there could destroy it.",
-            fix="Choose another --output.",
-        )
-    try:
-        if not output.parent.is_dir():
-            raise UserError(f"there is no folder {output.parent}", fix="Make it first, or choose another --output.")
-        if output.is_dir():
-            raise UserError(f"{output} is a folder", fix=f"Name a file, for example --output {output / 'bench.json'}.")
-        if output.exists() and not _is_comparison(output):
-            raise UserError(
-                f"{output} exists and holds no comparison",
-                why="Writing the figures there would overwrite something of yours.",
-                fix="Choose another --output, or move this file away.",
-            )
-        # the same kind of draft that is renamed at the end
-        with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent):
-            pass
-    except OSError as error:
-        why = f"The system says: {error.strerror}."
-        raise UserError(f"cannot write {output}", why=why, fix="Choose another --output.") from error
-
-
-def _is_comparison(file: Path) -> bool:
-    try:
-        Comparison.model_validate_json(file.read_bytes())
-    except ValidationError:
-        return False
-    return True
-
-
-def comparison_table(found: Comparison) -> RenderableType:
-    """Show a comparison on 80 columns."""
-    models = {own.name: own for own in found.models}
-    table = Table(box=None, pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold")
-    table.add_column("model", overflow="fold", min_width=12)
-    table.add_column("runtime", overflow="fold")
-    table.add_column("type", overflow="fold")
-    for name in ("batch", "median ms", "p99 ms", "CV %", "images/s", "faster"):
-        table.add_column(name, justify="right")
-    for figure in found.figures:
-        own, latency = models[figure.name], figure.latency
-        table.add_row(
-            Text(own.label),
-            own.runtime,
-            own.precision,
-            str(figure.batch),
-            _three_digits(latency.median),
-            _three_digits(latency.p99),
-            f"{100 * latency.cv:.1f}",
-            _three_digits(latency.images_per_s),
-            "-" if figure.name == found.reference else f"{figure.speedup:.2f}x",
-        )
-    lines = [f"{own.name}, batch {own.batch}, {own.streams} streams: {own.images_per_s:.0f} images/s"
-             for own in found.throughput]  # fmt: skip
-    lines += [f"not measured: {own.name}: {own.why}" for own in found.skipped]
-    return Group(table, *(Text(line) for line in [*lines, *found.warnings]))
 
 
 def _check(batches: Sequence[int], streams: Sequence[int]) -> None:
@@ -252,24 +120,24 @@ def _check_memory(models: Sequence[Target], feeds: Mapping[str, Mapping[int, Arr
     All models are open at the same time, or `streams` sessions of one of them. What is on a GPU is not counted: there
     running out of memory is an error like others.
     """
-    needed = {own.name: _bytes_of_calls(own, feeds[own.name]) for own in models}
+    needed = {target.name: _bytes_of_calls(target, feeds[target.name]) for target in models}
     largest = max(needed, key=lambda name: needed[name])
-    wanted, free = max(sum(needed.values()), streams * needed[largest]), psutil.virtual_memory().available
-    if wanted > _MEMORY_SHARE * free:
+    total, free = max(sum(needed.values()), streams * needed[largest]), psutil.virtual_memory().available
+    if total > _MEMORY_SHARE * free:
         raise UserError(
-            f"measuring this would take about {wanted / 2**30:.1f} GiB, inputs and activations alone",
+            f"measuring this would take about {total / 2**30:.1f} GiB, inputs and activations alone",
             why=f"This machine has {free / 2**30:.1f} GiB free. The most needs {largest}: "
             f"{needed[largest] / 2**30:.1f} GiB in one session.",
             fix="Choose smaller batches, fewer --streams or fewer models.",
         )
 
 
-def _bytes_of_calls(own: Target, feeds: Mapping[int, Arrays]) -> int:
+def _bytes_of_calls(target: Target, feeds: Mapping[int, Arrays]) -> int:
     """Memory of a session that has run all of its batch sizes: copies of the inputs, and the largest activations."""
     inputs = sum(array.nbytes for arrays in feeds.values() for array in arrays.values())
-    if own.graph is None or not own.runtime.on_cpu:
+    if target.graph is None or not target.runtime.on_cpu:
         return inputs
-    return inputs + activation_bytes(own.graph, feeds[max(feeds)])
+    return inputs + activation_bytes(target.graph, feeds[max(feeds)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,53 +168,57 @@ def _open_all(
     opened = _Opened([], {}, {}, [], [])
     failures: dict[Path, UserError] = {}
     with progress_bar(quiet=quiet) as progress:
-        for number, own in enumerate(progress.track(models, description="building")):
+        for number, target in enumerate(progress.track(models, description="building")):
             try:
-                folder, notes = (own.folder, []) if own.folder else _build(own, scratch / str(number), feeds[own.name])
-                session = _open(own, folder, feeds[own.name], options)
+                folder, notes = (
+                    (target.folder, []) if target.folder else _build(target, scratch / str(number), feeds[target.name])
+                )
+                session = _open(target, folder, feeds[target.name], options)
             except UserError as error:
-                if not own.optional:
+                if not target.optional:
                     raise
-                failures.setdefault(own.path, error)
+                failures.setdefault(target.path, error)
                 opened.skipped.append(
-                    Skipped(own.name, " ".join(part for part in (f"{error.what}.", error.why) if part))
+                    Skipped(target.name, " ".join(part for part in (f"{error.what}.", error.why) if part))
                 )
                 continue
-            opened.models.append(own)
-            opened.sessions[own.name] = stack.enter_context(session)
-            opened.folders[own.name] = folder
+            opened.models.append(target)
+            opened.sessions[target.name] = stack.enter_context(session)
+            opened.folders[target.name] = folder
             opened.notes.extend(notes)
-    running = {own.path for own in opened.models}
+    running = {target.path for target in opened.models}
     for path, failure in failures.items():
         if path not in running:
             raise failure
     return opened
 
 
-def _build(own: Target, folder: Path, feeds: Mapping[int, Arrays]) -> tuple[Path, list[str]]:
+def _build(target: Target, folder: Path, feeds: Mapping[int, Arrays]) -> tuple[Path, list[str]]:
     """Build an ONNX file as it is, and say which of its layers run wider than it asks for."""
     batches = sorted(feeds)
     profile = BatchProfile(batches[0], batches[len(batches) // 2], batches[-1])
-    wanted = BuildOptions(precision=own.precision, batch=profile)
-    anyhow = replace(wanted, precision="fp32")  # nothing narrower is expected
+    options = BuildOptions(precision=target.precision, batch=profile)
+    fallback = replace(options, precision="fp32")  # nothing narrower is expected
     try:
-        engine = own.runtime.build(own.path, folder, wanted if own.precision in own.runtime.precisions else anyhow)
+        engine = target.runtime.build(
+            target.path, folder, options if target.precision in target.runtime.precisions else fallback
+        )
     except GateError:
-        engine = own.runtime.build(own.path, folder, anyhow)
+        engine = target.runtime.build(target.path, folder, fallback)
     try:
-        check_built(engine.built, wanted, own.runtime)
+        check_built(engine.built, options, target.runtime)
     except GateError as error:
-        return folder, [f"{own.name} runs wider than the file asks for: {error.what}. {error.why}"]
+        return folder, [f"{target.name} runs wider than the file asks for: {error.what}. {error.why}"]
     return folder, []
 
 
-def _open(own: Target, folder: Path, feeds: Mapping[int, Arrays], options: RunOptions) -> Session:
-    session = own.runtime.open(folder, options)
+def _open(target: Target, folder: Path, feeds: Mapping[int, Arrays], options: RunOptions) -> Session:
+    session = target.runtime.open(folder, options)
     try:
         for arrays in feeds.values():
             if unknown := [name for name in session.input_names if name not in arrays]:
                 raise UserError(
-                    f"the sizes of input {unknown[0]} of {own.label} are not known",
+                    f"the sizes of input {unknown[0]} of {target.label} are not known",
                     fix=f"Give them, for example --input-shape {unknown[0]}=1x3x224x224.",
                 )
             session.time(arrays, 1)
@@ -366,26 +238,26 @@ def _throughputs(
     *,
     quiet: bool,
 ) -> list[StreamFigure]:
-    wanted = [(own, batch, count) for own in models for batch in feeds[own.name] for count in streams]
+    cases = [(target, batch, count) for target in models for batch in feeds[target.name] for count in streams]
     rates = []
     with progress_bar(quiet=quiet) as progress:
-        for own, batch, count in progress.track(wanted, description="throughput"):
+        for target, batch, count in progress.track(cases, description="throughput"):
             # streams share the cores, instead of each taking all of them
             threads = options.threads or max(1, usable_cores() // count)
-            opener = partial(own.runtime.open, folders[own.name], replace(options, threads=threads))
-            rate = throughput(opener, feeds[own.name][batch], count, min(seconds, _MOST_THROUGHPUT_SECONDS))
-            rates.append(StreamFigure(name=own.name, batch=batch, streams=count, images_per_s=rate))
+            opener = partial(target.runtime.open, folders[target.name], replace(options, threads=threads))
+            rate = throughput(opener, feeds[target.name][batch], count, min(seconds, _MOST_THROUGHPUT_SECONDS))
+            rates.append(StreamFigure(name=target.name, batch=batch, streams=count, images_per_s=rate))
     return rates
 
 
-def _model(own: Target, measured: LatencyReport) -> ComparedModel:
+def _model(target: Target, measured: LatencyReport) -> ComparedModel:
     return ComparedModel(
-        name=own.name,
-        label=own.label,
-        path=str(own.folder or own.path),
-        runtime=own.runtime.name,
-        precision=own.precision,
-        session=measured.sessions[own.name],
+        name=target.name,
+        label=target.label,
+        path=str(target.folder or target.path),
+        runtime=target.runtime.name,
+        precision=target.precision,
+        session=measured.sessions[target.name],
     )
 
 
@@ -412,7 +284,3 @@ def _figure(
         high=ratio.high,
         rounds_ms=list(measured.rounds[name][batch]),
     )
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

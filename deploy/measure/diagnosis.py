@@ -102,7 +102,7 @@ def diagnose(
         dense, pruned = _faster_layers(dense, cost), _faster_layers(pruned, cost)
         where += f" (layer times less {1e3 * cost:.0f} us each for profiling)"
     dense, pruned = _trusted(dense), _trusted(pruned)
-    found = [
+    findings = [
         _launch_bound(pruned, runtime, batch),
         _where_time_goes(dense, pruned, runtime, cpu=cpu),
         None if cpu else _unfused_attention(pruned, precision),
@@ -112,7 +112,7 @@ def diagnose(
         _threads(pruned) if cpu else None,
         _unstable(dense, pruned),
     ]
-    return [f.model_copy(update={"evidence": f"{where}: {f.evidence}"}) for f in found if f is not None]
+    return [f.model_copy(update={"evidence": f"{where}: {f.evidence}"}) for f in findings if f is not None]
 
 
 def _profiling_cost(layers: Sequence[LayerTime]) -> float:
@@ -148,10 +148,12 @@ def _launch_bound(pruned: Measured, runtime: str, batch: int) -> Finding | None:
     enqueue, compute = pruned.latency.enqueue, pruned.latency.compute
     if enqueue is not None and compute is not None and enqueue >= LAUNCH_BOUND * compute:
         evidence.append(f"submitting the work takes the host {enqueue:.3f} ms, the GPU {compute:.3f} ms to do it")
-    total, own = sum(layer.ms for layer in pruned.layers), compute or pruned.latency.median
+    total, call_ms = sum(layer.ms for layer in pruned.layers), compute or pruned.latency.median
     # layers were profiled at another moment: the difference means something only where the clock stands still
-    if pruned.layers and not pruned.latency.unstable and total < (1 - _BETWEEN_SHARE) * own:
-        evidence.append(f"its {len(pruned.layers)} layers take {total:.2f} of {own:.2f} ms, the rest passes in between")
+    if pruned.layers and not pruned.latency.unstable and total < (1 - _BETWEEN_SHARE) * call_ms:
+        evidence.append(
+            f"its {len(pruned.layers)} layers take {total:.2f} of {call_ms:.2f} ms, the rest passes in between"
+        )
     limit = _SHORT_LAYER_MS["cpu" if RUNTIMES[runtime].on_cpu else "gpu"]
     short = [layer.ms for layer in pruned.layers if layer.ms < limit]
     if total and sum(short) >= _SHORT_SHARE * total:
@@ -262,13 +264,15 @@ def _misaligned(pruned: Measured, precision: str) -> Finding | None:
 
 def _reformats(pruned: Measured, precision: str, runtime: str) -> Finding | None:
     after = _by_kind(pruned.layers)
-    own = [layer for layer in pruned.layers if kind_of(layer.op) == "reformats"]
+    changes = [layer for layer in pruned.layers if kind_of(layer.op) == "reformats"]
     total = sum(after.values())
     built = pruned.built
-    if own and after["reformats"] >= _REFORMAT_SHARE * total:
-        names = ", ".join(dict.fromkeys(layer.op for layer in sorted(own, key=lambda layer: -layer.ms)))
-        evidence = f"{len(own)} layers only change type or layout ({names}): {after['reformats']:.2f} of {total:.2f} ms"
-    elif not own and built is not None and built.casts + built.reformats >= _REFORMAT_COUNT_SHARE * built.layers:
+    if changes and after["reformats"] >= _REFORMAT_SHARE * total:
+        names = ", ".join(dict.fromkeys(layer.op for layer in sorted(changes, key=lambda layer: -layer.ms)))
+        evidence = (
+            f"{len(changes)} layers only change type or layout ({names}): {after['reformats']:.2f} of {total:.2f} ms"
+        )
+    elif not changes and built is not None and built.casts + built.reformats >= _REFORMAT_COUNT_SHARE * built.layers:
         evidence = f"{built.casts} casts and {built.reformats} changes of layout among {built.layers} layers"
     else:
         return None

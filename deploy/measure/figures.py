@@ -127,8 +127,8 @@ def _best(measured: LatencyReport, pairs: Sequence[Pair], costs: Mapping[str, Ac
     right = [pair for pair in pairs if drops[pair] <= max_drop] or [min(pairs, key=lambda pair: drops[pair])]
     best = right[0]
     for pair in right[1:]:
-        own, other = (np.array(measured.rounds[p.session("pruned")][batch]) for p in (best, pair))
-        if np.mean(other < own) >= _MOST_ROUNDS:
+        current, candidate = (np.array(measured.rounds[p.session("pruned")][batch]) for p in (best, pair))
+        if np.mean(candidate < current) >= _MOST_ROUNDS:
             best = pair
     passed_over = {}
     for pair in (pair for pair in pairs if pair != best):

@@ -38,9 +38,9 @@ def _partners(dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> dict[i
     taken: set[int] = set()
     for index, layer in enumerate(dense):
         free = (p for name in _node_names(layer.name) for p in places.get(name, []) if p not in taken)
-        if (found := next(free, None)) is not None:
-            partner[index] = found
-            taken.add(found)
+        if (match := next(free, None)) is not None:
+            partner[index] = match
+            taken.add(match)
     partner |= dict(_by_position(dense, pruned, partner))
     return partner
 
@@ -58,10 +58,10 @@ def _by_position(
         end = partner[index] if index < len(dense) else len(pruned)
         free = [i for i in range(start, end) if i not in taken]
         for alone in waiting:
-            found = next((i for i in free if pruned[i].op == dense[alone].op), None)
-            if found is not None:
-                free.remove(found)
-                yield alone, found
+            match = next((i for i in free if pruned[i].op == dense[alone].op), None)
+            if match is not None:
+                free.remove(match)
+                yield alone, match
         waiting, start = [], max(start, end + 1)
 
 

@@ -125,32 +125,32 @@ def measure_parity(
             f"{candidate_name} cannot be compared with {reference_name}",
             why=f"Their outputs have shapes {candidate.shape} and {reference.shape}; both must be [images, outputs].",
         )
-    wanted, got = reference.astype(np.float64), candidate.astype(np.float64)
-    difference = np.abs(wanted - got).max(axis=1)
-    scale = float(np.abs(wanted).max())
-    norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
-    cosine = np.divide((wanted * got).sum(axis=1), norms, out=np.ones_like(norms), where=norms > 0)
-    top1, chosen = wanted.argmax(axis=1), got.argmax(axis=1)
-    rows = np.arange(len(wanted))
-    lost = wanted[rows, top1] - wanted[rows, chosen]
+    expected, actual = reference.astype(np.float64), candidate.astype(np.float64)
+    difference = np.abs(expected - actual).max(axis=1)
+    scale = float(np.abs(expected).max())
+    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
+    cosine = np.divide((expected * actual).sum(axis=1), norms, out=np.ones_like(norms), where=norms > 0)
+    top1, predicted = expected.argmax(axis=1), actual.argmax(axis=1)
+    rows = np.arange(len(expected))
+    lost = expected[rows, top1] - expected[rows, predicted]
     # within a tenth of the tolerance two classes are as good as equal, and rounding may pick either
     flipped = int((lost > 0.2 * tolerance.relative * scale).sum())
     relative = float(difference.max()) / scale if scale > 0 else float(difference.max())
     return Parity(
         reference=reference_name,
         candidate=candidate_name,
-        images=len(wanted),
+        images=len(expected),
         max_abs=float(difference.max()),
         max_relative=relative,
         min_cosine=float(cosine.min()),
-        top1_agreement=100.0 * float((top1 == chosen).mean()),
+        top1_agreement=100.0 * float((top1 == predicted).mean()),
         flipped=flipped,
         worst_image=int(difference.argmax()),
         tolerance=tolerance,
         passed=(
             relative <= tolerance.relative
             and float(cosine.min()) >= tolerance.cosine
-            and 100.0 * (1 - flipped / len(wanted)) >= tolerance.agreement
+            and 100.0 * (1 - flipped / len(expected)) >= tolerance.agreement
         ),
     )
 

@@ -181,8 +181,8 @@ def _is_comparison(file: Path) -> bool:
 
 def comparison_sections(document: RunComparison) -> list[Section]:
     """Tables of a comparison, most important first."""
-    found = [_runs(document), _front(document), _width_table(document)]
-    return [section for section in found if section.rows or section.remarks]
+    sections = [_runs(document), _front(document), _width_table(document)]
+    return [section for section in sections if section.rows or section.remarks]
 
 
 def comparison_terminal(document: RunComparison) -> Group:
@@ -301,8 +301,8 @@ def _chart(document: RunComparison) -> Scatter | None:
     """Accuracy over latency of all runs: of every run and model the choices that nothing else of it beats."""
     if document.not_comparable:
         return None
-    found = _drawn(document)
-    kept = [c for c in found if c in pareto(o for o in found if (o.series, o.model) == (c.series, c.model))]
+    points = _drawn(document)
+    kept = [c for c in points if c in pareto(o for o in points if (o.series, o.model) == (c.series, c.model))]
     labelled = document.runs[0].top1 is not None
     title = f"Accuracy over latency, batch {document.runs[0].batch}"
     return scatter(title, kept, "top-1, %" if labelled else "agreement, %", 380)

@@ -20,7 +20,7 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.machine.environment import builder_facts
-from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave_own
+from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave
 from upvits.deploy.precision import QUANTIZED, calibrate, convert
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Runtime, Session
 from upvits.deploy.runtimes.interface import Floats
@@ -162,7 +162,7 @@ def measure(
     settings: BenchSettings = MEASURING,
 ) -> LatencyReport:
     """Time whole networks in turns, as the bench stage does, at the batch of the deployment."""
-    return interleave_own(sessions, _feeds(sessions, sizes, deployment), settings)
+    return interleave(sessions, _feeds(sessions, sizes, deployment), settings)
 
 
 def shares(

@@ -64,7 +64,8 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
                 seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
             )
             with GpuMonitor() as monitor:
-                measured = interleave(sessions, feeds, settings, quiet=job.quiet) if sessions else None
+                same = dict.fromkeys(sessions, feeds)
+                measured = interleave(sessions, same, settings, quiet=job.quiet) if sessions else None
             joules = _energy(pairs, sessions, feeds) if monitor.samples else {}
             layers = _layers(pairs, sessions, feeds)
         plan = PruningPlan.load(pruned.folder / "plan.json")

@@ -147,11 +147,11 @@ def run_stage(
     final = run_dir / name
     folder = final.with_name(f".{final.name}.work-{key[:16]}")
     with disk_errors(run_dir, name):
-        for place, found in ((final, open_artifact(final)), (folder, open_artifact(folder))):
-            if found is not None and found.manifest.key == key:
+        for place, artifact in ((final, open_artifact(final)), (folder, open_artifact(folder))):
+            if artifact is not None and artifact.manifest.key == key:
                 if place == folder:  # killed between the last file and the rename
                     _put_in_place(folder, final)
-                return Artifact(final, found.manifest, skipped=True)
+                return Artifact(final, artifact.manifest, skipped=True)
         if not resumable:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,8 +47,8 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
         UserError: the directory belongs to another run or is no run, another process works in it, it cannot be
             written, or the disk is full. Nothing is written in the first two cases.
     """
-    wanted = _plain(recipe)
-    _refuse_foreign(run_dir, wanted, identity)
+    values = _plain(recipe)
+    _refuse_foreign(run_dir, values, identity)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir / _LOCK)
@@ -59,11 +59,11 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
     except OSError as error:
         raise _cannot_open(run_dir, error) from error
     try:
-        _refuse_foreign(run_dir, wanted, identity)  # again: another process may have started a run here meanwhile
+        _refuse_foreign(run_dir, values, identity)  # again: another process may have started a run here meanwhile
         try:
             holder = {"pid": os.getpid(), "host": socket.gethostname()}
             atomic_write(run_dir / _HOLDER, json.dumps(holder).encode())
-            atomic_write(run_dir / RECIPE, recipe_toml(wanted).encode())
+            atomic_write(run_dir / RECIPE, recipe_toml(values).encode())
         except OSError as error:
             raise _cannot_open(run_dir, error) from error
         yield run_dir
@@ -108,7 +108,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _refuse_foreign(run_dir: Path, wanted: Mapping[str, Any], identity: Sequence[str]) -> None:
+def _refuse_foreign(run_dir: Path, values: Mapping[str, Any], identity: Sequence[str]) -> None:
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
@@ -125,12 +125,12 @@ def _refuse_foreign(run_dir: Path, wanted: Mapping[str, Any], identity: Sequence
                 fix="Choose an empty or new folder with --output.",
             )
         return
-    found = read_recipe(run_dir)
-    differing = [name for name in identity if found.get(name) != wanted.get(name)]
+    present = read_recipe(run_dir)
+    differing = [name for name in identity if present.get(name) != values.get(name)]
     if differing:
         raise UserError(
             f"{run_dir} holds another run: "
-            + "; ".join(f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in differing)
+            + "; ".join(f"{name} is {present.get(name)!r} there, {values.get(name)!r} here" for name in differing)
             + ".",
             why="Continuing would replace its results.",
             fix="Choose another folder with --output, or repeat the command with that run's settings.",

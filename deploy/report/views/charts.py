@@ -131,17 +131,17 @@ class Scatter:
 
 def latency_chart(title: str, calls: Sequence[Calls]) -> LatencyChart | None:
     """Lay out distributions on a shared axis; None where no distribution was kept."""
-    drawn = [one for one in calls if len(one.quantiles) > 1]
+    drawn = [call for call in calls if len(call.quantiles) > 1]
     if not drawn:
         return None
-    end = 1.04 * max(_percentile(one.quantiles, DRAWN_UP_TO) for one in drawn)
-    told = "; ".join(f"{one.label} {one.model} {three_digits(one.median)} ms" for one in drawn)
+    end = 1.04 * max(_percentile(call.quantiles, DRAWN_UP_TO) for call in drawn)
+    told = "; ".join(f"{call.label} {call.model} {three_digits(call.median)} ms" for call in drawn)
     return LatencyChart(
         title,
         f"Distribution of the time of a call in ms. Medians: {told}.",
         tuple(Tick(_place(value, 0, end), f"{value:g}") for value in nice_ticks(0, end)),
-        tuple(_strip(one, end) for one in drawn),
-        any(one.quantiles[-1] > end for one in drawn),
+        tuple(_strip(call, end) for call in drawn),
+        any(call.quantiles[-1] > end for call in drawn),
     )
 
 
@@ -184,9 +184,9 @@ def pareto(choices: Iterable[Choice]) -> list[Choice]:
     return front
 
 
-def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten apart) within a range."""
-    raw = (high - low) / wanted
+    raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -197,8 +197,8 @@ def _place(value: float, low: float, high: float) -> float:
     return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 3)
 
 
-def _percentile(quantiles: Sequence[float], wanted: float) -> float:
-    return float(np.interp(wanted, np.linspace(0, 100, len(quantiles)), quantiles))
+def _percentile(quantiles: Sequence[float], percent: float) -> float:
+    return float(np.interp(percent, np.linspace(0, 100, len(quantiles)), quantiles))
 
 
 def _strip(calls: Calls, end: float) -> Strip:

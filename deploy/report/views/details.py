@@ -115,44 +115,51 @@ def _block_list(pairs: Sequence[tuple[int, int]]) -> str:
 
 def compensation(report: Report) -> Section:
     """What rotating and refitting was worth, before any training."""
-    found = report.compensation
-    if found is None:
+    figures = report.compensation
+    if figures is None:
         return Section("compensation", "Compensation")
-    kept = "" if found.accepted else " Plain deletion was no worse and was kept."
+    kept = "" if figures.accepted else " Plain deletion was no worse and was kept."
     return Section(
         "compensation",
         "Compensation",
         ("", "KL to dense, nats"),
         (
-            (words("plain deletion"), Cell(f"{found.kl_deleted:.4g}", found.kl_deleted)),
-            (words("rotated and cut"), Cell(f"{found.kl_cut:.4g}", found.kl_cut)),
-            (words("refitted"), Cell(f"{found.kl:.4g}", found.kl)),
+            (words("plain deletion"), Cell(f"{figures.kl_deleted:.4g}", figures.kl_deleted)),
+            (words("rotated and cut"), Cell(f"{figures.kl_cut:.4g}", figures.kl_cut)),
+            (words("refitted"), Cell(f"{figures.kl:.4g}", figures.kl)),
         ),
         (
-            f"Mean over {found.held_out} of {found.images} calibration images, which the fit did not see. "
-            f"{found.refitted} of {found.layers} layers were refitted in {found.seconds:.0f} s.{kept}",
-            *found.warnings[:5],
+            f"Mean over {figures.held_out} of {figures.images} calibration images, which the fit did not see. "
+            f"{figures.refitted} of {figures.layers} layers were refitted in {figures.seconds:.0f} s.{kept}",
+            *figures.warnings[:5],
         ),
     )
 
 
 def target(report: Report) -> Section:
     """The latency that was asked for."""
-    found = report.target
-    if found is None:
+    goal = report.target
+    if goal is None:
         return Section("target", "Target")
     return Section(
         "target",
         "Target",
         ("", "dense ms", "pruned ms", "faster", "from", "to"),
         tuple(
-            (words(name), fine_ms(one.dense_ms), fine_ms(one.ms), times(one.speedup), times(one.low), times(one.high))
-            for name, one in (("when the plan was chosen", found.searched), ("finished engine", found.measured))
-            if one is not None
+            (
+                words(name),
+                fine_ms(timing.dense_ms),
+                fine_ms(timing.ms),
+                times(timing.speedup),
+                times(timing.low),
+                times(timing.high),
+            )
+            for name, timing in (("when the plan was chosen", goal.searched), ("finished engine", goal.measured))
+            if timing is not None
         ),
         (
-            f"Asked for: {found.asked}, on {found.runtime} {found.precision} at batch {found.batch}: "
-            f"{'met' if found.met else 'not met'}.",
+            f"Asked for: {goal.asked}, on {goal.runtime} {goal.precision} at batch {goal.batch}: "
+            f"{'met' if goal.met else 'not met'}.",
         ),
         terminal=(0, 1, 2, 3, 4, 5),
     )
@@ -291,30 +298,33 @@ def _slowed(profile: LayerTimes, totals: Sequence[float], report: Report) -> lis
 
 
 def _layers(number: int, profile: LayerTimes, report: Report) -> Section:
-    layers = sorted(profile.layers, key=lambda one: (one.dense_ms or 0.0, one.pruned_ms or 0.0), reverse=True)
-    longest = max((t for one in layers for t in (one.dense_ms, one.pruned_ms) if t is not None), default=0) or 1.0
+    layers = sorted(profile.layers, key=lambda layer: (layer.dense_ms or 0.0, layer.pruned_ms or 0.0), reverse=True)
+    longest = max((t for layer in layers for t in (layer.dense_ms, layer.pruned_ms) if t is not None), default=0) or 1.0
     totals = [sum(t for t in column if t) for column in zip(*((o.dense_ms, o.pruned_ms) for o in layers), strict=True)]
     remarks = []
     if layers:
         remarks.append(f"All {len(layers)} layers together: {totals[0]:.2f} ms dense, {totals[1]:.2f} ms pruned.")
         remarks += _slowed(profile, totals, report)
     return Section(
-        f"layers-{number}",
+        "layers",
         f"Time per layer: {profile.runtime} {profile.precision}, batch {profile.batch}",
         ("layer", "dense ms", "pruned ms", "faster", "operator"),
         tuple(
             (
-                words(one.name),
-                fine_ms(one.dense_ms),
-                fine_ms(one.pruned_ms),
-                times(one.dense_ms / one.pruned_ms if one.dense_ms and one.pruned_ms else None),
-                words(one.op),
+                words(layer.name),
+                fine_ms(layer.dense_ms),
+                fine_ms(layer.pruned_ms),
+                times(layer.dense_ms / layer.pruned_ms if layer.dense_ms and layer.pruned_ms else None),
+                words(layer.op),
             )
-            for one in layers
+            for layer in layers
         ),
         tuple(remarks),
         text_columns=(0, 4),
         sortable=True,
         shown=LAYERS_SHOWN,
-        bars=tuple(Bar(*(None if t is None else t / longest for t in (one.dense_ms, one.pruned_ms))) for one in layers),
+        part=str(number),
+        bars=tuple(
+            Bar(*(None if t is None else t / longest for t in (layer.dense_ms, layer.pruned_ms))) for layer in layers
+        ),
     )

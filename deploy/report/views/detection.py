@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from upvits.deploy.report.detection import ITS_GRAPH, DetectionReport, DetectorFigures
 from upvits.deploy.report.views.section import (
@@ -20,6 +21,8 @@ from upvits.deploy.report.views.section import (
     words,
 )
 
+_Figure: TypeAlias = Callable[[DetectorFigures], Cell]
+
 
 def sections(report: DetectionReport | None) -> list[Section]:
     """What there is to show of detectors, most important first."""
@@ -28,29 +31,34 @@ def sections(report: DetectionReport | None) -> list[Section]:
 
 def _result(report: DetectionReport) -> Section:
     """Detectors side by side, a figure a row."""
-    shown: dict[str, Callable[[DetectorFigures], Cell]] = {
-        "AP": lambda own: _ap(own.pytorch.ap),
-        "AP50": lambda own: _ap(own.pytorch.ap50),
-        "AP75": lambda own: _ap(own.pytorch.ap75),
-        f"AP, upright images at {report.size[1]} x {report.size[0]}": lambda own: _ap(own.turned_ap),
-        "AP small": lambda own: _ap(own.pytorch.ap_small),
-        "AP medium": lambda own: _ap(own.pytorch.ap_medium),
-        "AP large": lambda own: _ap(own.pytorch.ap_large),
-        "AP of masks": lambda own: _ap(own.masks.ap if own.masks else None),
-        "parameters": lambda own: count(own.params),
-        "parameters of the backbone": lambda own: count(own.backbone_params),
-        f"MACs at {report.size[0]} x {report.size[1]}": lambda own: _large(own.macs),
-        "MACs at 800 x 1344": lambda own: _large(own.macs_800x1344),
-        "boxes that the ONNX file finds too": lambda own: words(
-            f"{own.agreement.matched} of {own.agreement.boxes}" if own.agreement else ""
+    width, height = report.size[1], report.size[0]
+    precision: dict[str, _Figure] = {
+        "AP": lambda detector: _ap(detector.pytorch.ap),
+        "AP50": lambda detector: _ap(detector.pytorch.ap50),
+        "AP75": lambda detector: _ap(detector.pytorch.ap75),
+        f"AP, upright images at {width} x {height}": lambda detector: _ap(detector.turned_ap),
+        "AP small": lambda detector: _ap(detector.pytorch.ap_small),
+        "AP medium": lambda detector: _ap(detector.pytorch.ap_medium),
+        "AP large": lambda detector: _ap(detector.pytorch.ap_large),
+        "AP of masks": lambda detector: _ap(detector.masks.ap if detector.masks else None),
+    }
+    size: dict[str, _Figure] = {
+        "parameters": lambda detector: count(detector.params),
+        "parameters of the backbone": lambda detector: count(detector.backbone_params),
+        f"MACs at {height} x {width}": lambda detector: _large(detector.macs),
+        "MACs at 800 x 1344": lambda detector: _large(detector.macs_800x1344),
+        "boxes that the ONNX file finds too": lambda detector: words(
+            f"{detector.agreement.matched} of {detector.agreement.boxes}" if detector.agreement else ""
         ),
     }
-    rows = [(words(title), *(cell(own) for own in report.detectors)) for title, cell in shown.items()]
-    rows = [row for row in rows if any(cell.text for cell in row[1:])]
     both = len(report.detectors) == 2
-    if both:
-        rows = [(*row, _change(row)) for row in rows]
-    header = ("", *(own.model for own in report.detectors), *(("change",) if both else ()))
+    rows: list[Row] = []
+    for figures, change in ((precision, _points), (size, _percent)):
+        for title, cell in figures.items():
+            cells = [cell(detector) for detector in report.detectors]
+            if any(shown.text for shown in cells):
+                rows.append((words(title), *cells, *([change(*cells)] if both else [])))
+    header = ("", *(detector.model for detector in report.detectors), *(("change",) if both else ()))
     trained = f"{report.detector} on {report.train_images} images, judged on {report.val_images}: {report.coco}"
     return Section(
         "detection",
@@ -62,27 +70,30 @@ def _result(report: DetectionReport) -> Section:
     )
 
 
-def _change(row: Row) -> Cell:
-    dense, pruned = row[1].value, row[2].value
-    if dense is None or pruned is None:
+def _points(dense: Cell, pruned: Cell) -> Cell:
+    """The change of a percentage, in points."""
+    return words("") if dense.value is None or pruned.value is None else points(pruned.value - dense.value)
+
+
+def _percent(dense: Cell, pruned: Cell) -> Cell:
+    """The change of a size, in percent of the dense detector's."""
+    if dense.value is None or pruned.value is None:
         return words("")
-    if row[0].text.startswith("AP"):
-        return points(pruned - dense)
-    return words(f"{signed(100 * (pruned / dense - 1))[:-1]} %")
+    return words(f"{signed(100 * (pruned.value / dense.value - 1))[:-1]} %")
 
 
 def _latency(report: DetectionReport) -> Section:
     rows = tuple(
         (
-            words(one.runtime),
-            words(one.precision),
-            count(one.batch),
-            ms(one.dense_ms),
-            ms(one.pruned_ms),
-            times(one.speedup),
-            words("" if one.low is None or one.high is None else f"{one.low:.2f} to {one.high:.2f}"),
+            words(row.runtime),
+            words(row.precision),
+            count(row.batch),
+            ms(row.dense_ms),
+            ms(row.pruned_ms),
+            times(row.speedup),
+            words("" if row.low is None or row.high is None else f"{row.low:.2f} to {row.high:.2f}"),
         )
-        for one in report.latency
+        for row in report.latency
     )
     return Section(
         "detection-latency",
@@ -98,20 +109,20 @@ def _latency(report: DetectionReport) -> Section:
 def _engines(report: DetectionReport) -> Section:
     rows = tuple(
         (
-            words(one.model),
-            words(one.runtime),
-            words(one.precision),
-            _ap(one.ap),
-            points(0.0 - one.drop),
-            count(len(one.kept)) if one.kept else words(""),
-            megabytes(one.bytes),
-            words(one.measured_on),
+            words(row.model),
+            words(row.runtime),
+            words(row.precision),
+            _ap(row.ap),
+            points(0.0 - row.drop),
+            count(len(row.kept)) if row.kept else words(""),
+            megabytes(row.bytes),
+            words(row.measured_on),
         )
-        for one in report.engines
+        for row in report.engines
     )
-    images = sorted({one.images for one in report.engines})
+    images = sorted({row.images for row in report.engines})
     remark = f"AP on {inline(images)} validation images; the change is against PyTorch on the same ones, in points."
-    graphs = dict.fromkeys(one.runtime for one in report.engines if one.measured_on == ITS_GRAPH)
+    graphs = dict.fromkeys(row.runtime for row in report.engines if row.measured_on == ITS_GRAPH)
     if graphs:
         remark += f" {', '.join(graphs)}: not run here; this is the AP of the graphs on ONNX Runtime's CPU provider."
     return Section(
@@ -127,12 +138,13 @@ def _engines(report: DetectionReport) -> Section:
 
 def _classes(report: DetectionReport) -> Section:
     rows = tuple(
-        (words(name), *(_ap(own.pytorch.per_class.get(name)) for own in report.detectors)) for name in report.classes
+        (words(name), *(_ap(detector.pytorch.per_class.get(name)) for detector in report.detectors))
+        for name in report.classes
     )
     return Section(
         "detection-classes",
         "AP of every class",
-        ("class", *(own.model for own in report.detectors)),
+        ("class", *(detector.model for detector in report.detectors)),
         rows,
         sortable=True,
         shown=12,

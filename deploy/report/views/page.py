@@ -68,10 +68,10 @@ def html(report: Report) -> str:
 
 def chapters(report: Report) -> list[Chapter]:
     """The sections of a report under their headings, charts first."""
-    found = sections(report)
+    shown = sections(report)
     made = []
     for title, keys in _CHAPTERS:
-        inside = tuple(s for s in found if s.key.split("-")[0] in keys)
+        inside = tuple(section for section in shown if section.key in keys)
         strips = tuple(latency_charts(report)) if keys[0] == "latency" else ()
         scatters = tuple(accuracy_charts(report)) if keys[0] == "accuracy" else ()
         if inside:
@@ -134,12 +134,12 @@ def row_groups(section: Section) -> list[Group]:
     """Which rows stand together, in order."""
     if not section.groups:
         return [Group("", list(range(len(section.rows))))]
-    found: list[Group] = []
+    groups: list[Group] = []
     for number, name in enumerate(section.groups):
-        if not found or found[-1].label != name:
-            found.append(Group(name))
-        found[-1].numbers.append(number)
-    return found if len(found) > 1 else [Group("", found[0].numbers)]
+        if not groups or groups[-1].label != name:
+            groups.append(Group(name))
+        groups[-1].numbers.append(number)
+    return groups if len(groups) > 1 else [Group("", groups[0].numbers)]
 
 
 def legend(chart_choices: Iterable[Choice]) -> list[tuple[int, str]]:

@@ -81,9 +81,9 @@ def best(report: Report) -> Section:
 
 def latency(report: Report) -> Section:
     """Every runtime, precision and batch size, dense and pruned in the same precision."""
-    found = comparisons(report)
-    energy = any(c.pruned.joules_per_image is not None for c in found)
-    ran_with = {latency.threads for c in found for latency in (c.dense, c.pruned)}
+    pairs = comparisons(report)
+    energy = any(c.pruned.joules_per_image is not None for c in pairs)
+    ran_with = {latency.threads for c in pairs for latency in (c.dense, c.pruned)}
     threads = len(ran_with) > 1
     remarks = ["Milliseconds per batch; slashes part dense from pruned, and such columns sort by pruned."]
     if not threads and None not in ran_with:
@@ -94,8 +94,8 @@ def latency(report: Report) -> Section:
         "latency",
         "Latency",
         tuple(header),
-        tuple(_latency_row(c, threads, energy) for c in found),
-        tuple(remarks) if found else (),
+        tuple(_latency_row(c, threads, energy) for c in pairs),
+        tuple(remarks) if pairs else (),
         text_columns=(0, 1),
         terminal=(0, 1, 2, 3, 4, 5, 7),
         sortable=True,
@@ -174,8 +174,8 @@ def span(low: float | None, high: float | None) -> str:
 
 def engine_bytes(report: Report, model: str, best: Best) -> int | None:
     """Size of the engine of a model that a choice speaks of."""
-    wanted = model, best.runtime, best.precision if model == "pruned" else best.dense_precision
-    return next((e.bytes for e in report.engines if (e.model, e.runtime, e.precision) == wanted), None)
+    key = model, best.runtime, best.precision if model == "pruned" else best.dense_precision
+    return next((e.bytes for e in report.engines if (e.model, e.runtime, e.precision) == key), None)
 
 
 def precisions(best: Best) -> str:

@@ -33,7 +33,7 @@ class Section:
     """A heading with a table and remarks.
 
     Attributes:
-        key: its name in HTML.
+        key: what it is about; `part` tells several sections of one kind apart.
         text_columns: columns of words; the others are numbers.
         remarks: sentences under the table.
         terminal: columns that the terminal shows; None leaves the section out there.
@@ -56,6 +56,12 @@ class Section:
     bars: tuple[Bar, ...] = ()
     groups: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    part: str = ""
+
+    @property
+    def anchor(self) -> str:
+        """Its name in HTML."""
+        return f"{self.key}-{self.part}" if self.part else self.key
 
 
 def without_empty_columns(section: Section) -> Section:

@@ -55,9 +55,9 @@ def shortcomings(report: Report) -> list[str]:
 def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
     """Where an engine has fewer low-precision products, or on GPUs fewer fused attention blocks, than were planned."""
     short = [
-        f"{built.gemms.get(name, 0)} of {wanted} {name} matrix products"
-        for name, wanted in built.planned.items()
-        if name != "fp32" and built.gemms.get(name, 0) < wanted
+        f"{built.gemms.get(name, 0)} of {planned} {name} matrix products"
+        for name, planned in built.planned.items()
+        if name != "fp32" and built.gemms.get(name, 0) < planned
     ]
     if on_nvidia(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
         short.append(f"{built.attention_fused} of {built.attention_blocks} attention blocks fused")
@@ -68,10 +68,10 @@ def _missed_target(report: Report) -> list[str]:
     target = report.target
     if target is None or target.met or target.measured is None:
         return []
-    found = target.measured
+    timing = target.measured
     return [
-        f"Target missed: {target.asked} asked for; {found.ms:.3g} ms on {target.runtime} {target.precision} at batch "
-        f"{target.batch}, {found.speedup:.2f}x the dense speed ({found.low:.2f} to {found.high:.2f})."
+        f"Target missed: {target.asked} asked for; {timing.ms:.3g} ms on {target.runtime} {target.precision} at batch "
+        f"{target.batch}, {timing.speedup:.2f}x the dense speed ({timing.low:.2f} to {timing.high:.2f})."
     ]
 
 

@@ -18,7 +18,7 @@ from upvits.deploy.report.views.summary import shortcomings, subject
 
 def sections(report: Report) -> list[Section]:
     """Return what there is to show, most important first; a section without content is left out."""
-    found = [
+    parts = [
         results.result(report),
         results.best(report),
         details.target(report),
@@ -41,7 +41,7 @@ def sections(report: Report) -> list[Section]:
         details.stages(report),
         details.notes(report),
     ]
-    return [without_empty_columns(section) for section in found if section.rows or section.remarks or section.commands]
+    return [without_empty_columns(section) for section in parts if section.rows or section.remarks or section.commands]
 
 
 def markdown(report: Report) -> str:
@@ -65,10 +65,10 @@ def terminal(report: Report) -> Group:
     return Group(*parts)
 
 
-def markdown_sections(found: Iterable[Section]) -> list[str]:
+def markdown_sections(sections: Iterable[Section]) -> list[str]:
     """Lines of Markdown."""
     lines: list[str] = []
-    for section in found:
+    for section in sections:
         lines += [f"## {section.title}", ""]
         if section.rows:
             rules = ["---" if i in section.text_columns else "---:" for i in range(len(section.header))]
@@ -82,10 +82,10 @@ def markdown_sections(found: Iterable[Section]) -> list[str]:
     return lines
 
 
-def terminal_sections(found: Iterable[Section]) -> list[RenderableType]:
+def terminal_sections(sections: Iterable[Section]) -> list[RenderableType]:
     """Tables and remarks of the sections that belong on a terminal."""
     parts: list[RenderableType] = []
-    for section in found:
+    for section in sections:
         if section.terminal is None:
             continue
         if section.rows:

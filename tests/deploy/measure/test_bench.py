@@ -16,14 +16,14 @@ from tests.deploy.machine.test_gpu_monitor import FakeNvml
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.bench import (
     BenchSettings,
+    LatencyReport,
     interleave,
-    interleave_own,
     joules_per_image,
     latency_stats,
     throughput,
 )
 from upvits.deploy.runtimes import open_onnx
-from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
+from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime, Session
 
 QUICK = BenchSettings(seconds=0.05, warmup=1, warmup_seconds=0, rounds=4, min_iterations=30)
 
@@ -86,6 +86,13 @@ def feeds(*batches: int) -> dict[int, dict[str, np.ndarray[Any, Any]]]:
     return {batch: {"images": np.zeros((batch, 3, 32, 32), np.float32)} for batch in batches}
 
 
+def together(
+    sessions: Mapping[str, Session], arrays: Mapping[int, Arrays], settings: BenchSettings = QUICK
+) -> LatencyReport:
+    """All sessions on the same inputs."""
+    return interleave(sessions, dict.fromkeys(sessions, arrays), settings)
+
+
 def test_statistics_are_those_of_the_definition() -> None:
     rounds = [CallTimes(np.arange(1, 52) / 1e3), CallTimes(np.arange(52, 102) / 1e3)]
     stats = latency_stats(rounds, batch=8)
@@ -117,7 +124,7 @@ def test_parts_of_a_call_are_medians_of_their_own() -> None:
 def test_sessions_take_turns_and_every_turn_starts_warm() -> None:
     calls: list[tuple[str, int, int]] = []
     sessions = {name: Timed(name, 1e-3, calls) for name in ("a", "b", "c")}
-    report = interleave(sessions, feeds(1, 8), QUICK)
+    report = together(sessions, feeds(1, 8), QUICK)
     of_batch_8 = [name for name, batch, _ in calls if batch == 8]
     # warm-up once each, then an untimed call and a turn each; the order turns around every round
     assert of_batch_8[:3] == ["a", "b", "c"]
@@ -131,7 +138,7 @@ def test_sessions_take_turns_and_every_turn_starts_warm() -> None:
 
 def test_the_ratio_of_any_two_is_free_of_drift() -> None:
     sessions = {"dense": Slowing("dense", 4e-3), "int8": Slowing("int8", 2e-3), "pruned": Slowing("pruned", 1e-3)}
-    report = interleave(sessions, feeds(1), QUICK)
+    report = together(sessions, feeds(1), QUICK)
     times = report.stats["dense"][1]
     assert times.unstable
     assert times.drift > 0.05
@@ -146,20 +153,20 @@ def test_the_ratio_of_any_two_is_free_of_drift() -> None:
 
 def test_every_session_gets_an_equal_share_of_the_time() -> None:
     sessions = {"slow": Timed("slow", 10e-3), "fast": Timed("fast", 1e-3)}
-    long = interleave(sessions, feeds(1), BenchSettings(seconds=2, warmup=1, warmup_seconds=0, rounds=2))
+    long = together(sessions, feeds(1), BenchSettings(seconds=2, warmup=1, warmup_seconds=0, rounds=2))
     assert long.stats["slow"][1].iterations == pytest.approx(100, abs=2)
     assert long.stats["fast"][1].iterations == pytest.approx(1000, abs=2)
     assert long.seconds == pytest.approx(2, rel=0.02)
     short = BenchSettings(seconds=0.001, warmup=1, warmup_seconds=0, rounds=2, min_iterations=30)
-    assert interleave(sessions, feeds(1), short).stats["slow"][1].iterations == 30
+    assert together(sessions, feeds(1), short).stats["slow"][1].iterations == 30
     capped = BenchSettings(seconds=5, warmup=1, warmup_seconds=0, rounds=2, min_iterations=4, max_iterations=6)
-    assert interleave(sessions, feeds(1), capped).stats["fast"][1].iterations == 6
+    assert together(sessions, feeds(1), capped).stats["fast"][1].iterations == 6
 
 
 def test_warm_up_lasts_both_calls_and_time() -> None:
     calls: list[tuple[str, int, int]] = []
     quick = {"a": Sleeping("a", 1e-3, calls)}
-    interleave(quick, feeds(1), BenchSettings(seconds=0.01, warmup=7, warmup_seconds=0.2, rounds=2, min_iterations=2))
+    together(quick, feeds(1), BenchSettings(seconds=0.01, warmup=7, warmup_seconds=0.2, rounds=2, min_iterations=2))
     assert calls[0][2] == 7
     turns = [("a", 1, 1), ("a", 1, 5)]  # 10 ms are ten calls in two rounds
     assert calls[-4:] == turns * 2
@@ -169,7 +176,7 @@ def test_warm_up_lasts_both_calls_and_time() -> None:
 
 def test_sessions_may_take_inputs_of_their_own() -> None:
     sessions = {"small": Timed("small", 1e-3), "large": Timed("large", 1e-3)}
-    report = interleave_own(sessions, {"small": feeds(1), "large": feeds(1, 4)}, QUICK)
+    report = interleave(sessions, {"small": feeds(1), "large": feeds(1, 4)}, QUICK)
     assert set(report.stats["small"]) == {1}
     assert set(report.stats["large"]) == {1, 4}
     assert report.ratio("small", "large", 1).median == pytest.approx(1)
@@ -179,7 +186,7 @@ def test_warnings_are_those_of_trtexec() -> None:
     host_bound = Timed("a", 2e-3, h2d=1e-4, compute=1e-3, d2h=1e-4, enqueue=0.9e-3)
     copying = Timed("b", 4e-3, h2d=1.5e-3, compute=1e-3, d2h=1.2e-3, enqueue=1e-4)
     sessions = {"host": host_bound, "copies": copying, "heat": Slowing("c", 1e-3), "fine": Timed("d", 1e-3)}
-    warnings = interleave(sessions, feeds(1), QUICK).warnings()
+    warnings = together(sessions, feeds(1), QUICK).warnings()
     assert [warning.partition(":")[0] for warning in warnings] == [
         "host, batch 1", "copies, batch 1", "copies, batch 1", "heat, batch 1"
     ]  # fmt: skip
@@ -194,7 +201,7 @@ def test_warnings_are_those_of_trtexec() -> None:
 def test_a_report_says_what_it_was_measured_with(vit: Exported) -> None:
     with open_onnx(vit.report.path, threads=1) as dense, open_onnx(vit.report.path, threads=1) as again:
         settings = BenchSettings(seconds=0.1, warmup=1, warmup_seconds=0, rounds=3, min_iterations=30)
-        report = interleave({"dense": dense, "again": again}, feeds(1), settings)
+        report = together({"dense": dense, "again": again}, feeds(1), settings)
     assert report.settings == BenchSettings(0.1, 1, 0, 3, 30, 2000)
     assert report.sessions["dense"]["intra_op_threads"] == 1
     assert report.stats["again"][1].iterations >= 30
@@ -266,7 +273,7 @@ def test_energy_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to measure"):
-        interleave({}, feeds(1))
+        together({}, feeds(1))
     for settings in ({"rounds": 1}, {"seconds": 0}, {"seconds": float("inf")}, {"warmup": 0}):
         with pytest.raises(UserError, match="too short"):
             BenchSettings(**settings)

@@ -21,8 +21,10 @@ from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
 from upvits.deploy.measure import compare as compare_module
 from upvits.deploy.measure import compare_targets
-from upvits.deploy.measure.compare import Comparison, check_output, compare, comparison_table
-from upvits.deploy.measure.compare_targets import Input, activation_bytes, find_targets, inputs_of, random_feeds
+from upvits.deploy.measure.compare import compare
+from upvits.deploy.measure.compare_result import Comparison, check_output, comparison_table
+from upvits.deploy.measure.compare_targets import find_targets
+from upvits.deploy.measure.inputs import Input, activation_bytes, inputs_of, random_feeds
 from upvits.deploy.precision.half import to_half
 from upvits.deploy.runtimes import BuildOptions, Missing, runtime_named
 from upvits.deploy.store.artifacts import run_stage
