@@ -157,7 +157,7 @@ def sweep_html(found: SweepReport) -> str:
     """The sweep as one self-contained page."""
     charts = {runtime: _chart(found, runtime, own) for runtime, own in _by_runtime(found.points).items()}
     return render(
-        "sweep.html", title=f"{found.model}: {len(found.runs)} cuts", found=found, sections=sweep_sections(found),
+        "sweep.html", title=f"{found.model}: {len(found.runs)} cuts", sweep=found, sections=sweep_sections(found),
         charts=charts,
     )  # fmt: skip
 

@@ -97,7 +97,7 @@ class _Parts:
 
     @property
     def stock_timm(self) -> bool:
-        """Whether timm alone rebuilds the network: its widths are such that timm's own arguments express them."""
+        """Whether timm alone rebuilds the network: timm's arguments can express its widths."""
         return "upvits" not in self.config
 
     @property
@@ -220,7 +220,7 @@ def _engines(run: Path, report: Report) -> list[tuple[Engine, Artifact]]:
 
 
 def _labels(metadata: Mapping[str, str], config: Mapping[str, Any], answer: Port) -> tuple[str, ...] | None:
-    """Names of the classes in the order of the outputs, numbers where there are none; None without a classifier."""
+    """Names of the classes in the order of the outputs, numbers for a network without names; None without a classifier."""
     if not config.get("num_classes"):
         return None
     names = json.loads(metadata["labels"]) if "labels" in metadata else config.get("label_names")

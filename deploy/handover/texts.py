@@ -73,7 +73,7 @@ class _Example:
 
 
 def example_files(subject: Subject) -> dict[str, str]:
-    """One script a runtime, by file name; ONNX Runtime's is always there, with the fp32 ONNX file if need be."""
+    """A script for each runtime, by file name, and always one for ONNX Runtime, with the fp32 ONNX file if need be."""
     common = {
         "input": subject.image.name,
         "output": subject.answer.name,
@@ -198,7 +198,7 @@ def _version(package: str) -> str | None:
 
 
 def _triton_left_out(subject: Subject) -> str | None:
-    """Why there is no TensorRT model in the Triton repository."""
+    """Why the Triton repository has no TensorRT model; None when it has one."""
     if subject.triton_plan:
         return None
     libraries = {engine.library for engine, _ in subject.engines}

@@ -66,15 +66,15 @@ def ports(model: ModelProto) -> tuple[Port, Port]:
 
 def _port(value: ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
-    batch, *rest = tensor.shape.dim or [None]
-    if batch is None or batch.HasField("dim_value") or not all(dim.HasField("dim_value") for dim in rest):
+    batch, *sizes = tensor.shape.dim or [None]
+    if batch is None or batch.HasField("dim_value") or not all(dim.HasField("dim_value") for dim in sizes):
         shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
         raise UserError(
             f"{value.name} has the shape {shape}",
             why="Servers form batches: the first axis has to be free, and only that one.",
             fix="Export the model with `upvits-deploy`, or with a dynamic batch and a fixed image size.",
         )
-    return Port(value.name, tensor.elem_type, tuple(dim.dim_value for dim in rest))
+    return Port(value.name, tensor.elem_type, tuple(dim.dim_value for dim in sizes))
 
 
 def config_text(
@@ -89,7 +89,7 @@ def config_text(
         answer: the output.
         batch: batches up to `max` are formed, those of `opt` and `max` images preferred.
         labelled: whether labels.txt lies beside it.
-        kind: of the instances: "KIND_GPU", "KIND_CPU", or "KIND_AUTO" for a GPU where there is one.
+        kind: of the instances: "KIND_GPU", "KIND_CPU", or "KIND_AUTO" for a GPU if the server has one.
     """
     platform = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[backend]
     preferred = ", ".join(str(size) for size in sorted({batch.opt, batch.max} - {1}))

@@ -36,7 +36,7 @@ class Check:
 
     Attributes:
         name: what.
-        status: "ok"; "missing" (optional, and not there); "problem" (there or required, and not working).
+        status: "ok"; "missing" (optional and not installed); "problem" (installed or required, and not working).
         found: version or size found, or what is wrong.
         serves: the feature that needs it.
         fix: how to get or mend it; empty when ok.
@@ -229,7 +229,7 @@ def _gpu() -> Iterator[Check]:
         return
     yield Check("NVIDIA driver", "ok", driver, serves)
     output, trouble = _python_process("import torch; print(torch.version.cuda, torch.cuda.is_available())")
-    if trouble:  # reported as torch's own
+    if trouble:  # reported by torch's check
         return
     built, _, works = output.strip().partition(" ")
     if works == "True":
@@ -247,7 +247,7 @@ def _gpu() -> Iterator[Check]:
 
 
 def _driver() -> str | None:
-    """GPU and driver version as the driver's own tool says, or None."""
+    """GPU and driver version as nvidia-smi says, or None."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -261,7 +261,7 @@ def _driver() -> str | None:
 
 
 def _python_process(code: str, *arguments: str) -> tuple[str, str]:
-    """Run code in a Python of its own; return what it printed and, where it did not end well, how."""
+    """Run code in another Python process; return what it printed and, if it failed, how."""
     try:
         # Not from the current folder, where a file of the user's might be called like a library.
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What NVIDIA GPUs are there, and what they do while something is measured: clocks, power, temperature, memory.
+"""The NVIDIA GPUs of this machine, and what they do while something is measured: clocks, power, temperature, memory.
 
 The only file that uses NVML (nvidia-ml-py, imported as pynvml). It reads and never changes a setting. Without the
 library, a driver or a GPU there is simply nothing to tell.
@@ -69,7 +69,7 @@ class GpuMonitor:
     Attributes:
         name: of the GPU.
         power_limit_watts: the cap that is in force.
-        joules: by the GPU's own counter where it has one, otherwise the integral of the power samples.
+        joules: by the GPU's energy counter where it has one, otherwise the integral of the power samples.
         joules_source: "energy counter" or "integral of power".
     """
 

@@ -21,7 +21,7 @@ from upvits.deploy.runtimes.interface import Arrays, CallTimes, Floats, Session
 
 UNSTABLE_CV = 0.025
 LAUNCH_BOUND = 0.8
-"""Share of the compute time from which submitting the work limits it; trtexec warns at the same one."""
+"""Submitting the work limits a call from this share of the compute time on; trtexec warns at the same share."""
 
 _PARTS = ("h2d", "compute", "d2h", "enqueue")
 _WARMUP_CHUNK_SECONDS = 0.05
@@ -32,15 +32,15 @@ class LatencyStats:
     """Wall time of one call, in milliseconds, inputs and outputs on the host.
 
     Attributes:
-        cv: standard deviation over mean of all calls, as trtexec reports it (there of the compute time alone). Not
-            robust on purpose: a few slow calls are what an application would see too.
+        cv: standard deviation over mean of all calls, as trtexec reports it (of the compute time alone). Not
+            robust on purpose: an application would see a few slow calls, too.
         drift: spread of the medians of rounds (1.4826 times their median absolute deviation, over their median). A
             large `cv` with a small `drift` is jitter of single calls and leaves medians and ratios alone; a large
             `drift` means that clocks or other jobs changed meanwhile.
         quantiles: the 0th to 100th percentile in steps of 2 (51 values).
         images_per_second: batch over median.
         unstable: `cv` above 2.5 %: the spread is too large for fine comparisons.
-        h2d, compute, d2h, enqueue: medians of the parts of a call; None where there is no device.
+        h2d, compute, d2h, enqueue: medians of the parts of a call; None on the CPU.
     """
 
     batch: int
@@ -106,7 +106,7 @@ class LatencyReport:
     Attributes:
         stats: by session name and batch size.
         rounds: median of every round in milliseconds, by session name and batch size. The sessions took turns within
-            each round, so element i of one is to be held against element i of another.
+            each round, so element i of a session is compared with element i of another session.
         sessions: what every session ran on, by name.
         seconds: wall time of the timed calls of all sessions and batch sizes.
     """
@@ -121,7 +121,7 @@ class LatencyReport:
         """How many times faster session `name` is than session `reference`, compared within rounds.
 
         Raises:
-            KeyError: one of them was not measured at this batch size.
+            KeyError: a session was not measured at this batch size.
         """
         ratios = np.array(self.rounds[reference][batch]) / np.array(self.rounds[name][batch])
         low, median, high = np.percentile(ratios, (10, 50, 90)).tolist()
@@ -153,7 +153,7 @@ def interleave(
         quiet: no progress bar.
 
     Raises:
-        UserError: there is no session or no batch to measure.
+        UserError: no session or no batch size was given.
     """
     batches = list(dict.fromkeys(batch for inputs in feeds.values() for batch in inputs))
     if not batches:
@@ -204,7 +204,7 @@ def latency_stats(rounds: Sequence[CallTimes], batch: int) -> LatencyStats:
 
 
 def throughput(open_session: Callable[[], Session], feeds: Arrays, streams: int, seconds: float) -> float:
-    """Images per second of so many sessions that run at the same time, each in a thread of its own.
+    """Images per second of several sessions that run at the same time, each in a separate thread.
 
     Args:
         open_session: opens a session; called `streams` times. Give CPU sessions few threads each.
@@ -213,7 +213,7 @@ def throughput(open_session: Callable[[], Session], feeds: Arrays, streams: int,
         seconds: how long all of them run, warm-up apart.
 
     Raises:
-        UserError: there are no streams or too many, or `seconds` is not positive.
+        UserError: `streams` is below 1 or too large, or `seconds` is not positive.
     """
     if not 1 <= streams <= MAX_STREAMS or not seconds > 0:
         raise UserError(
@@ -275,10 +275,10 @@ def _measure(
     calls = {name: _calls_per_round(_warm_up(*work, settings), share, settings) for name, work in participants.items()}
     rounds: dict[str, list[CallTimes]] = {name: [] for name in participants}
     for number in range(settings.rounds):
-        # Every other round runs backwards, so that nobody always follows the same neighbour.
+        # Every other round runs backwards, so that no session always follows the same other one.
         for name in list(participants)[:: 1 if number % 2 == 0 else -1]:
             session, feed = participants[name]
-            session.time(feed, 1)  # the neighbour has filled the caches with its own weights
+            session.time(feed, 1)  # the session before has filled the caches with its weights
             rounds[name].append(session.time(feed, calls[name]))
         advance()
     return rounds

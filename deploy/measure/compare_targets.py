@@ -219,7 +219,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as it takes to tell all of them apart."""
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
-        raise UserError("a model was named twice", fix="Name each of them once; every one is measured in many rounds.")
+        raise UserError("a model was named twice", fix="Name each model once; it is measured in many rounds anyway.")
     depth = 1
     while len({path.parts[-depth:] for path in whole}) < len(whole):
         depth += 1

@@ -18,9 +18,9 @@ from upvits.deploy.runtimes import RUNTIMES
 from upvits.deploy.runtimes.interface import Built, LayerTime
 
 TRUSTED_SUM = 1.3
-"""Layers that add up to more than so many times a call were slowed down by the profiler, each in its own way."""
+"""Where layers add up to more than this many times a call, the profiler slowed them down, and not all of them alike."""
 
-_SHORT_LAYER_MS = {"cpu": 0.010, "gpu": 0.005}  # starting a layer costs about as much as such a one computes
+_SHORT_LAYER_MS = {"cpu": 0.010, "gpu": 0.005}  # starting such a layer takes about as long as computing it
 _NO_WORK = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _SHORT_SHARE = 0.4
 _BETWEEN_SHARE = 0.3
@@ -30,8 +30,8 @@ _REFORMAT_COUNT_SHARE = 0.15
 _SAME_TIME = 1.2  # a layer that got faster by less than this did not shrink
 _FUSABLE_HEADS = "multiples of 8 from 16 to 256"
 
-# What a layer is mostly about, by a word in its kind; the first that fits counts. Names are those of ONNX, of ONNX
-# Runtime's and OpenVINO's own layers, and of TensorRT's kernels.
+# What a layer is mostly about, by a word in its kind; the first that fits counts. Names are those of ONNX, of layers of
+# ONNX Runtime and OpenVINO, and of TensorRT's kernels.
 _KINDS = (
     ("reformats", r"reorder|reformat|cast|convert|quantize(?!.*(matmul|conv|gemm))"),
     ("products", r"conv|matmul|gemm|attention|mha|fullyconnected|inner.?product|einsum"),
@@ -116,7 +116,7 @@ def diagnose(
 
 
 def _profiling_cost(layers: Sequence[LayerTime]) -> float:
-    """What profiling adds to a layer, in ms: the time of the fastest one that has nothing to do.
+    """What profiling adds to a layer, in ms: the time of the fastest layer that has nothing to do.
 
     ONNX Runtime 1.31 spends about 7 us more on each layer when it profiles: the 337 layers of PVTv2-B0 half as wide,
     64 pixels, batch 1, one thread, sum up to 4.4 ms, and a call takes 1.6 ms.
@@ -152,7 +152,7 @@ def _launch_bound(pruned: Measured, runtime: str, batch: int) -> Finding | None:
     # layers were profiled at another moment: the difference means something only where the clock stands still
     if pruned.layers and not pruned.latency.unstable and total < (1 - _BETWEEN_SHARE) * call_ms:
         evidence.append(
-            f"its {len(pruned.layers)} layers take {total:.2f} of {call_ms:.2f} ms, the rest passes in between"
+            f"its {len(pruned.layers)} layers take {total:.2f} of {call_ms:.2f} ms, the remaining time passes between them"
         )
     limit = _SHORT_LAYER_MS["cpu" if RUNTIMES[runtime].on_cpu else "gpu"]
     short = [layer.ms for layer in pruned.layers if layer.ms < limit]
@@ -209,7 +209,7 @@ def _where_time_goes(dense: Measured, pruned: Measured, runtime: str, *, cpu: bo
 
 def _compute_bound(text: str, dense: Measured, pruned: Measured, gain: float) -> Finding | None:
     if not falls_short(dense.macs / pruned.macs, gain):
-        return None  # neither the products nor the rest: another finding says more
+        return None  # neither the products nor the other layers: another finding says more
     return Finding(
         cause="compute-bound, products too narrow to run at full speed",
         evidence=text + "." + _bandwidth(pruned.layers),
@@ -233,7 +233,7 @@ def _unfused_attention(pruned: Measured, precision: str) -> Finding | None:
         advice = f"Channels per head that are {_FUSABLE_HEADS} are fused: prune with --align 8 or 16."
     elif precision in ("int8", "fp8"):
         advice = (
-            "Around quantized products, the rest has to be fp16 and the attention products themselves unquantized; "
+            "Around quantized products, all other layers have to be fp16 and the attention products unquantized; "
             "quantized attention needs 16, 32 or 64 channels per head and at most 512 tokens. Compare --precision fp16."
         )
     else:
@@ -278,10 +278,10 @@ def _reformats(pruned: Measured, precision: str, runtime: str) -> Finding | None
         return None
     if precision in ("int8", "fp8"):
         wider = {"onnxruntime": "fp32", "openvino": "fp32 or bf16"}.get(runtime, "fp16")
-        advice = f"Every border between quantized and other layers costs one: compare --precision {wider}."
+        advice = f"Every border between quantized and other layers costs a cast: compare --precision {wider}."
     elif runtime == "onnxruntime":
         advice = (
-            "ONNX Runtime runs convolutions in a blocked layout of its own and changes to it and back around them; "
+            "ONNX Runtime runs convolutions in a blocked layout and converts tensors before and after each of them; "
             "compare --runtime openvino. Models without convolutions in their blocks (ViT, DeiT) have none."
         )
     else:

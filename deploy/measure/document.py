@@ -27,7 +27,7 @@ class Latency(_Document):
 
     `cv` is standard deviation over mean, `n` the number of calls, `threads` what the CPU session ran with.
     `quantiles` are the 0th to 100th percentile in steps of 2 (51 values), enough to draw the distribution. `h2d`,
-    `compute`, `d2h` and `enqueue` are medians of the parts where there is a device. `unstable`: cv above 2.5 %.
+    `compute`, `d2h` and `enqueue` are medians of the parts of a call, on a GPU. `unstable`: cv above 2.5 %.
     `joules_per_image` is measured by NVML.
     """
 
@@ -69,7 +69,7 @@ class Throughput(_Document):
 class Best(_Document):
     """What to deploy on a runtime: the fastest precision of the pruned model within the allowed loss of accuracy.
 
-    `speedup` is against the dense model in fp32 (in the widest precision measured, where there is no fp32), measured
+    `speedup` is against the dense model in fp32 (or in the widest precision that was measured), measured
     in the same rounds. `passed_over` says for every other precision why it was not chosen.
     """
 

@@ -74,7 +74,7 @@ def inputs_of(model: ModelProto, name: str) -> tuple[Input, ...]:
     """The inputs of an ONNX model that have to be fed.
 
     Raises:
-        UserError: one of them is no tensor of numbers.
+        UserError: an input is no tensor of numbers.
     """
     return tuple(_input(value, name) for value in graph_inputs(model))
 
@@ -121,7 +121,7 @@ def _input(value: ValueInfoProto, model: str) -> Input:
 
 
 def _shape(spec: Input, batch: int, given: tuple[int, ...] | None, model: str) -> tuple[int, ...]:
-    """All sizes of an input: its own, `batch` for an open first axis, and those given for other open ones."""
+    """All sizes of an input: the fixed ones, `batch` for an open first axis, and `given` for other open axes."""
     sizes = spec.sizes
     if sizes is None and given is not None:  # the model does not even say how many axes it has
         sizes = (None,) * len(given)

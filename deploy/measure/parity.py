@@ -33,7 +33,7 @@ class Tolerance:
 FP32 = Tolerance(relative=1e-4, cosine=0.99999, agreement=100.0)
 FP16 = Tolerance(relative=2e-2, cosine=0.999, agreement=99.0)
 BF16 = Tolerance(relative=5e-2, cosine=0.998, agreement=97.0)
-# What is left of 30 dB: an engine that computes something else is far below, the loss of accuracy has its own gate.
+# What is left of 30 dB: an engine that computes something else is far below; another gate checks the loss of accuracy.
 QUANTIZED = Tolerance(relative=2e-1, cosine=0.99, agreement=95.0)
 TOLERANCES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": QUANTIZED, "fp8": QUANTIZED}
 

@@ -159,10 +159,10 @@ class AccuracyFigures(_Document):
     """A model in one precision, on real images. Percent, and dB of the logits against the fp32 graph of the same model.
 
     `measured_on` says what ran: the engine itself, or its graph on ONNX Runtime's CPU provider. `drop` is the loss of
-    top-1 against the fp32 graph, which was held against PyTorch, in points (of agreement where there are no labels).
+    top-1 against the fp32 graph (which was compared with PyTorch), in points; of agreement, without labels.
     `drop_without_search` is what it was before layers were put back, `graphs_tried` how many graphs the search judged,
     on the same images.
-    `worst_layer` is the quantized layer with the largest error of its own, `worst_layer_sqnr_db` that error.
+    `worst_layer` is the quantized layer with the largest error, `worst_layer_sqnr_db` that error.
     `in_fp32` names the kinds of nodes that stay fp32 in a graph of half precision.
     `quantized` layers run in int8 or fp8; `kept` ones were put back to `rest` by the search for `--max-drop`.
     """
@@ -252,7 +252,7 @@ def load_report(run_dir: Path) -> Report:
     """Read report.json of a run.
 
     Raises:
-        UserError: there is none, or it is not a report of this version.
+        UserError: the file is missing, or is not a report of this version.
     """
     path = run_dir / REPORT
     try:

@@ -110,7 +110,7 @@ def compare_runs(reports: Mapping[str, Report]) -> RunComparison:
     """Compare reports by run name, in the order given.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: fewer than two were given.
     """
     if len(reports) < 2:
         raise UserError("One run alone cannot be compared.", fix="Give two or more run directories.")
@@ -140,8 +140,8 @@ def check_place(path: Path) -> None:
     """Refuse a place where a comparison would overwrite something else.
 
     Raises:
-        UserError: it is no `.html` file, its folder does not exist or belongs to a run, or there is a file already,
-            there or beside it with the suffix `.json`, that is no comparison.
+        UserError: it is no `.html` file, its folder does not exist or belongs to a run, or this file (or the one
+            beside it with the suffix `.json`) exists and is no comparison.
     """
     if path.suffix != ".html":
         raise UserError(f"{path} cannot hold a comparison.", why="It is a page in HTML.", fix="End its name in .html.")
@@ -151,7 +151,7 @@ def check_place(path: Path) -> None:
     if run is not None:
         raise UserError(
             f"{path} lies in the run {run}.",
-            why="A comparison there could overwrite the run's own report.",
+            why="A comparison in a run's folder could overwrite the report of that run.",
             fix="Choose an --output outside of runs.",
         )
     for file in (path, path.with_suffix(".json")):
@@ -164,7 +164,7 @@ def check_place(path: Path) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    """A recipe alone does not make a run: people keep recipes of their own."""
+    """A recipe alone does not make a run: people also keep recipes in other folders."""
     return (folder / RECIPE).is_file() and any(any(folder.glob(name)) for name in (REPORT, "*/" + MANIFEST))
 
 
@@ -285,7 +285,7 @@ def _name(choice: RunChoice) -> str:
 
 
 def _drawn(document: RunComparison) -> list[Choice]:
-    """Choices as points of a chart, with the dense model of the first run where others measured the same one again."""
+    """Choices as points of a chart; a dense model that several runs measured is drawn once, for the first of them."""
     runs = [line.run for line in document.runs]
     first: dict[tuple[str, str], str] = {}
     for line in document.runs:

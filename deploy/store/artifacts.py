@@ -88,7 +88,7 @@ class StageRecord(_Document):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A whole stage folder. `skipped` says that it was there already and nothing had to run."""
+    """A whole stage folder. `skipped`: it existed already and nothing had to run."""
 
     folder: Path
     manifest: Manifest
@@ -191,7 +191,7 @@ def _remove_drafts(folder: Path) -> None:
 
 
 def open_artifact(folder: Path) -> Artifact | None:
-    """Return the artifact in `folder`, or None when there is none or a file is missing, cut short or altered."""
+    """Return the artifact in `folder`, or None when it has no manifest or a file is missing, cut short or altered."""
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -234,7 +234,7 @@ def file_digest(path: Path) -> str:
 
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that its path holds either what was there before or all of `data`."""
+    """Write a file so that its path holds either the old content or all of `data`."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
@@ -379,7 +379,7 @@ def _is_below(run_dir: Path, filename: object) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is "no space left": libraries in native code wrap it in their own types."""
+    """Whether an error, or what caused it, is "no space left": native libraries wrap it in other types."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -81,7 +81,7 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
     """Return the recipe of a run directory as plain values.
 
     Raises:
-        UserError: there is no readable `recipe.toml`.
+        UserError: the folder has no `recipe.toml`, or it cannot be read.
     """
     if not (run_dir / RECIPE).is_file():
         raise UserError(
@@ -114,7 +114,7 @@ def _refuse_foreign(run_dir: Path, values: Mapping[str, Any], identity: Sequence
     if not run_dir.is_dir():
         raise UserError(
             f"the output {run_dir} is a file.",
-            why="A run is written to a folder of its own.",
+            why="A run is written to a folder.",
             fix="Choose another place with --output.",
         )
     if not (run_dir / RECIPE).exists():
@@ -130,7 +130,10 @@ def _refuse_foreign(run_dir: Path, values: Mapping[str, Any], identity: Sequence
     if differing:
         raise UserError(
             f"{run_dir} holds another run: "
-            + "; ".join(f"{name} is {present.get(name)!r} there, {values.get(name)!r} here" for name in differing)
+            + "; ".join(
+                f"{name} is {present.get(name)!r} in that run, {values.get(name)!r} in this command"
+                for name in differing
+            )
             + ".",
             why="Continuing would replace its results.",
             fix="Choose another folder with --output, or repeat the command with that run's settings.",

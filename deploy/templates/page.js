@@ -48,5 +48,5 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 const folded = [...document.querySelectorAll("details")];
-addEventListener("beforeprint", () => { for (const one of folded) { one.dataset.was = one.open ? "1" : ""; one.open = true; } });
-addEventListener("afterprint", () => { for (const one of folded) one.open = Boolean(one.dataset.was); });
+addEventListener("beforeprint", () => { for (const details of folded) { details.dataset.was = details.open ? "1" : ""; details.open = true; } });
+addEventListener("afterprint", () => { for (const details of folded) details.open = Boolean(details.dataset.was); });

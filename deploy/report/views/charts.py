@@ -18,7 +18,7 @@ from upvits.deploy.report.views.section import three_digits
 LEFT, RIGHT = 12.0, 97.0
 BINS = 160
 DRAWN_UP_TO = 98
-"""Percentile at which the axis of a latency chart ends: single slow calls would flatten all the rest."""
+"""Percentile at which the axis of a latency chart ends: a single slow call would flatten the histograms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ def _marks(placed: Sequence[tuple[Choice, float, float]], front: Sequence[Choice
 def _label_box(
     label: str, x: float, y: float, dx: float, dy: float, before: bool
 ) -> tuple[float, float, float, float, float, float]:
-    """Anchor in percent and pixels, then left, right, top and bottom of the text in pixels from there."""
+    """Anchor in percent and pixels, then left, right, top and bottom of the text in pixels from that anchor."""
     width = _LETTER * len(label)
     left = -dx - width if before else dx
     return x, y, left, left + width, dy - _LINE + 3, dy + 3

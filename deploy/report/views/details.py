@@ -256,7 +256,7 @@ def stages(report: Report) -> Section:
                 words(s.name),
                 seconds(s.seconds),
                 Cell(f"{s.peak_rss_mb:,.0f}", s.peak_rss_mb),
-                words("already there" if s.skipped else ""),
+                words("reused" if s.skipped else ""),
             )
             for s in report.stages
         ),

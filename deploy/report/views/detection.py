@@ -25,7 +25,7 @@ _Figure: TypeAlias = Callable[[DetectorFigures], Cell]
 
 
 def sections(report: DetectionReport | None) -> list[Section]:
-    """What there is to show of detectors, most important first."""
+    """The sections on detectors, most important first."""
     return [] if report is None else [_result(report), _latency(report), _engines(report), _classes(report)]
 
 

@@ -35,7 +35,7 @@ _CHAPTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of a table under one heading; `label` is empty where there is none."""
+    """Rows of a table under one heading; `label` is empty for rows without a heading."""
 
     label: str
     numbers: list[int] = field(default_factory=list)
@@ -84,10 +84,10 @@ def latency_charts(report: Report) -> list[LatencyChart]:
     calls: dict[tuple[str, int], list[Calls]] = {}
     for c in comparisons(report):
         for model, latency in (("dense", c.dense), ("pruned", c.pruned)):
-            one = Calls(c.precision, model, latency.median, latency.quantiles)
-            calls.setdefault((c.runtime, c.batch), []).append(one)
-    made = (latency_chart(f"{runtime}, batch {batch}", own) for (runtime, batch), own in calls.items())
-    return [chart for chart in made if chart is not None]
+            timed = Calls(c.precision, model, latency.median, latency.quantiles)
+            calls.setdefault((c.runtime, c.batch), []).append(timed)
+    drawn = (latency_chart(f"{runtime}, batch {batch}", same) for (runtime, batch), same in calls.items())
+    return [chart for chart in drawn if chart is not None]
 
 
 def accuracy_charts(report: Report) -> list[Scatter]:

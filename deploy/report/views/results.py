@@ -103,7 +103,7 @@ def latency(report: Report) -> Section:
 
 
 def latency_parts(report: Report) -> Section:
-    """Transfers, computing and enqueuing apart, where there is a device."""
+    """Transfers, computing and enqueuing apart, for runtimes with a device of their own."""
     rows = []
     for name, model in (("dense", report.dense), ("pruned", report.pruned)):
         for runtime, precision, batch, value in measured(model.latency_ms):

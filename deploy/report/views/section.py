@@ -36,7 +36,7 @@ class Section:
         key: what it is about; `part` tells several sections of one kind apart.
         text_columns: columns of words; the others are numbers.
         remarks: sentences under the table.
-        terminal: columns that the terminal shows; None leaves the section out there.
+        terminal: columns that the terminal shows; None: the terminal does not show the section.
         sortable: readers may want another order of the rows.
         shown: so many rows come first, the others on demand; None shows all.
         bars: drawn beside the rows in HTML.

@@ -39,7 +39,7 @@ def tiles(report: Report) -> list[Tile]:
 
 
 def shortcomings(report: Report) -> list[str]:
-    """What did not come out as wanted, or was not measured, most important first."""
+    """Which goals were missed and what was not measured, most important first."""
     return [
         *(f"Gate failed: {p.model}, {p.candidate} against {p.reference}, top-1 agreement {p.top1_agreement:.2f} %, "
           f"largest difference {p.max_abs:.1e}." for p in report.parity if not p.passed),

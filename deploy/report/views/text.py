@@ -17,7 +17,7 @@ from upvits.deploy.report.views.summary import shortcomings, subject
 
 
 def sections(report: Report) -> list[Section]:
-    """Return what there is to show, most important first; a section without content is left out."""
+    """Return the sections of a report, most important first, without those that have no content."""
     parts = [
         results.result(report),
         results.best(report),
