@@ -220,7 +220,7 @@ def _engines(run: Path, report: Report) -> list[tuple[Engine, Artifact]]:
 
 
 def _labels(metadata: Mapping[str, str], config: Mapping[str, Any], answer: Port) -> tuple[str, ...] | None:
-    """Names of the classes in the order of the outputs, numbers for a network without names; None without a classifier."""
+    """Names of the classes in the order of the outputs, or numbers; None for a network without classifier."""
     if not config.get("num_classes"):
         return None
     names = json.loads(metadata["labels"]) if "labels" in metadata else config.get("label_names")

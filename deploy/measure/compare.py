@@ -117,8 +117,8 @@ def _check(batches: Sequence[int], streams: Sequence[int]) -> None:
 def _check_memory(models: Sequence[Target], feeds: Mapping[str, Mapping[int, Arrays]], streams: int) -> None:
     """Refuse what would end in the system's killing this process.
 
-    All models are open at the same time, or `streams` sessions of one of them. What is on a GPU is not counted: running out
-    of GPU memory is an ordinary error.
+    All models are open at the same time, or `streams` sessions of one of them. What is on a GPU is not counted:
+    running out of GPU memory is an ordinary error.
     """
     needed = {target.name: _bytes_of_calls(target, feeds[target.name]) for target in models}
     largest = max(needed, key=lambda name: needed[name])
@@ -142,7 +142,7 @@ def _bytes_of_calls(target: Target, feeds: Mapping[int, Arrays]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """Models that run with their sessions and engine folders by name, models that do not run, and notes for the user."""
+    """Models that run, their sessions and engine folders by name; models that do not run; notes for the user."""
 
     models: list[Target]
     sessions: dict[str, Session]

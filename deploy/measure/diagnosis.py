@@ -152,7 +152,7 @@ def _launch_bound(pruned: Measured, runtime: str, batch: int) -> Finding | None:
     # layers were profiled at another moment: the difference means something only where the clock stands still
     if pruned.layers and not pruned.latency.unstable and total < (1 - _BETWEEN_SHARE) * call_ms:
         evidence.append(
-            f"its {len(pruned.layers)} layers take {total:.2f} of {call_ms:.2f} ms, the remaining time passes between them"
+            f"its {len(pruned.layers)} layers take {total:.2f} of {call_ms:.2f} ms, the other time passes between them"
         )
     limit = _SHORT_LAYER_MS["cpu" if RUNTIMES[runtime].on_cpu else "gpu"]
     short = [layer.ms for layer in pruned.layers if layer.ms < limit]
