@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -25,8 +25,11 @@ class Images(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        label = self.labels[index]  # raises IndexError past the end, which ends plain iteration
+        label = self.labels[index]
         return self._read(index), label
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,10 @@ SHORT = BenchSettings(seconds=0.02, warmup=1, warmup_seconds=0.0, rounds=2, min_
 
 @pytest.fixture(autouse=True)
 def same_arithmetic_afterwards() -> Iterator[None]:
-    before = torch.backends.fp32_precision
+    backends: Any = torch.backends  # the name is younger than torch's own types
+    before = backends.fp32_precision
     yield
-    torch.backends.fp32_precision = before
+    backends.fp32_precision = before
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def document_in(folder: Path) -> dict[str, Any]:
     return document
 
 
-def test_every_way_and_batch_has_a_row_with_figures_or_a_reason(result: Path):
+def test_every_way_and_batch_has_a_row_with_figures_or_a_reason(result: Path) -> None:
     document = document_in(result)
     rows = {(row["way"], row["batch"]): row for row in document["rows"]}
     assert set(rows) == {(w, b) for w in ("onnxruntime fp32", "PyTorch eager fp32", "tensorrt fp16") for b in (1, 2)}
@@ -72,7 +73,7 @@ def test_every_way_and_batch_has_a_row_with_figures_or_a_reason(result: Path):
     assert document["ratio"] == 0.5
 
 
-def test_the_table_says_what_the_document_says(result: Path):
+def test_the_table_says_what_the_document_says(result: Path) -> None:
     document = document_in(result)
     (path,) = result.glob("gpu-cpu-*.md")
     text = path.read_text()
@@ -92,7 +93,7 @@ class Refusing(torch.nn.Module):
         return images.mean((2, 3))
 
 
-def test_what_fails_is_recorded_and_the_rest_goes_on(tiny: Networks):
+def test_what_fails_is_recorded_and_the_rest_goes_on(tiny: Networks) -> None:
     odd = Networks("odd", tiny.dense, Refusing(), tiny.folder)
     ways = (TorchWay("fp32"), TorchWay("fp64"), TorchWay("bf16"))
     rows = list(measure(odd, ways, (1, 2), "cpu", SHORT, lambda: True))
@@ -102,7 +103,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tiny: Networks):
     assert rows[2].failed == "KeyError: 'fp64'"
 
 
-def test_nothing_new_is_begun_when_the_time_is_spent(tiny: Networks):
+def test_nothing_new_is_begun_when_the_time_is_spent(tiny: Networks) -> None:
     answers = iter([True, True])
     ways = (TorchWay("fp32"), TorchWay("bf16"))
     rows = list(measure(tiny, ways, (1, 2), "cpu", SHORT, lambda: next(answers, False)))
@@ -110,7 +111,7 @@ def test_nothing_new_is_begun_when_the_time_is_spent(tiny: Networks):
 
 
 @pytest.mark.parametrize("way", [TorchWay("fp32"), TorchWay("fp32", channels_last=True), TorchWay("bf16")], ids=str)
-def test_a_session_computes_what_the_network_does(tiny: Networks, way: TorchWay):
+def test_a_session_computes_what_the_network_does(tiny: Networks, way: TorchWay) -> None:
     generator = np.random.default_rng(0)
     with TorchSession(tiny.dense, way, "cpu") as session:
         for batch in (1, 3, 1):
@@ -128,7 +129,7 @@ def test_a_session_computes_what_the_network_does(tiny: Networks, way: TorchWay)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", [way for way in GPU_WAYS if isinstance(way, TorchWay) and not way.compiled], ids=str)
-def test_a_session_computes_what_the_network_does_on_a_gpu(tiny: Networks, way: TorchWay):
+def test_a_session_computes_what_the_network_does_on_a_gpu(tiny: Networks, way: TorchWay) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
     with torch.inference_mode():
         expected = tiny.dense.cpu()(torch.from_numpy(images)).numpy()
@@ -144,7 +145,7 @@ def point(width: int, ms: float, base: int = 64) -> Point:
     return Point("ffn", base, width, aligned_to(width), ms, ms * 1e9 / width)
 
 
-def test_widths_are_grouped_by_what_divides_them():
+def test_widths_are_grouped_by_what_divides_them() -> None:
     assert [aligned_to(width) for width in (1, 63, 12, 8, 48, 96, 128, 192)] == [1, 1, 4, 8, 16, 32, 64, 64]
     points = [point(64, 64.0), point(128, 128.0), point(72, 144.0), point(60, 90.0), point(62, 62.0)]
     assert cost_by_alignment(points) == {"ffn": {"2": 1.0, "4": 1.5, "8": 2.0, "64": 1.0}}
@@ -154,7 +155,7 @@ def test_widths_are_grouped_by_what_divides_them():
     assert rounding_up_pays([point(60, 9.0), point(64, 1.0, base=128)], 8) == {}  # of different bases
 
 
-def test_the_sweep_times_what_it_says():
+def test_the_sweep_times_what_it_says() -> None:
     points = sweep("cpu", torch.float32, 1, quick=True, seconds=0.01)
     assert {point.kind for point in points} == {"attention", "embed", "ffn"}
     for one in points:
@@ -163,14 +164,16 @@ def test_the_sweep_times_what_it_says():
         assert one.ms > 0
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr("benchmarks.gpu.missing_gpu", lambda: Missing("No GPU was found.", "Use another machine."))
     assert main(["--out", str(tmp_path / "results")]) == 3
     assert "No GPU was found." in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
-def test_mistakes_are_found_before_anything_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_mistakes_are_found_before_anything_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--models", "deit_tny", "--out", str(tmp_path / "results")]) == 2
     assert "deit_tiny" in capsys.readouterr().err
     for arguments in (["--batches", "0"], ["--batches", "a"], ["--minutes", "0"], ["--models", ""]):
@@ -179,7 +182,7 @@ def test_mistakes_are_found_before_anything_is_measured(capsys: pytest.CaptureFi
     assert not (tmp_path / "results").exists()
 
 
-def test_the_pruned_network_has_half_of_every_width(tmp_path: Path):
+def test_the_pruned_network_has_half_of_every_width(tmp_path: Path) -> None:
     networks = make_networks("test_vit", tmp_path)
     assert networks.size == (3, 160, 160)
     dense, pruned = (count_macs(model, networks.size) for model in (networks.dense, networks.pruned))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import one_shot, paper_claim, record
+from benchmarks import one_shot, paper_claim, peers, record
 from upvits import toolchain
 from upvits.calib_data import open_data
 from upvits.calib_data.errors import UserError
@@ -46,7 +46,7 @@ def test_one_shot_ends_stdout_with_rows_at_the_asked_macs(
         raise UserError("does not fit")
 
     monkeypatch.setattr(one_shot, "methods", lambda quick, python: {**known, "broken": broken})
-    monkeypatch.setattr(one_shot.peers, "DEFAULT_PYTHON", tmp_path / "none")
+    monkeypatch.setattr(peers, "DEFAULT_PYTHON", tmp_path / "none")
     out = tmp_path / "out.json"
     arguments = ("--quick", "--json", "--model", "tiny", tiny, "demo", "--shares", 0.7, "--out", out,
                  "--score-images", 24, "--calib-images", 48, "--eval-images", 64, "--finetune-images", 32)  # fmt: skip
@@ -154,7 +154,7 @@ def test_spread_is_the_standard_deviation_over_seeds() -> None:
 
 def test_every_criterion_planner_and_peer_is_compared() -> None:
     names = list(one_shot.methods(False, Path("python")))
-    assert {"random, uniform", "magnitude, uniform", "fisher, uniform", *one_shot.peers.PEERS} <= set(names)
+    assert {"random, uniform", "magnitude, uniform", "fisher, uniform", *peers.PEERS} <= set(names)
     assert len([name for name in names if name.endswith("compensated")]) >= len(one_shot.PLANNERS)
     assert set(one_shot.WITHOUT_CHANCE) <= set(names)
-    assert not set(one_shot.peers.PEERS) & set(one_shot.methods(False, None))
+    assert not set(peers.PEERS) & set(one_shot.methods(False, None))

@@ -13,6 +13,7 @@ from upvits import toolchain
 from upvits.calib_data.errors import BuildError, UserError
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.planning.document import sizer
+from upvits.toolchain.structure.groups import widths_of
 
 # What Torch-Pruning 1.6.1 (magnitude) removed from the network below at ratio 0.25: heads lose the same dims.
 REMOVED = {"embed": [1, 6, 8, 13], "blocks.0.attn": [0, 2, 8, 10], "blocks.0.mlp": list(range(0, 32, 4))}
@@ -21,7 +22,7 @@ REMOVED = {"embed": [1, 6, 8, 13], "blocks.0.attn": [0, 2, 8, 10], "blocks.0.mlp
 @pytest.fixture
 def dense() -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(
+    model: nn.Module = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2, mlp_ratio=2, num_classes=3
     )
     return model.eval()
@@ -58,7 +59,7 @@ def test_ratio_reaches_the_macs_and_not_much_less(dense: nn.Module) -> None:
     groups = groups_of(dense)
     widths = [peers._widths(groups, value) for value in (ratio, ratio - 2 / 1024)]
     size = sizer(dense, None)
-    half = size(peers.widths_of(groups)).macs / 2
+    half = size(widths_of(groups)).macs / 2
     assert size(widths[0]).macs <= half < size(widths[1]).macs
 
 

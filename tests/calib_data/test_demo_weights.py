@@ -21,16 +21,16 @@ def folder() -> Path:
     return path
 
 
-def test_unknown_models_have_no_demo_weights():
+def test_unknown_models_have_no_demo_weights() -> None:
     assert demo_weights("pvt_v2_b5") is None
 
 
-def test_weights_are_small_and_half_precision(folder: Path):
+def test_weights_are_small_and_half_precision(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 10_000_000
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
 
 
-def test_stock_timm_loads_it_and_it_is_right_on_400_pictures(folder: Path):
+def test_stock_timm_loads_it_and_it_is_right_on_400_pictures(folder: Path) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = resolve_model_data_config(model)
     preprocess = Preprocess(
@@ -50,7 +50,7 @@ def test_stock_timm_loads_it_and_it_is_right_on_400_pictures(folder: Path):
     assert 100 * hits / 400 >= 95
 
 
-def test_the_log_tells_how_it_was_made(folder: Path):
+def test_the_log_tells_how_it_was_made(folder: Path) -> None:
     report = json.loads((folder / "train.json").read_text())
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     source = open_data("demo")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ FROZEN_CELLS = np.array(
 )
 
 
-def test_a_picture_depends_on_nothing_but_its_arguments():
+def test_a_picture_depends_on_nothing_but_its_arguments() -> None:
     program = (
         "import hashlib; from drawing import draw_labelled; "
         "print(hashlib.sha256(draw_labelled(3, 'val', 77, 64)[0].tobytes()).hexdigest())"
@@ -37,20 +38,20 @@ def test_a_picture_depends_on_nothing_but_its_arguments():
     assert label == 77 % 12
 
 
-def test_the_picture_is_the_one_that_the_demo_model_was_trained_on():
+def test_the_picture_is_the_one_that_the_demo_model_was_trained_on() -> None:
     """Frozen means of 8x8 cells, to one grey level: sine and hypot may differ in the last bit between machines."""
     pixels, _ = draw_labelled(0, "train", 5, 64)
     cells = pixels.reshape(8, 8, 8, 8, 3).mean(axis=(1, 3, 4))
     assert np.abs(cells[::2, ::2] - FROZEN_CELLS).max() < 1.0
 
 
-def test_seed_split_and_index_each_change_the_picture():
+def test_seed_split_and_index_each_change_the_picture() -> None:
     first = draw_labelled(0, "train", 0, 64)[0]
     for other in [(1, "train", 0), (0, "val", 0), (0, "train", 12)]:
         assert not np.array_equal(first, draw_labelled(*other, 64)[0])
 
 
-def test_size_changes_the_resolution_and_not_the_picture():
+def test_size_changes_the_resolution_and_not_the_picture() -> None:
     small, large = (draw_labelled(0, "train", 10, size)[0].astype(float) for size in (64, 128))
     shrunk = large.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     assert np.abs(small - shrunk).mean() < 6  # pixel noise differs, and edges by a fraction of a pixel
@@ -58,7 +59,7 @@ def test_size_changes_the_resolution_and_not_the_picture():
     assert np.abs(small - other).mean() > 20
 
 
-def test_classes_are_all_pairs_and_balanced():
+def test_classes_are_all_pairs_and_balanced() -> None:
     assert len(CLASS_NAMES) == len(SHAPES) * len(TEXTURES) == 12
     assert set(CLASS_NAMES) == {f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES}
     source = open_data("demo")
@@ -66,7 +67,7 @@ def test_classes_are_all_pairs_and_balanced():
     assert set(Counter(source.val.labels).values()) == {100}
 
 
-def test_pixels_do_not_give_the_class_to_a_linear_classifier():
+def test_pixels_do_not_give_the_class_to_a_linear_classifier() -> None:
     train, val = (
         (
             torch.stack([torch.from_numpy(draw_labelled(0, split, i, 64)[0]).permute(2, 0, 1) for i in range(count)]),
@@ -78,8 +79,8 @@ def test_pixels_do_not_give_the_class_to_a_linear_classifier():
     assert linear_baseline(train, train, seed=0) > 25  # it does learn what it is shown
 
 
-def test_scenes_have_one_to_four_objects_inside_the_picture():
-    counts = Counter()
+def test_scenes_have_one_to_four_objects_inside_the_picture() -> None:
+    counts: Counter[int] = Counter()
     for index in range(40):
         scene = draw_scene(0, "train", index, 128)
         counts[len(scene.objects)] += 1
@@ -93,11 +94,11 @@ def test_scenes_have_one_to_four_objects_inside_the_picture():
     assert set(counts) == {1, 2, 3, 4}
 
 
-def test_a_box_touches_the_object_on_all_four_sides(monkeypatch: pytest.MonkeyPatch):
-    masks = []
+def test_a_box_touches_the_object_on_all_four_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
     draw_object = drawing._draw_object
 
-    def record(*arguments):
+    def record(*arguments: Any) -> Any:
         masks.append(draw_object(*arguments))
         return masks[-1]
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,9 @@ from benchmarks.train_demo import Settings, Training, train
 TINY = Settings(size=32, train_images=48, val_images=12, epochs=2, warmup_steps=1, batch_size=12)
 
 
-def test_a_killed_training_continues_and_ends_the_same(tmp_path: Path, monkeypatch, capsys):
+def test_a_killed_training_continues_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(TINY, tmp_path / "whole")
     run_epoch = Training.run_epoch
 
@@ -41,7 +44,7 @@ def test_a_killed_training_continues_and_ends_the_same(tmp_path: Path, monkeypat
     assert timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).num_classes == 12
 
 
-def test_training_ends_early_when_it_is_good_enough(tmp_path: Path, capsys):
+def test_training_ends_early_when_it_is_good_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(dataclasses.replace(TINY, stop_at_top1=0.1, epochs=50), tmp_path)
     capsys.readouterr()
     assert json.loads((tmp_path / "train.json").read_text())["epochs"] < 5

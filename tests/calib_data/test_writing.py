@@ -1,6 +1,7 @@
 """What is written to disk: COCO annotations that pycocotools reads, and nothing of the user's overwritten."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from upvits.calib_data.drawing import CLASS_NAMES, draw_scene
 from upvits.calib_data.errors import UserError
 
 
-def test_coco_document(tmp_path: Path):
+def test_coco_document(tmp_path: Path) -> None:
     path = write_coco(tmp_path, "val", 12, 96)
     assert path == tmp_path / "val" / "annotations.json"
     document = json.loads(path.read_text())
@@ -31,7 +32,9 @@ def test_coco_document(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "val").iterdir()) == ["annotations.json", "images"]
 
 
-def test_pycocotools_reads_it_and_a_perfect_detector_scores_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_pycocotools_reads_it_and_a_perfect_detector_scores_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     truth = coco.COCO(str(write_coco(tmp_path, "train", 8, 128)))
@@ -44,7 +47,7 @@ def test_pycocotools_reads_it_and_a_perfect_detector_scores_one(tmp_path: Path, 
     assert evaluation.stats[0] == pytest.approx(1.0)
 
 
-def test_image_folder_layout(tmp_path: Path):
+def test_image_folder_layout(tmp_path: Path) -> None:
     write_imagefolder(tmp_path, "train", 24, 32)
     for name in CLASS_NAMES:
         files = list((tmp_path / "train" / name).iterdir())
@@ -54,7 +57,7 @@ def test_image_folder_layout(tmp_path: Path):
 
 
 @pytest.mark.parametrize("write", [write_imagefolder, write_coco])
-def test_nothing_is_overwritten(tmp_path: Path, write):
+def test_nothing_is_overwritten(tmp_path: Path, write: Callable[[Path, str, int, int], object]) -> None:
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -63,7 +66,9 @@ def test_nothing_is_overwritten(tmp_path: Path, write):
 
 
 @pytest.mark.parametrize("write", [write_imagefolder, write_coco])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, write):
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, write: Callable[[Path, str, int, int], object]
+) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="Cannot write"):
         write(tmp_path / "file", "val", 2, 32)

@@ -68,7 +68,7 @@ def write_converted(path: Path, precision: str, base_precision: str) -> Path:
     return path
 
 
-@pytest.fixture(params=RUNTIMES.values(), ids=RUNTIMES)
+@pytest.fixture(params=list(RUNTIMES.values()), ids=list(RUNTIMES))
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     found: Runtime = request.param
     return found

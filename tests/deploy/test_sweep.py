@@ -56,8 +56,9 @@ def test_pareto_points_are_those_that_nothing_on_their_runtime_beats() -> None:
 
 def test_a_missed_latency_keeps_its_points_and_its_exit_code() -> None:
     first, *others = REPORTS
-    assert REPORTS[first].target is not None
-    missed = REPORTS[first].model_copy(update={"target": REPORTS[first].target.model_copy(update={"met": False})})
+    target = REPORTS[first].target
+    assert target is not None
+    missed = REPORTS[first].model_copy(update={"target": target.model_copy(update={"met": False})})
     found = compare_cuts({**REPORTS, first: missed}, {})
     assert {run.name: run.exit_code for run in found.runs} == {first: 6, **dict.fromkeys(others, 0)}
     assert found.points == compare_cuts(REPORTS, {}).points

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("mmdet")
 @pytest.mark.parametrize("name", ["dense", "global"])
 def test_decoded_boxes_are_those_of_mmdet(name: str, folders: dict[str, Path]) -> None:
     detector, _ = small_retinanet(folders[name], 3)
-    detector.get_submodule("bbox_head").test_cfg.max_per_img = 2000  # all of more than 1,000 candidates count
+    head: Any = detector.get_submodule("bbox_head")
+    head.test_cfg.max_per_img = 2000  # all of more than 1,000 candidates count
     images = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         boxes, scores, labels = DecodedBoxes(detector, (64, 96)).eval()(images)
@@ -151,7 +153,7 @@ def test_a_vit_serves_a_detector_that_needs_no_other_folder(tmp_path: Path, data
     schedule = configs.Schedule(epochs=1, batch_size=4, lr=1e-3, scale=(64, 64), warmup=1, workers=0)
     trained = train_detector(model, data, schedule, tmp_path / "work")
     trained.detector.zero_grad()
-    sum(level.square().sum() for level in Levels(trained.detector)(torch.randn(1, 3, 64, 64))).backward()  # type: ignore[union-attr]
+    sum(level.square().sum() for level in Levels(trained.detector)(torch.randn(1, 3, 64, 64))).backward()
     without = [name for name, parameter in trained.detector.named_parameters() if parameter.grad is None]
     assert without == []  # DistributedDataParallel refuses such
     save_detector(

@@ -53,10 +53,10 @@ def test_stopped_training_goes_on(
 
 
 def test_the_pyramid_can_be_imitated(folders: dict[str, Path], data: CocoData, tmp_path: Path) -> None:
-    teacher = openmm.build_detector(small_config(folders["dense"], len(data.classes)))
+    teacher: Any = openmm.build_detector(small_config(folders["dense"], len(data.classes)))
     images = torch.randn(2, 3, 64, 64)
     assert float(imitation(teacher, 1.0)(teacher.extract_feat(images), images)["loss_imitation"]) < 1e-6
-    student = openmm.build_detector(small_config(folders["uniform"], len(data.classes)))
+    student: Any = openmm.build_detector(small_config(folders["uniform"], len(data.classes)))
     gap = imitation(teacher, 1.0)(student.extract_feat(images), images)["loss_imitation"]
     assert 0.1 < float(gap) < 2
     info = DetectorInfo(small_config(folders["dense"], 12), data.classes, data.category_ids, (64, 64))

@@ -22,7 +22,7 @@ from upvits.deploy.graphs.files import load_model
 from upvits.deploy.graphs.surgery import ffn_to_channels_first
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
 from upvits.deploy.runtimes import open_onnx
-from upvits.deploy.runtimes.onnxruntime_ import OnnxRuntimeSession
+from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 
 
 @pytest.mark.parametrize("name", ["vit", "pvt"])
@@ -56,7 +56,7 @@ def test_nothing_of_this_machine_is_in_the_file(vit: Exported) -> None:
 
 def test_the_callers_model_and_timm_stay_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = small_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=0)
-    attention = model.blocks[0].attn
+    attention = model.get_submodule("blocks.0.attn")
     assert attention.fused_attn
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -99,7 +99,7 @@ def test_ffns_of_pvt_run_channels_first(pvt: Exported) -> None:
 
 
 def test_the_linear_variants_relu_moves_along(tmp_path: Path) -> None:
-    widths = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64), "num_heads": (1, 2, 5, 8)}
+    widths: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64), "num_heads": (1, 2, 5, 8)}
     exported = export_small(tmp_path, small_model("pvt_v2_b2_li", num_classes=5, **widths), 224)
     assert exported.report.rewritten_ffns == 4
     images = exported.images[:2]

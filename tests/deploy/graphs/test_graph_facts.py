@@ -1,5 +1,7 @@
 """What graphs ask for, on graphs whose answer is known."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -42,7 +44,7 @@ def quantized(*, images: bool, weights: bool, cast: bool = False) -> onnx.ModelP
             nodes.append(helper.make_node("Cast", [name], [f"{name}h"], f"cast{index}", to=HALF))
         factors = [f"{name}h" for name in factors]
     nodes.append(helper.make_node("MatMul", factors, ["y"], "product"))
-    constants = {"w": EYE, "wq": EYE.astype(np.int8), "scale": SCALE, "zero": ZERO}
+    constants: dict[str, np.ndarray[Any, Any]] = {"w": EYE, "wq": EYE.astype(np.int8), "scale": SCALE, "zero": ZERO}
     return graph(nodes, constants, FLOAT)
 
 
@@ -83,7 +85,7 @@ def attention(*between: str, softmax_last: bool = False) -> onnx.ModelProto:
     nodes, name = [helper.make_node("MatMul", ["x", "x"], ["s0"], "scores")], "s0"
     for index, op in enumerate(between):
         inputs = {"Mul": [name, "half"], "Add": [name, name], "Cast": [name]}[op]
-        attributes = {"to": FLOAT} if op == "Cast" else {}
+        attributes: dict[str, Any] = {"to": FLOAT} if op == "Cast" else {}
         nodes.append(helper.make_node(op, inputs, [f"s{index + 1}"], f"step{index}", **attributes))
         name = f"s{index + 1}"
     nodes.append(helper.make_node("Softmax", [name], ["y" if softmax_last else "p"], "soft"))

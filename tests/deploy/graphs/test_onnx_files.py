@@ -264,7 +264,7 @@ def _not_onnx(model: ModelProto) -> bytes:
 
 
 def _cut_off(model: ModelProto) -> bytes:
-    return model.SerializeToString()[:-100]
+    return bytes(model.SerializeToString())[:-100]
 
 
 def _empty(model: ModelProto) -> bytes:
@@ -273,36 +273,36 @@ def _empty(model: ModelProto) -> bytes:
 
 def _claims_more(model: ModelProto) -> bytes:
     model.graph.initializer[0].dims[0] = 10**12
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _claims_less_than_nothing(model: ModelProto) -> bytes:
     model.graph.initializer[0].dims[0] = -4
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _numbers_claim_more(model: ModelProto) -> bytes:
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.float_data.extend([1.0, 2.0])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _vast_input(model: ModelProto) -> bytes:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 10**9
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _vast_inside(model: ModelProto) -> bytes:
     shape = numpy_helper.from_array(np.array([10**6, 10**6], np.int64), "vast")
     model.graph.initializer.append(shape)
     model.graph.node.append(helper.make_node("ConstantOfShape", ["vast"], ["z"], "fill"))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _unknown_type(model: ModelProto) -> bytes:
     model.graph.initializer[0].data_type = 99
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,9 @@ MakeRun = Callable[..., Path]
 def parts(vit: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the stages of a run made of one small network: its model folder, ONNX file and engine."""
     folder = tmp_path_factory.mktemp("parts")
-    vit.model.pretrained_cfg = {
-        **vit.model.pretrained_cfg,  # type: ignore[dict-item]
+    model: Any = vit.model
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
         "mean": vit.preprocess.mean, "std": vit.preprocess.std, "crop_pct": 0.9, "label_names": LABELS,
     }  # fmt: skip
     arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -224,7 +225,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_onnxruntime_example_answers_as_pytorch_does(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+def test_the_onnxruntime_example_answers_as_pytorch_does(
+    make_run: MakeRun, vit: Exported, pictures: list[Path]
+) -> None:
     folder = package(make_run())
     logits = run_alone(folder / "run_onnxruntime.py", pictures)
     reference = expected(vit.model, vit.preprocess, pictures)
@@ -233,7 +236,7 @@ def test_the_onnxruntime_example_answers_as_pytorch_does(make_run: MakeRun, vit:
     assert len(set(logits.argmax(1))) > 1 or np.ptp(logits[:, 0]) > 1e-2  # the pictures do decide
 
 
-def test_it_names_the_likeliest_class_first(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+def test_it_names_the_likeliest_class_first(make_run: MakeRun, vit: Exported, pictures: list[Path]) -> None:
     folder = package(make_run())
     script = folder / "run_onnxruntime.py"
     done = subprocess.run([sys.executable, script, pictures[1]], capture_output=True, text=True, check=True)
@@ -245,7 +248,7 @@ def test_it_names_the_likeliest_class_first(make_run: MakeRun, vit: Exported, pi
 
 def test_stock_timm_loads_and_answers(
     make_run: MakeRun, vit: Exported, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
-):
+) -> None:
     script = package(make_run()) / "run_timm.py"
     reference = expected(vit.model, vit.preprocess, pictures)
     for picture, logits in zip(pictures, reference, strict=True):
@@ -258,7 +261,9 @@ def test_stock_timm_loads_and_answers(
     assert imported == {"json", "sys", "timm", "torch"}
 
 
-def test_the_openvino_example_runs_the_engine_as_it_was_built(make_run: MakeRun, vit: Exported, pictures: list[Path]):
+def test_the_openvino_example_runs_the_engine_as_it_was_built(
+    make_run: MakeRun, vit: Exported, pictures: list[Path]
+) -> None:
     pytest.importorskip("openvino")
     run = make_run()
     runtime, onnx_path = runtime_named("openvino"), run / "4-export/pruned/model.onnx"
@@ -277,7 +282,7 @@ def test_the_openvino_example_runs_the_engine_as_it_was_built(make_run: MakeRun,
     assert np.abs(logits - expected(vit.model, vit.preprocess, pictures)).max() < 1e-3  # in bf16 it would be 1e-2
 
 
-def test_options_of_a_provider_go_into_the_script(make_run: MakeRun):
+def test_options_of_a_provider_go_into_the_script(make_run: MakeRun) -> None:
     folder = package(make_run((("onnxruntime-cuda", "fp16", ()),)))
     calls = [
         n for n in ast.walk(ast.parse((folder / "run_onnxruntime_cuda.py").read_text())) if isinstance(n, ast.Tuple)
@@ -294,7 +299,7 @@ def test_options_of_a_provider_go_into_the_script(make_run: MakeRun):
 )
 def test_pictures_are_prepared_bit_for_bit_as_in_evaluation(
     interpolation: str, crop_pct: float, crop_mode: str, pictures: list[Path], tmp_path: Path
-):
+) -> None:
     preprocess = Preprocess(
         (3, 37, 37), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), interpolation, crop_pct, crop_mode
     )
@@ -315,7 +320,7 @@ def test_pictures_are_prepared_bit_for_bit_as_in_evaluation(
                 np.testing.assert_array_equal(names["images"][0], wanted)
 
 
-def test_raw_pixels_go_in_where_the_model_normalises(vit: Exported, make_run: MakeRun, pictures: list[Path]):
+def test_raw_pixels_go_in_where_the_model_normalises(vit: Exported, make_run: MakeRun, pictures: list[Path]) -> None:
     run = make_run()
     proto = onnx.load(run / "4-export/pruned/model.onnx")
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -339,7 +344,7 @@ def test_raw_pixels_go_in_where_the_model_normalises(vit: Exported, make_run: Ma
     assert np.abs(logits - expected(vit.model, vit.preprocess, pictures)).max() < 1e-3
 
 
-def test_every_file_is_in_the_sums_and_they_hold(make_run: MakeRun):
+def test_every_file_is_in_the_sums_and_they_hold(make_run: MakeRun) -> None:
     folder = package(make_run())
     listed = {line.split("  ", 1)[1] for line in (folder / SUMS).read_text().splitlines()}
     assert listed == set(files_in(folder)) - {SUMS}
@@ -349,7 +354,7 @@ def test_every_file_is_in_the_sums_and_they_hold(make_run: MakeRun):
         assert subprocess.run(["sha256sum", "-c", SUMS], cwd=folder, capture_output=True).returncode != 0
 
 
-def test_only_the_best_measured_precision_and_everything_for_other_devices(make_run: MakeRun):
+def test_only_the_best_measured_precision_and_everything_for_other_devices(make_run: MakeRun) -> None:
     engines = (
         ("tensorrt-rtx", "fp16", ("sm86", "sm120")),
         ("tensorrt-rtx", "int8", ("sm86",)),
@@ -368,7 +373,7 @@ def test_only_the_best_measured_precision_and_everything_for_other_devices(make_
     assert "engines/tensorrt-rtx-int8/engine.plan` was built but not run: it is for sm86" in card
 
 
-def test_the_best_of_cpus_in_int8_is_served_too(make_run: MakeRun):
+def test_the_best_of_cpus_in_int8_is_served_too(make_run: MakeRun) -> None:
     int8 = BEST.model_copy(update={"precision": "int8"})
     folder = package(make_run((("onnxruntime", "int8", ()),), measured={"fp32": 2.0, "int8": 1.0}, best=[int8]))
     assert json.loads((folder / PACKAGE).read_text())["triton"] == ["deit_tiny_onnx", "deit_tiny_onnx_int8"]
@@ -380,13 +385,13 @@ def test_the_best_of_cpus_in_int8_is_served_too(make_run: MakeRun):
     assert "- int8 calibrated on 64 images (digest 0123456789ab, method max)." in card
 
 
-def test_an_engine_that_was_measured_and_is_not_the_best_stays_behind(make_run: MakeRun):
+def test_an_engine_that_was_measured_and_is_not_the_best_stays_behind(make_run: MakeRun) -> None:
     folder = package(make_run(best=[BEST.model_copy(update={"precision": "int8"})]))
     assert json.loads((folder / PACKAGE).read_text())["engines"] == []
     assert "model/model.onnx" in (folder / "run_onnxruntime.py").read_text()  # there is always something to run
 
 
-def test_figures_are_those_of_the_report(make_run: MakeRun):
+def test_figures_are_those_of_the_report(make_run: MakeRun) -> None:
     card = (package(make_run()) / "MODEL_CARD.md").read_text()
     for figure in ("5 000 000", "2 000 000", "91.50 %", "90.25 %", "40.50 %", "97.00 %", "| 4.000 | 2.000 | 2.00 |"):
         assert figure in card
@@ -400,7 +405,7 @@ def test_figures_are_those_of_the_report(make_run: MakeRun):
         assert line in card
 
 
-def test_what_the_readme_names_is_there(make_run: MakeRun):
+def test_what_the_readme_names_is_there(make_run: MakeRun) -> None:
     folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
     named = re.findall(
         r"^\| `(?:python )?([\w./-]+)|-r ([\w./-]+)|, `([\w-]+\.json)`", (folder / "README.md").read_text(), re.M
@@ -412,14 +417,14 @@ def test_what_the_readme_names_is_there(make_run: MakeRun):
     assert sorted(linked) == ["MODEL_CARD.md", "report.html"]
 
 
-def test_no_file_names_a_place_on_this_machine(make_run: MakeRun, repository: Path):
+def test_no_file_names_a_place_on_this_machine(make_run: MakeRun, repository: Path) -> None:
     run = make_run()
     for name, content in files_in(package(run)).items():
         for place in (str(run.parent), str(repository), str(Path.home()), "/home/some body", "/srv/photos"):
             assert place.encode() not in content, f"{name} names {place}"
 
 
-def test_requirements_are_pinned_to_what_is_here(make_run: MakeRun):
+def test_requirements_are_pinned_to_what_is_here(make_run: MakeRun) -> None:
     folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
     lines = {path.stem: path.read_text().splitlines() for path in (folder / "requirements").iterdir()}
     assert set(lines) == {"onnxruntime", "tensorrt_rtx", "timm"}
@@ -429,7 +434,7 @@ def test_requirements_are_pinned_to_what_is_here(make_run: MakeRun):
     assert all("==" in line for found in lines.values() for line in found if not line.startswith("cuda"))
 
 
-def test_examples_are_short_and_tensorrt_calls_exist(make_run: MakeRun):
+def test_examples_are_short_and_tensorrt_calls_exist(make_run: MakeRun) -> None:
     folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)), ("tensorrt", "fp16", ("sm89",)))))
     for path in folder.glob("run_*.py"):
         assert len(path.read_text().splitlines()) <= 30, path.name
@@ -447,17 +452,17 @@ def test_examples_are_short_and_tensorrt_calls_exist(make_run: MakeRun):
     assert [ast.unparse(n) for n in used if not hasattr(homes[ast.unparse(n.value)], n.attr)] == []
 
 
-def test_the_tensorrt_rtx_example_says_what_the_engine_is_for(make_run: MakeRun, pictures: list[Path]):
+def test_the_tensorrt_rtx_example_says_what_the_engine_is_for(make_run: MakeRun, pictures: list[Path]) -> None:
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("cuda.bindings")
     folder = package(make_run((("tensorrt-rtx", "fp16", ("sm86",)),)))
-    command = [sys.executable, folder / "run_tensorrt_rtx.py", pictures[0]]
+    command: list[str | Path] = [sys.executable, folder / "run_tensorrt_rtx.py", pictures[0]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "This engine is for sm86 and tensorrt-rtx 1.2.3." in done.stderr
 
 
-def test_uneven_widths_are_not_offered_to_stock_timm(make_run: MakeRun):
+def test_uneven_widths_are_not_offered_to_stock_timm(make_run: MakeRun) -> None:
     run = make_run()
 
     def work(folder: Path) -> None:
@@ -472,7 +477,9 @@ def test_uneven_widths_are_not_offered_to_stock_timm(make_run: MakeRun):
     assert "which stock timm cannot build" in (folder / "README.md").read_text()
 
 
-def test_weights_in_separate_files_go_along(make_run: MakeRun, vit: Exported, pictures: list[Path], parts: Path):
+def test_weights_in_separate_files_go_along(
+    make_run: MakeRun, vit: Exported, pictures: list[Path], parts: Path
+) -> None:
     run = make_run()
 
     def work(folder: Path) -> None:
@@ -491,7 +498,7 @@ def test_weights_in_separate_files_go_along(make_run: MakeRun, vit: Exported, pi
     assert np.abs(run_alone(script, pictures) - reference).max() < 1e-4
 
 
-def test_a_package_that_was_left_alone_is_replaced_and_another_folder_is_not(make_run: MakeRun, tmp_path: Path):
+def test_a_package_that_was_left_alone_is_replaced_and_another_folder_is_not(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     folder = package(run)
     assert folder == run.with_name("shop-package")
@@ -514,7 +521,7 @@ def test_a_package_that_was_left_alone_is_replaced_and_another_folder_is_not(mak
     assert [p.name for p in run.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_nothing_is_left_when_it_fails(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_left_when_it_fails(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     package(run)
     before = files_in(run.parent)
@@ -538,7 +545,7 @@ def test_nothing_is_left_when_it_fails(make_run: MakeRun, monkeypatch: pytest.Mo
         ("5-engine/onnxruntime-fp32/pruned/model.onnx", "5-engine/onnxruntime-fp32 is missing"),
     ],
 )
-def test_an_unfinished_or_damaged_run_is_refused(make_run: MakeRun, lost: str, message: str):
+def test_an_unfinished_or_damaged_run_is_refused(make_run: MakeRun, lost: str, message: str) -> None:
     run = make_run()
     (run / lost).unlink()
     with pytest.raises(UserError, match=message):
@@ -546,7 +553,7 @@ def test_an_unfinished_or_damaged_run_is_refused(make_run: MakeRun, lost: str, m
     assert [path.name for path in run.parent.iterdir()] == ["shop"]
 
 
-def test_an_engine_outside_of_the_run_is_refused(make_run: MakeRun):
+def test_an_engine_outside_of_the_run_is_refused(make_run: MakeRun) -> None:
     run = make_run(measured={})
     text = (run / "report.json").read_text().replace("5-engine/onnxruntime-fp32", "../elsewhere")
     (run / "report.json").write_text(text)

@@ -31,7 +31,7 @@ def parsed(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-def test_the_repository_says_what_the_models_are(vit: Exported, tmp_path: Path):
+def test_the_repository_says_what_the_models_are(vit: Exported, tmp_path: Path) -> None:
     model = onnx.load(vit.report.path)
     image, answer = ports(model)
     engine = engine_of(tmp_path, "tensorrt")
@@ -68,7 +68,7 @@ def test_the_repository_says_what_the_models_are(vit: Exported, tmp_path: Path):
         assert label_file.read_text().splitlines() == LABELS
 
 
-def test_the_int8_graph_of_cpus_is_served_beside_the_fp32_one(vit: Exported, tmp_path: Path):
+def test_the_int8_graph_of_cpus_is_served_beside_the_fp32_one(vit: Exported, tmp_path: Path) -> None:
     image, answer = ports(onnx.load(vit.report.path))
     engine, batch = engine_of(tmp_path, "onnxruntime"), BatchProfile(1, 8, 32)
     folder = tmp_path / "triton"
@@ -83,7 +83,7 @@ def test_the_int8_graph_of_cpus_is_served_beside_the_fp32_one(vit: Exported, tmp
     assert [kinds[config.instance_group[0].kind].name for config in (wide, narrow)] == ["KIND_AUTO", "KIND_CPU"]
 
 
-def test_one_image_at_a_time_needs_no_preferred_sizes(vit: Exported):
+def test_one_image_at_a_time_needs_no_preferred_sizes(vit: Exported) -> None:
     image, answer = ports(onnx.load(vit.report.path))
     config = parsed(config_text("m", "onnxruntime", image, answer, BatchProfile(1, 1, 1), labelled=False))
     assert config.max_batch_size == 1
@@ -93,7 +93,7 @@ def test_one_image_at_a_time_needs_no_preferred_sizes(vit: Exported):
 
 
 @pytest.mark.parametrize(("runtime", "smallest"), [("tensorrt-rtx", 1), ("tensorrt", 2)])
-def test_plans_that_triton_cannot_serve_are_refused(vit: Exported, tmp_path: Path, runtime: str, smallest: int):
+def test_plans_that_triton_cannot_serve_are_refused(vit: Exported, tmp_path: Path, runtime: str, smallest: int) -> None:
     image, answer = ports(onnx.load(vit.report.path))
     engine = engine_of(tmp_path, runtime, smallest)
     with pytest.raises(UserError, match="Triton cannot serve"):
@@ -102,7 +102,7 @@ def test_plans_that_triton_cannot_serve_are_refused(vit: Exported, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shape", [[1, 3, 32, 32], ["batch", 3, "height", 32], []])
-def test_shapes_that_no_server_can_batch_are_refused(vit: Exported, shape: list[int | str]):
+def test_shapes_that_no_server_can_batch_are_refused(vit: Exported, shape: list[int | str]) -> None:
     model = onnx.load(vit.report.path)
     image = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)
     model.graph.input[0].CopyFrom(image)
@@ -110,7 +110,7 @@ def test_shapes_that_no_server_can_batch_are_refused(vit: Exported, shape: list[
         ports(model)
 
 
-def test_several_inputs_are_refused(vit: Exported):
+def test_several_inputs_are_refused(vit: Exported) -> None:
     model = onnx.load(vit.report.path)
     model.graph.input.append(model.graph.input[0])
     with pytest.raises(UserError, match="2 inputs"):

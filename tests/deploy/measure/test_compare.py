@@ -19,7 +19,6 @@ from rich.console import Console
 
 from tests.deploy.conftest import Exported
 from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
-from upvits.deploy.measure import compare as compare_module
 from upvits.deploy.measure import compare_targets
 from upvits.deploy.measure.compare import compare
 from upvits.deploy.measure.compare_result import Comparison, check_output, comparison_table
@@ -275,7 +274,8 @@ def test_absurd_requests_are_refused(tmp_path: Path, options: dict[str, Any]) ->
 
 
 def feeds(sizes: tuple[int | None, ...] | None, batch: int = 2, **shapes: tuple[int, ...]) -> tuple[int, ...]:
-    return random_feeds([Input("x", FLOAT, sizes)], batch, shapes, "m")["x"].shape
+    shape: tuple[int, ...] = random_feeds([Input("x", FLOAT, sizes)], batch, shapes, "m")["x"].shape
+    return shape
 
 
 def test_open_axes_are_filled_or_asked_for() -> None:
@@ -385,7 +385,7 @@ def test_activations_count_before_the_system_ends_the_process(tmp_path: Path, mo
     feed = {"x": np.zeros((10, 4, 64), np.float32)}
     assert activation_bytes(model, feed) == 3 * feed["x"].nbytes
     activation_bytes(onnx.load(custom(tmp_path / "custom.onnx")), {"x": np.zeros((9, 4), np.float32)})
-    monkeypatch.setattr(compare_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**23, total=2**33))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**23, total=2**33))
     # 1 MiB of inputs passes alone, with 3 MiB of activations in each of two models it does not
     wide = [matmul(tmp_path / name / "wide.onnx", ("batch", 4, 64), layers=5) for name in "ab"]
     with pytest.raises(UserError, match="measuring this would take about"):

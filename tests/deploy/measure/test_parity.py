@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,11 @@ def test_a_tie_is_no_flip_and_a_flip_is_one() -> None:
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_numbers_are_placed(broken: str, said: str, value: float) -> None:
-    arrays = {"inputs": RNG.normal(size=(20, 3, 4, 4)), "reference": LOGITS.copy(), "candidate": LOGITS.copy()}
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "inputs": RNG.normal(size=(20, 3, 4, 4)),
+        "reference": LOGITS.copy(),
+        "candidate": LOGITS.copy(),
+    }
     arrays[broken][7].flat[0] = value
     with pytest.raises(GateError, match=f"{said} hold NaN or infinity") as failure:
         check_parity(arrays["reference"], arrays["candidate"], inputs=arrays["inputs"], candidate_name="fp16 engine")

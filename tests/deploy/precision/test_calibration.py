@@ -16,7 +16,7 @@ node = onnx.helper.make_node
 
 def conv_and_product() -> onnx.ModelProto:
     random = np.random.default_rng(0)
-    weights = {
+    weights: dict[str, Array] = {
         "kernel": random.normal(size=(4, 3, 2, 2)).astype(np.float32),
         "shape": np.array([0, 4, -1], np.int64),
         "w": random.normal(size=(9, 5)).astype(np.float32),

@@ -47,7 +47,7 @@ def test_half_precision_answers_like_fp32(name: str, precision: str, request: py
 def test_products_are_fp16_and_norms_softmax_and_ends_are_fp32(pvt: Exported) -> None:
     model = to_half(onnx.load(pvt.report.path), "fp16")
     types = types_of(model)
-    by_operator = collections.defaultdict(set)
+    by_operator: dict[str, set[int]] = collections.defaultdict(set)
     for node in model.graph.node:
         by_operator[node.op_type] |= {types[name] for name in [node.input[0], *node.output]}
     assert by_operator["MatMul"] == by_operator["Conv"] == by_operator["Gelu"] == by_operator["Add"] == {HALF}

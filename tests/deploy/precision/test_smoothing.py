@@ -1,5 +1,7 @@
 """SmoothQuant: the fold changes nothing in fp32 and saves int8 from outliers."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -47,10 +49,10 @@ def test_outliers_cost_int8_nothing_after_the_fold(name: str, request: pytest.Fi
 
 
 def test_a_norm_that_something_else_reads_is_left_alone() -> None:
-    weights = {
+    weights: dict[str, np.ndarray[Any, Any]] = {
         "gain": np.linspace(1, 50, 4, dtype=np.float32),
         "w": np.eye(4, dtype=np.float32),
-        "two": np.float32(2),
+        "two": np.array(2, np.float32),
     }
     nodes = [
         node("LayerNormalization", ["x", "gain"], ["n1"], "alone"),
@@ -70,7 +72,7 @@ def test_a_norm_that_something_else_reads_is_left_alone() -> None:
 @pytest.mark.parametrize("kept", [True, False], ids=["channels kept", "channels broken up"])
 def test_channels_are_followed_through_reshapes(kept: bool) -> None:
     shape = [0, 4, 2, 3] if kept else [0, 2, 2, 6]
-    weights = {
+    weights: dict[str, np.ndarray[Any, Any]] = {
         "gain": np.array([1, 80, 1, 2], np.float32),
         "shape": np.array(shape, np.int64),
         "w": np.random.default_rng(1).normal(size=(5, shape[1], 1, 1)).astype(np.float32),

@@ -56,7 +56,7 @@ def used_names(file: str) -> tuple[set[str], set[str]]:
             target, asked = node.args[0], node.args[1]
             if not isinstance(asked, ast.Constant):  # a target that the user named, looked up in an enum
                 continue
-            if (name := _in_library(ast.Attribute(target, asked.value, ast.Load()))) is not None:
+            if (name := _in_library(ast.Attribute(target, str(asked.value), ast.Load()))) is not None:
                 probed.add(name)
     # the names that lead to a longer one, such as ILogger.Severity to ILogger.Severity.ERROR
     return {name for name in needed if name not in probed}, probed

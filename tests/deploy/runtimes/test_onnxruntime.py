@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -175,7 +176,7 @@ def test_the_record_is_written_after_what_the_provider_compiled(
         seen.append((folder / "build.json").exists())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnxruntime_.shutil, "copytree", copy)
+    monkeypatch.setattr(shutil, "copytree", copy)
     (tmp_path / "compiled").mkdir()
     (tmp_path / "compiled" / "kernel").touch()
     with pytest.raises(UserError, match="no space left"):

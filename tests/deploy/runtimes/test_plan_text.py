@@ -1,6 +1,7 @@
 """What TensorRT-RTX compiled, read from its plans. These tests fail when NVIDIA changes the text; builds do not."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -74,7 +75,7 @@ def test_targets_share_one_compiled_graph(vit: Exported, tmp_path: Path) -> None
     assert three.bytes < 1.01 * one.bytes
 
 
-WHOLE = {
+WHOLE: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "deit_tiny": ("deit_tiny_patch16_224", {"img_size": 64}, 50, 12),
     "deit_tiny_half": ("deit_tiny_patch16_224", {"img_size": 64, "embed_dim": 96}, 50, 12),
     "pvt_v2_b0": ("pvt_v2_b0", {}, 59, 8),

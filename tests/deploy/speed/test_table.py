@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3).eval()
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def pyramid() -> nn.Module:
     widths = {"depths": (2, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "num_heads": (1, 2, 5, 8)}
-    return timm.create_model("pvt_v2_b0", num_classes=7, **widths).eval()
+    model: nn.Module = timm.create_model("pvt_v2_b0", num_classes=7, **widths)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def linear_costs(model: nn.Module, size: tuple[int, int, int], dense_ms: float =
     for stage in stages:
         points[tables._call_name(stage)] = 1e-3
         for part in ("attn", "mlp"):
-            dims, widths = tables.branch_grid(stage, part, 8)
-            for d in dims:
+            heights, widths = tables.branch_grid(stage, part, 8)
+            for d in heights:
                 for w in widths:
                     points[tables._branch_name(stage, part, d, w)] = 1e-3 + 1e-6 * d * w
     if noise:
@@ -96,7 +99,7 @@ def test_a_table_is_measured_once_and_continued(
     small: nn.Module, dense: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[set[str]] = []
-    real = tables.opened
+    real = opened
 
     def counting(deployment: Deployment, networks: dict[str, object], threads: int | None) -> object:
         built.append(set(networks))
@@ -161,11 +164,11 @@ def test_both_branches_in_turn_are_the_block(name: str, request: pytest.FixtureR
 def test_chains_have_the_widths_that_were_asked_for(pyramid: nn.Module) -> None:
     stage = stages_of(pyramid, (3, 64, 64))[1]
     made = chain(pyramid, stage, "attn", 16, 16, 3)
-    blocks = list(made.get_submodule("blocks").children())
+    blocks: list[Any] = list(made.get_submodule("blocks").children())
     assert len(blocks) == 3
-    assert all(tuple(block.attn.q.weight.shape) == (16, 16) for block in blocks)  # type: ignore[union-attr]
+    assert all(tuple(block.attn.q.weight.shape) == (16, 16) for block in blocks)
     assert made(torch.randn(2, 8, 8, 16)).shape == (2, 64, 16)
-    assert not torch.equal(blocks[0].attn.q.weight, blocks[1].attn.q.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(blocks[0].attn.q.weight, blocks[1].attn.q.weight)
 
 
 def test_the_network_without_blocks_runs(pyramid: nn.Module) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from upvits import toolchain
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy.graphs.facts import GraphFacts
+from upvits.deploy.measure import accuracy as measure_accuracy
 from upvits.deploy.pipeline import build
 from upvits.deploy.recipe.engines import precisions_for
 from upvits.deploy.runtimes import runtime_named
@@ -93,7 +94,7 @@ def test_a_precision_asked_for_by_name_must_keep_its_accuracy(
 
     import upvits.deploy.stages.precision as module
 
-    original = module.accuracy
+    original = measure_accuracy.accuracy
     monkeypatch.setattr(module, "accuracy", ruin)
     asked = {**recipe, "engine": {"runtime": "onnxruntime", "precision": "int8"}, "precision": {"calib_images": 8}}
     with pytest.raises(GateError, match=r"loses 7\.00 points in int8, 0\.5 are allowed"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -78,7 +79,8 @@ def takes(name: str) -> bool:
 @pytest.fixture
 def deit() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_patch16_224", img_size=48, num_classes=7).eval()
+    model: nn.Module = timm.create_model("deit_tiny_patch16_224", img_size=48, num_classes=7)
+    return model.eval()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -196,7 +198,7 @@ def test_models_with_unrecorded_arguments_are_not_saved_wrong(tmp_path: Path) ->
 
 
 def test_labels_and_preprocessing_travel_along(tmp_path: Path) -> None:
-    model = make(DEIT)
+    model: Any = make(DEIT)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple("abcde"), "mean": (0.1, 0.2, 0.3)}
     toolchain.save(model, tmp_path / "model")
     loaded = toolchain.load(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_scoring_changes_nothing_in_the_model() -> None:
 
 def test_magnitude_is_the_norm_of_what_a_unit_owns() -> None:
     model = make(DEIT)
-    block = model.blocks[0].mlp
+    block: Any = model.get_submodule("blocks.0.mlp")
     scores = toolchain.score(model, method="magnitude").values["blocks.0.mlp"]
     owned = torch.cat([block.fc1.weight[7], block.fc1.bias[7:8], block.fc2.weight[:, 7]])
     assert scores[7] == pytest.approx(owned.norm().item(), rel=1e-5)
