@@ -20,8 +20,8 @@ _WIDE_TO_NARROW = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A runtime and a precision in which both networks were measured."""
+class EnginePair:
+    """The dense and the pruned engine of one runtime in one precision, which are measured against each other."""
 
     runtime: str
     precision: str
@@ -33,7 +33,7 @@ class Pair:
 
 def bench_figures(
     measured: LatencyReport | None,
-    pairs: Sequence[Pair],
+    pairs: Sequence[EnginePair],
     costs: Mapping[str, Accuracy],
     max_drop: float,
     joules: Mapping[tuple[str, int], float | None],
@@ -72,7 +72,7 @@ def bench_figures(
     )
 
 
-def layer_figures(pair: Pair, batch: int, dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> LayerTimes:
+def layer_figures(pair: EnginePair, batch: int, dense: Sequence[LayerTime], pruned: Sequence[LayerTime]) -> LayerTimes:
     """Profiles of both networks, side by side."""
     return LayerTimes(runtime=pair.runtime, precision=pair.precision, batch=batch, layers=layer_table(dense, pruned))
 
@@ -80,14 +80,14 @@ def layer_figures(pair: Pair, batch: int, dense: Sequence[LayerTime], pruned: Se
 def findings(
     figures: Bench,
     plan: PruningPlan,
-    engines: Mapping[Pair, tuple[Engine, Engine]],
-    layers: Mapping[Pair, tuple[Sequence[LayerTime], Sequence[LayerTime]]],
+    engines: Mapping[EnginePair, tuple[Engine, Engine]],
+    layers: Mapping[EnginePair, tuple[Sequence[LayerTime], Sequence[LayerTime]]],
 ) -> list[Finding]:
     """Why latency fell less than the MACs did, in the runtime and precision that is the fastest."""
     best = min(figures.best, key=lambda best: best.pruned_ms, default=None)
     if best is None:
         return []
-    pair, batch = Pair(best.runtime, best.precision), best.batch
+    pair, batch = EnginePair(best.runtime, best.precision), best.batch
     widths = (
         {change.group: change.before for change in plan.changes},
         {change.group: change.after for change in plan.changes if change.after},
@@ -115,7 +115,7 @@ def findings(
     return diagnose(dense, pruned, runtime=pair.runtime, precision=pair.precision, batch=best.batch, speedup=speedup)
 
 
-def _best(measured: LatencyReport, pairs: Sequence[Pair], costs: Mapping[str, Accuracy], max_drop: float) -> Best:
+def _best(measured: LatencyReport, pairs: Sequence[EnginePair], costs: Mapping[str, Accuracy], max_drop: float) -> Best:
     """The precision of a runtime to deploy, at the largest batch, and why not the others.
 
     A narrower precision must earn its place: it keeps the accuracy, and is faster in at least three of four rounds. Two

@@ -16,7 +16,7 @@ from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave, joules_per_image, throughput
 from upvits.deploy.measure.document import Throughput
-from upvits.deploy.measure.figures import Pair, bench_figures, findings, layer_figures
+from upvits.deploy.measure.figures import EnginePair, bench_figures, findings, layer_figures
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import (
     LayerTime,
@@ -114,10 +114,10 @@ def _require_accuracy(job: Job, benched: Artifact) -> None:
             )
 
 
-def _pair(artifact: Artifact) -> Pair | None:
+def _pair(artifact: Artifact) -> EnginePair | None:
     """What an engine artifact is measured as; None where it cannot run here."""
     engine = engine_of(artifact, "pruned")
-    return Pair(engine.runtime, engine.precision) if runs_here(engine) else None
+    return EnginePair(engine.runtime, engine.precision) if runs_here(engine) else None
 
 
 def _open(folder: Path, options: RunOptions) -> Session:
@@ -125,7 +125,7 @@ def _open(folder: Path, options: RunOptions) -> Session:
 
 
 def _accuracies(
-    job: Job, exported: Artifact, pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session]
+    job: Job, exported: Artifact, pairs: Mapping[EnginePair, Artifact], sessions: Mapping[str, Session]
 ) -> dict[str, Accuracy]:
     """Every session on the validation images, which are decoded once for all."""
     if not sessions:
@@ -140,7 +140,7 @@ def _accuracies(
     return found
 
 
-def _accuracy_record(pairs: Iterable[Pair], costs: Mapping[str, Accuracy]) -> EngineAccuracies:
+def _accuracy_record(pairs: Iterable[EnginePair], costs: Mapping[str, Accuracy]) -> EngineAccuracies:
     return EngineAccuracies(
         engines=tuple(
             EngineAccuracy(
@@ -164,7 +164,7 @@ def _feeds(job: Job, sessions: Mapping[str, Session]) -> dict[int, dict[str, Pix
 
 
 def _throughputs(
-    job: Job, pairs: Mapping[Pair, Artifact], feeds: Mapping[int, Mapping[str, Pixels]]
+    job: Job, pairs: Mapping[EnginePair, Artifact], feeds: Mapping[int, Mapping[str, Pixels]]
 ) -> list[Throughput]:
     """Images per second of several sessions at once; one of them alone is in the latencies already."""
     recipe = job.recipe.bench
@@ -189,8 +189,8 @@ def _throughputs(
 
 
 def _layers(
-    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
-) -> dict[Pair, tuple[tuple[LayerTime, ...], tuple[LayerTime, ...]]]:
+    pairs: Mapping[EnginePair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
+) -> dict[EnginePair, tuple[tuple[LayerTime, ...], tuple[LayerTime, ...]]]:
     """Profiles of both networks at the largest batch; empty where a runtime has no profiler."""
     feed = feeds[max(feeds)]
     return {
@@ -203,7 +203,7 @@ def _layers(
 
 
 def _energy(
-    pairs: Mapping[Pair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
+    pairs: Mapping[EnginePair, Artifact], sessions: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Pixels]]
 ) -> dict[tuple[str, int], float | None]:
     """Energy per image of every session on a GPU, by session and batch size."""
     return {
@@ -215,7 +215,7 @@ def _energy(
     }
 
 
-def _settings_used(measured: LatencyReport | None, pairs: Mapping[Pair, Artifact]) -> dict[str, dict[str, Any]]:
+def _settings_used(measured: LatencyReport | None, pairs: Mapping[EnginePair, Artifact]) -> dict[str, dict[str, Any]]:
     """What sessions ran with, by pair; threads stand with the latencies, since each engine has its own."""
     if measured is None:
         return {}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upvits.deploy.measure.document import Bench
-from upvits.deploy.measure.figures import Pair
+from upvits.deploy.measure.figures import EnginePair
 from upvits.deploy.precision.half import HALVES
 from upvits.deploy.recipe.document import PlanRecipe
 from upvits.deploy.recipe.request import Job
@@ -162,12 +162,12 @@ def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
     """Accuracy of every engine: its own where it runs here, otherwise that of the graph that it was built from."""
     assert done.benched is not None
     benched = read_document(done.benched.folder / "accuracy.json", EngineAccuracies)
-    measured = {(a.model, Pair(a.runtime, a.precision)): a.accuracy for a in benched.engines}
+    measured = {(a.model, EnginePair(a.runtime, a.precision)): a.accuracy for a in benched.engines}
     records = {name: read_precisions(artifact).by_model for name, artifact in done.graphs.items()}
     figures = []
     for artifact in done.engines.artifacts:
         engine = engine_of(artifact, "pruned")
-        pair = Pair(engine.runtime, engine.precision)
+        pair = EnginePair(engine.runtime, engine.precision)
         by_model = records.get(graph_name(runtime_named(pair.runtime), pair.precision), {})
         for model in MODELS:
             record, of_engine = by_model.get(model), measured.get((model, pair))

@@ -9,13 +9,13 @@ from upvits.deploy.choices import BatchProfile
 from upvits.deploy.measure.accuracy import Accuracy
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, latency_stats
 from upvits.deploy.measure.document import Bench
-from upvits.deploy.measure.figures import Pair, bench_figures, findings
+from upvits.deploy.measure.figures import EnginePair, bench_figures, findings
 from upvits.deploy.runtimes.interface import CallTimes, Engine, LayerTime
 from upvits.toolchain.planning import PruningPlan, Size
 from upvits.toolchain.structure.groups import Widths
 
 MS = {"dense": {"fp32": 10.0, "int8": 7.0, "bf16": 6.0}, "pruned": {"fp32": 5.0, "int8": 4.0, "bf16": 2.0}}
-PAIRS = [Pair("onnxruntime", precision) for precision in ("fp32", "int8", "bf16")]
+PAIRS = [EnginePair("onnxruntime", precision) for precision in ("fp32", "int8", "bf16")]
 
 
 def measured() -> LatencyReport:
@@ -23,7 +23,7 @@ def measured() -> LatencyReport:
     report = LatencyReport({}, {}, {}, BenchSettings(), 1.0)
     for model, by_precision in MS.items():
         for precision, ms in by_precision.items():
-            name = Pair("onnxruntime", precision).session(model)
+            name = EnginePair("onnxruntime", precision).session(model)
             rounds = [CallTimes(np.full(10, factor * ms / 1e3)) for factor in (1, 2)]
             report.stats[name] = {8: latency_stats(rounds, 8)}
             report.rounds[name] = {8: (ms, 2 * ms)}
@@ -33,7 +33,7 @@ def measured() -> LatencyReport:
 
 def costs(**drops: float) -> dict[str, Accuracy]:
     return {
-        Pair("onnxruntime", precision).session(model): Accuracy(100, 90.0, 99.0, drops.get(precision, 0.0), 40.0)
+        EnginePair("onnxruntime", precision).session(model): Accuracy(100, 90.0, 99.0, drops.get(precision, 0.0), 40.0)
         for model in ("dense", "pruned")
         for precision in MS["dense"]
     }
@@ -108,4 +108,4 @@ def test_findings_are_about_the_fastest_pair() -> None:
 
 @pytest.mark.parametrize("model", ["dense", "pruned"])
 def test_sessions_are_named_so_that_people_can_read_them(model: str) -> None:
-    assert Pair("openvino", "int8").session(model) == f"{model} openvino int8"
+    assert EnginePair("openvino", "int8").session(model) == f"{model} openvino int8"
