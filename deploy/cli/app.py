@@ -215,8 +215,9 @@ def report(
 ) -> None:
     """Show the report of a run and write its pages again from report.json; or compare several runs."""
     from upvits.deploy.report.document import load_report
-    from upvits.deploy.report.runs import check_place, compare_runs, comparison_terminal, save_comparison
+    from upvits.deploy.report.runs import compare_runs
     from upvits.deploy.report.views import save_report, terminal
+    from upvits.deploy.report.views.runs import check_place, comparison_terminal, save_comparison
     from upvits.deploy.store.artifacts import disk_errors
 
     if output is not None and len(runs) < 2:

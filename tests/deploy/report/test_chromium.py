@@ -10,8 +10,9 @@ import pytest
 
 from tests.deploy.report.sample_report import sample_report
 from tests.deploy.report.test_run_comparison import three_runs
-from upvits.deploy.report.runs import compare_runs, save_comparison
+from upvits.deploy.report.runs import compare_runs
 from upvits.deploy.report.views import save_report
+from upvits.deploy.report.views.runs import save_comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 

@@ -12,13 +12,10 @@ from upvits.deploy.report.document import Report
 from upvits.deploy.report.runs import (
     RunComparison,
     compare_runs,
-    comparison_html,
-    comparison_sections,
-    comparison_terminal,
-    save_comparison,
 )
 from upvits.deploy.report.verdict import verdict
 from upvits.deploy.report.views import save_report
+from upvits.deploy.report.views.runs import comparison_html, comparison_sections, comparison_terminal, save_comparison
 
 UNMEASURED: dict[str, object] = {"speedup": {}, "speedup_low": {}, "speedup_high": {}}
 
