@@ -64,12 +64,22 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """An example file: what it is rendered from, and what it needs."""
+    """An example, named after what runs the model: what it is rendered from, and what it needs."""
 
-    file: str
+    name: str
     template: str
     values: dict[str, str]
     requires: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The script."""
+        return f"run_{self.name}.py"
+
+    @property
+    def requirements(self) -> str:
+        """The file with the packages that the script needs."""
+        return f"requirements/{self.name}.txt"
 
 
 def example_files(subject: Subject) -> dict[str, str]:
@@ -91,12 +101,7 @@ def example_files(subject: Subject) -> dict[str, str]:
 
 def requirements(subject: Subject) -> dict[str, str]:
     """What each example needs, with the versions that it was made with, by file name."""
-    return {
-        f"requirements/{Path(example.file).stem.removeprefix('run_')}.txt": "".join(
-            f"{line}\n" for line in example.requires
-        )
-        for example in _examples(subject)
-    }
+    return {example.requirements: "".join(f"{line}\n" for line in example.requires) for example in _examples(subject)}
 
 
 def readme(subject: Subject) -> str:
@@ -141,20 +146,20 @@ def shorten(text: str, names: Mapping[str, str]) -> str:
 def _examples(subject: Subject) -> list[_Example]:
     drafts = [_example(engine, file) for engine, file in subject.engines]
     examples = [example for example in drafts if example is not None]
-    if not any(example.file == "run_onnxruntime.py" for example in examples):
+    if not any(example.name == "onnxruntime" for example in examples):
         provider = {"engine": "model/model.onnx", "provider": _CPU, "options": ""}
         needs = _pinned("onnxruntime", _version("onnxruntime") or _version("onnxruntime-gpu"))
-        examples.insert(0, _Example("run_onnxruntime.py", "onnxruntime", provider, _with_basics(needs)))
+        examples.insert(0, _Example("onnxruntime", "onnxruntime", provider, _with_basics(needs)))
     if subject.stock_timm:
         packages = ("torch", "torchvision", "timm", "safetensors", "pillow")
-        examples.append(_Example("run_timm.py", "timm", {}, tuple(_pinned(name, _version(name)) for name in packages)))
+        examples.append(_Example("timm", "timm", {}, tuple(_pinned(name, _version(name)) for name in packages)))
     # several precisions of a runtime that could not be measured: the script is for the first, README says so
-    return list({example.file: example for example in reversed(examples)}.values())[::-1]
+    return list({example.name: example for example in reversed(examples)}.values())[::-1]
 
 
 def _example(engine: Engine, file: str) -> _Example | None:
     """The script for an engine; None for a runtime that is not known here."""
-    name = f"run_{engine.runtime.replace('-', '_')}.py"
+    name = engine.runtime.replace("-", "_")
     if engine.library == "onnxruntime":
         provider = str(engine.settings["provider"])
         if provider not in _PROVIDERS:  # a plugin that has to be registered first: no script for that
