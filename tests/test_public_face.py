@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("package", ["upvits", "upvits.calib_data", "upvits.toolchain"])
 def test_type_checkers_and_programs_see_the_same_names(package: str) -> None:
     module = import_module(package)
-    seen = {}
+    seen: dict[str, str | None] = {}
     for node in ast.parse(Path(str(module.__file__)).read_text()).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             for statement in node.body:

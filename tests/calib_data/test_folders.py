@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def refusal(spec: object) -> UserError:
     return caught.value
 
 
-def test_split_folder(split_folder: Path):
+def test_split_folder(split_folder: Path) -> None:
     source = open_data(f"imagefolder:{split_folder}")
     assert source.class_names == ("cat", "dog")
     assert source.train.labels == (0,) * 5 + (1,) * 5
@@ -52,13 +53,13 @@ def test_split_folder(split_folder: Path):
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "test", "Val"])
-def test_other_names_of_the_validation_folder(split_folder: Path, name: str):
+def test_other_names_of_the_validation_folder(split_folder: Path, name: str) -> None:
     expected = open_data(f"imagefolder:{split_folder}").val.labels
     (split_folder / "val").rename(split_folder / name)
     assert open_data(f"imagefolder:{split_folder}").val.labels == expected
 
 
-def test_classes_alone_are_split_the_same_way_every_time(tmp_path: Path):
+def test_classes_alone_are_split_the_same_way_every_time(tmp_path: Path) -> None:
     for name, count in (("a", 50), ("b", 20), ("single", 1)):
         for index in range(count):
             picture(tmp_path / name / f"{index}.png", (index, 0, 0))
@@ -78,7 +79,7 @@ def test_classes_alone_are_split_the_same_way_every_time(tmp_path: Path):
     assert {third.val[i][0].getpixel((0, 0)) for i, label in enumerate(third.val.labels) if label == 0} == reds[1]
 
 
-def test_unlabelled_folder(tmp_path: Path):
+def test_unlabelled_folder(tmp_path: Path) -> None:
     for index in range(10):
         picture(tmp_path / f"{index}.jpg")
     source = open_data(f"imagefolder:{tmp_path}")
@@ -88,7 +89,7 @@ def test_unlabelled_folder(tmp_path: Path):
     assert source.train[0][1] == -1
 
 
-def test_classes_in_timm_order_with_nested_and_hidden_files(tmp_path: Path):
+def test_classes_in_timm_order_with_nested_and_hidden_files(tmp_path: Path) -> None:
     for name in ("10", "9", "B", "a"):
         picture(tmp_path / name / "deep" / "er" / "x.PNG")
         picture(tmp_path / name / "y.JPeG")
@@ -101,7 +102,7 @@ def test_classes_in_timm_order_with_nested_and_hidden_files(tmp_path: Path):
     assert source.skipped == ()
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path):
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
     for name in ("a", "b"):
         picture(tmp_path / name / "1.png")
         picture(tmp_path / name / "2.png")
@@ -124,7 +125,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, name: str):
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, name: str) -> None:
     ODD[name]().save(tmp_path / name)
     image, _ = open_data(f"imagefolder:{tmp_path}").train[0]
     assert image.mode == "RGB"
@@ -132,14 +133,14 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, name: str):
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= 2
 
 
-def test_palette_with_transparent_colours(tmp_path: Path):
+def test_palette_with_transparent_colours(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8), (100, 100, 100)).quantize(4)
     image.save(tmp_path / "x.png", transparency=b"\x00\x80")
     loaded, _ = open_data(f"imagefolder:{tmp_path}").train[0]
     assert loaded.getpixel((0, 0)) == (100, 100, 100)
 
 
-def test_exif_orientation_is_applied(tmp_path: Path):
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 10))
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
@@ -148,7 +149,7 @@ def test_exif_orientation_is_applied(tmp_path: Path):
     assert loaded.size == (10, 30)
 
 
-def test_digest_tells_content_label_and_split_and_not_the_place(split_folder: Path, tmp_path: Path):
+def test_digest_tells_content_label_and_split_and_not_the_place(split_folder: Path, tmp_path: Path) -> None:
     original = open_data(f"imagefolder:{split_folder}").digest
     moved = tmp_path / "elsewhere"
     shutil.copytree(split_folder, moved)
@@ -180,7 +181,9 @@ def damage_middle(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_text, damage_empty, damage_middle])
 @pytest.mark.parametrize("extension", ["jpg", "png"])
-def test_one_damaged_image_among_good_ones_is_left_out(tmp_path: Path, damage, extension: str):
+def test_one_damaged_image_among_good_ones_is_left_out(
+    tmp_path: Path, damage: Callable[[Path], object], extension: str
+) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     for index in range(120):
         (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
@@ -196,25 +199,25 @@ def test_one_damaged_image_among_good_ones_is_left_out(tmp_path: Path, damage, e
     assert str(bad) in str(error)
 
 
-def test_missing_folder(tmp_path: Path):
+def test_missing_folder(tmp_path: Path) -> None:
     assert "nowhere" in refusal(tmp_path / "nowhere").what
     assert "is a file" in refusal(picture(tmp_path / "x.png")).what
 
 
-def test_empty_folder(tmp_path: Path):
+def test_empty_folder(tmp_path: Path) -> None:
     assert "No images" in refusal(tmp_path).what
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "readme.txt").write_text("x")
     assert "No images" in refusal(tmp_path).what
 
 
-def test_empty_validation_folder(split_folder: Path):
+def test_empty_validation_folder(split_folder: Path) -> None:
     shutil.rmtree(split_folder / "val")
     (split_folder / "val").mkdir()
     assert str(split_folder / "val") in refusal(split_folder).what
 
 
-def test_class_lists_differ(split_folder: Path):
+def test_class_lists_differ(split_folder: Path) -> None:
     picture(split_folder / "val" / "horse" / "1.png")
     shutil.rmtree(split_folder / "val" / "cat")
     error = refusal(split_folder)
@@ -222,25 +225,25 @@ def test_class_lists_differ(split_folder: Path):
     assert "only in validation: horse" in error.what
 
 
-def test_single_class(tmp_path: Path):
+def test_single_class(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "cat" / "1.png")
     picture(tmp_path / "val" / "cat" / "1.png")
     assert "Only one class" in refusal(tmp_path).what
 
 
-def test_loose_images_beside_classes(tmp_path: Path):
+def test_loose_images_beside_classes(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / "1.png")
     picture(tmp_path / "loose.png")
     assert "loose.png" in refusal(tmp_path).what
 
 
-def test_unreadable_folder(split_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_folder(split_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = split_folder / "train" / "cat"
     locked.chmod(0)
     if os.access(locked, os.R_OK):  # root reads everything: let the system call fail as it does for others
         listing = Path.iterdir
 
-        def iterdir(path: Path):
+        def iterdir(path: Path) -> Iterator[Path]:
             if path == locked:
                 raise PermissionError(13, "Permission denied")
             return listing(path)
@@ -254,26 +257,29 @@ def test_unreadable_folder(split_folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert "Permission denied" in error.what
 
 
-def test_an_image_that_breaks_after_opening_is_named(split_folder: Path):
+def test_an_image_that_breaks_after_opening_is_named(split_folder: Path) -> None:
     source = open_data(f"imagefolder:{split_folder}")
     damage_text(split_folder / "train" / "cat" / "0.png")
     with pytest.raises(UserError, match=r"cat/0\.png"):
         source.train[0]
 
 
-def test_drawn_folder_is_read_back_exactly(tmp_path: Path):
+def test_drawn_folder_is_read_back_exactly(tmp_path: Path) -> None:
     write_imagefolder(tmp_path / "drawn", "train", 24, 64)
     write_imagefolder(tmp_path / "drawn", "val", 12, 64)
     source, demo = open_data(f"imagefolder:{tmp_path / 'drawn'}"), open_data("demo")
     assert (len(source.train), len(source.val)) == (24, 12)
+    assert source.class_names is not None
+    assert demo.class_names is not None
     assert sorted(source.class_names) == sorted(demo.class_names)
     pixels = {(demo.class_names[label], image.tobytes()) for image, label in (demo.train[i] for i in range(24))}
     assert {(source.class_names[label], image.tobytes()) for image, label in source.train} == pixels
 
 
 @pytest.mark.skipif(not (SHARED / "clothing").is_dir(), reason="needs the photographs in ../shared/data/clothing")
-def test_real_photographs():
+def test_real_photographs() -> None:
     source = open_data(f"imagefolder:{SHARED / 'clothing'}")
+    assert source.class_names is not None
     assert (len(source.train), len(source.val), len(source.class_names)) == (1817, 341, 10)
     assert source.skipped == ()
     image, label = source.val[0]

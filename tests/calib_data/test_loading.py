@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,12 @@ def images() -> Images:
     return demo_images("train", 40)
 
 
-def all_of(loader) -> tuple[torch.Tensor, torch.Tensor]:
+def all_of(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     parts = list(loader)
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-def test_evaluation_batches_are_the_pictures_in_order(images: Images):
+def test_evaluation_batches_are_the_pictures_in_order(images: Images) -> None:
     parts = list(batches(images, PREPROCESS, 16))
     assert [tuple(x.shape) for x, _ in parts] == [(16, 3, 64, 64), (16, 3, 64, 64), (8, 3, 64, 64)]
     x, y = all_of(parts)
@@ -35,7 +37,7 @@ def test_evaluation_batches_are_the_pictures_in_order(images: Images):
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_evaluation_transform_is_timms(crop_mode: str):
+def test_evaluation_transform_is_timms(crop_mode: str) -> None:
     image = Image.effect_noise((90, 50), 60).convert("RGB")
     preprocess = Preprocess((3, 32, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.8, crop_mode)
     expected = create_transform(
@@ -52,8 +54,8 @@ def test_evaluation_transform_is_timms(crop_mode: str):
 
 # torch warns where there are more workers than cores: that is about speed, and this about results.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
-def test_training_batches_depend_on_seed_and_epoch_alone(images: Images):
-    def run(**options) -> tuple[torch.Tensor, torch.Tensor]:
+def test_training_batches_depend_on_seed_and_epoch_alone(images: Images) -> None:
+    def run(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return all_of(batches(images, PREPROCESS, 8, train=True, **options))
 
     x, y = run(seed=1, epoch=2)
@@ -69,13 +71,13 @@ def test_training_batches_depend_on_seed_and_epoch_alone(images: Images):
     assert y.tolist() != list(images.labels)
 
 
-def test_training_changes_each_picture_in_each_epoch():
+def test_training_changes_each_picture_in_each_epoch() -> None:
     same = Images([0, 1, 2, 3], lambda index: demo_images("train", 12)[4][0])
     x, _ = all_of(batches(same, PREPROCESS, 4, train=True))
     assert len({picture.numpy().tobytes() for picture in x}) == 4
 
 
-def test_loading_leaves_the_global_generators_alone(images: Images):
+def test_loading_leaves_the_global_generators_alone(images: Images) -> None:
     random.seed(5)
     torch.manual_seed(5)
     expected = random.random(), torch.rand(1).item()
@@ -86,12 +88,12 @@ def test_loading_leaves_the_global_generators_alone(images: Images):
     assert (random.random(), torch.rand(1).item()) == expected
 
 
-def test_incomplete_training_batches_are_dropped_unless_alone(images: Images):
+def test_incomplete_training_batches_are_dropped_unless_alone(images: Images) -> None:
     assert [len(y) for _, y in batches(images, PREPROCESS, 16, train=True)] == [16, 16]
     assert [len(y) for _, y in batches(images, PREPROCESS, 64, train=True)] == [40]
 
 
-def test_proxy_is_balanced_random_and_from_the_training_pictures():
+def test_proxy_is_balanced_random_and_from_the_training_pictures() -> None:
     labels = [0] * 30 + [1] * 5 + [2] * 30
     train = Images(labels, lambda index: Image.new("RGB", (64, 64), (index, labels[index], 0)))
     source = DataSource("x", ("a", "b", "c"), train, Images([], train._read), "digest")
@@ -110,14 +112,14 @@ def test_proxy_is_balanced_random_and_from_the_training_pictures():
     assert len(chosen(1000, seed=0)) == 65
 
 
-def test_proxy_of_unlabelled_pictures():
+def test_proxy_of_unlabelled_pictures() -> None:
     train = Images([-1] * 20, lambda index: Image.new("RGB", (64, 64), (index * 10, 0, 0)))
     source = DataSource("x", None, train, train, "digest")
     proxy = proxy_images(source, PREPROCESS, 8, seed=3)
     assert len({float(picture[0, 0, 0]) for picture in proxy}) == 8
 
 
-def test_proxy_of_the_demo_set():
+def test_proxy_of_the_demo_set() -> None:
     proxy = proxy_images(open_data("demo"), PREPROCESS, 24, seed=0)
     assert tuple(proxy.shape) == (24, 3, 64, 64)
     assert proxy.min() >= -1

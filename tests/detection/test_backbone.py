@@ -1,6 +1,7 @@
 """Backbones give timm's features, and stock mmdet computes the same from translated weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def test_features_are_those_of_timm(name: str, folders: dict[str, Path]) -> None
     images = torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         levels = backbone(images)
-        expected = toolchain.load(folders[name]).forward_intermediates(images, intermediates_only=True)
+        network: Any = toolchain.load(folders[name])
+        expected = network.forward_intermediates(images, intermediates_only=True)
     assert [tuple(level.shape[2:]) for level in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert tuple(level.shape[1] for level in levels) == backbone.channels
     assert all(torch.equal(level, other) for level, other in zip(levels, expected, strict=True))

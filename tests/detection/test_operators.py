@@ -1,5 +1,7 @@
 """Operators that stand in for compiled ones: against autograd and against brute force."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,7 +53,13 @@ def test_cropped_masks_are_those_of_torchvision() -> None:
     mask[..., 4:12, 4:12] = 1
     rois = torch.tensor([[0.0, 4, 4, 12, 12], [0, 0, 0, 8, 8]])
     crops = torch.empty(2, 1, 4, 4)
-    how = {"aligned_height": 4, "aligned_width": 4, "spatial_scale": 1.0, "sampling_ratio": 0, "aligned": True}
+    how: dict[str, Any] = {
+        "aligned_height": 4,
+        "aligned_width": 4,
+        "spatial_scale": 1.0,
+        "sampling_ratio": 0,
+        "aligned": True,
+    }
     operators.roi_align_forward(mask, rois, crops, torch.empty(0), torch.empty(0), pool_mode=1, **how)
     assert torch.allclose(crops[0], torch.ones(4, 4))
     assert crops[1, 0].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]

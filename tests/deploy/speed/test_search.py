@@ -15,6 +15,7 @@ from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.recipe.document import make_recipe
 from upvits.deploy.recipe.engines import deployment_of, engines_of
 from upvits.deploy.runtimes import RUNTIMES, BatchProfile
+from upvits.deploy.runtimes.onnxruntime_ import CPU
 from upvits.deploy.speed import search as searching
 from upvits.deploy.speed import table as tables
 from upvits.deploy.speed.deployment import Deployment, check_deployment, measure, opened
@@ -39,9 +40,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
-    return timm.create_model(
+    model: nn.Module = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=96, num_heads=3, num_classes=7
-    ).eval()
+    )
+    return model.eval()
 
 
 @pytest.mark.slow
@@ -134,6 +136,6 @@ def test_what_is_no_speedup_is_refused(text: str) -> None:
 
 def test_a_target_is_measured_where_its_precision_is() -> None:
     recipe = make_recipe({"model": "pvt_v2_b0", "plan": {"speedup": "2x"}, "engine": {"precision": "bf16"}})
-    here = replace(RUNTIMES["onnxruntime"], name="has-bf16", precisions=("fp32", "bf16"))
+    here = replace(CPU, name="has-bf16", precisions=("fp32", "bf16"))
     found = deployment_of(recipe, engines_of(recipe, [RUNTIMES["onnxruntime"], here]))
     assert (found.runtime.name, found.precision) == ("has-bf16", "bf16")
