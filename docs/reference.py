@@ -5,9 +5,10 @@ A test holds the two files against what this makes, so that they cannot fall beh
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from upvits.deploy.cli.app import app
+from upvits.deploy.recipe.detect import DetectRecipe
 from upvits.deploy.recipe.document import Recipe
 
 HERE = Path(__file__).parent
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+SETTINGS = "Settings of a run"
+MANY = 20
+"""A command that takes so many of them is described by what it takes beside them."""
 MADE = "<!-- Written by docs/reference.py; `make reference` writes it again. -->\n"
 
 
@@ -29,21 +34,23 @@ def pages() -> dict[str, str]:
 
 
 def cli_page() -> str:
-    """Every command with its arguments and options; commands that take the same options are described together."""
+    """Every command with its arguments and options; what several commands take alike is described once."""
+    known = dict(commands())
     parts = [
         MADE,
         "# Command line\n",
         "`upvits-deploy COMMAND --help` shows the same. `python -m upvits` starts it, too.\n",
-        _table(("command", "what it does"), [(f"`{name}`", _cell(command.help)) for name, command in commands()]),
+        _table(("command", "what it does"), [(f"`{name}`", _cell(command.help)) for name, command in known.items()]),
     ]
     together: dict[str, list[str]] = {}
-    for name, command in commands():
+    for name, command in known.items():
         together.setdefault(_options(command), []).append(name)
     for options, names in together.items():
         title = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-        usage = "\n".join(_usage(name, dict(commands())[name]) for name in names)
-        parts += [f"## {title}\n", f"    {usage.replace(chr(10), chr(10) + '    ')}\n", options]
-    return "\n".join(parts)
+        usage = "".join(f"    {_usage(name, known[name])}\n" for name in names)
+        parts += [f"## {title}\n", usage, options]
+    settings = [parameter for parameter in known["build"].params if _is_setting(parameter)]
+    return "\n".join([*parts, f"## {SETTINGS}\n", _tables(settings)])
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -65,8 +72,32 @@ def _argument(parameter: Any) -> str:
 
 
 def _options(command: Any) -> str:
+    """A command's arguments and options; of settings of a run, only that it takes them, and which it does not."""
+    settings = {parameter.opts[0] for parameter in command.params if _is_setting(parameter)}
+    if len(settings) < MANY:
+        return _tables(command.params)
+    everything = [parameter.opts[0] for parameter in dict(commands())["build"].params if _is_setting(parameter)]
+    without = ", ".join(f"`{name}`" for name in everything if name not in settings)
+    taken = f"Takes all [{SETTINGS.lower()}](#settings-of-a-run)" + (f", without {without}" if without else "")
+    return f"{taken}.\n\n{_tables(parameter for parameter in command.params if not _is_setting(parameter))}"
+
+
+def _is_setting(parameter: Any) -> bool:
+    """Whether an option stands for a setting of a run's recipe."""
+    return parameter.param_type_name == "option" and parameter.opts[0] in _setting_names()
+
+
+@functools.cache
+def _setting_names() -> frozenset[str]:
+    sections = [_section(field) for field in Recipe.model_fields.values()]
+    parts = [Recipe, *(section for section in sections if section is not None and section is not DetectRecipe)]
+    return frozenset(name for part in parts for field in part.model_fields.values() for name in _called(field))
+
+
+def _tables(parameters: Iterable[Any]) -> str:
+    """Arguments and options by the panels of the help."""
     panels: dict[str, list[tuple[str, ...]]] = {}
-    for parameter in command.params:
+    for parameter in parameters:
         if parameter.hidden:
             continue
         if parameter.param_type_name == "argument":
@@ -119,7 +150,6 @@ def _settings(section: type[BaseModel], fields: list[tuple[str, FieldInfo]]) -> 
     rows: list[tuple[str, ...]] = []
     for name, field in fields:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        options: Any = extra.get("x-option", [])
         shown = extra.get("x-shown")
         if field.is_required():
             default = "required"
@@ -127,9 +157,16 @@ def _settings(section: type[BaseModel], fields: list[tuple[str, FieldInfo]]) -> 
             default = str(shown)
         else:
             default = "" if field.default in (None, (), {}) else _toml(field.default)
-        called = ", ".join(f"`{option}`" for option in options)
+        called = ", ".join(f"`{option}`" for option in _called(field))
         rows.append((f"`{name}`", _cell(field.description), _kind(schemas[name]), default, called))
     return _table(("setting", "meaning", "type", "default", "option"), rows)
+
+
+def _called(field: FieldInfo) -> list[str]:
+    """Names of a setting on the command line; of a switch, both."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    names: Any = extra.get("x-option", [])
+    return [part for name in names for part in name.split("/")]
 
 
 def _toml(value: object) -> str:
