@@ -27,6 +27,9 @@ VERBS = {
     "detect train", "detect compare", "detect eval", "detect export", "detect prune",
 }  # fmt: skip
 
+GENERAL = {"--version", "--help", "--install-completion"}
+"""Options of no command."""
+
 
 def text_of(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
@@ -63,7 +66,8 @@ def test_the_command_line_has_the_agreed_verbs() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_in_the_documents_can_be_typed(document: str) -> None:
     for _, *words in typed_commands(document):
-        if words == ["--help"]:
+        if words[0].startswith("-"):
+            assert words[0] in GENERAL
             continue
         verb, arguments = (words[0], words[1:]) if words[0] != "detect" else (" ".join(words[:2]), words[2:])
         assert verb in VERBS
@@ -90,7 +94,7 @@ def test_torchrun_starts_what_the_documents_tell_it_to() -> None:
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if not name.startswith("benchmarks/")])
 def test_every_option_that_a_document_names_exists(document: str) -> None:
-    known = set().union(*(options(verb) for verb in VERBS)) | {"--version", "--help"}
+    known = set().union(*(options(verb) for verb in VERBS)) | GENERAL
     theirs = {"--strict"}  # of mkdocs and pytest
     named = set(re.findall(r"`(--[a-z0-9-]+)", text_of(document)))
     assert named <= known | theirs
