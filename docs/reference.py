@@ -89,8 +89,8 @@ def _is_setting(parameter: Any) -> bool:
 
 @functools.cache
 def _setting_names() -> frozenset[str]:
-    sections = [_section(field) for field in Recipe.model_fields.values()]
-    parts = [Recipe, *(section for section in sections if section is not None and section is not DetectRecipe)]
+    parts: list[type[BaseModel]] = [Recipe]
+    parts += [part for field in Recipe.model_fields.values() if (part := _section(field)) not in (None, DetectRecipe)]
     return frozenset(name for part in parts for field in part.model_fields.values() for name in _called(field))
 
 
