@@ -91,11 +91,11 @@ def require_target(report: Report) -> None:
     target = report.target
     if target is None or target.met or target.measured is None:
         return
-    found, before = target.measured, target.searched
+    measured, before = target.measured, target.searched
     raise TargetError(
         f"{target.asked} was asked for on {target.runtime} {target.precision} at batch {target.batch}; the finished "
-        f"engine takes {found.ms:.3g} ms and the dense one {found.dense_ms:.3g} ms, {found.speedup:.2f}x "
-        f"({found.low:.2f} to {found.high:.2f} over rounds).",
+        f"engine takes {measured.ms:.3g} ms and the dense one {measured.dense_ms:.3g} ms, {measured.speedup:.2f}x "
+        f"({measured.low:.2f} to {measured.high:.2f} over rounds).",
         why=f"When the plan was chosen: {before.ms:.3g} ms against {before.dense_ms:.3g} ms, {before.speedup:.2f}x.",
         fix="If the machine was busy, the same command with more --bench-seconds measures again; otherwise ask for a "
         "little less in a new run.",

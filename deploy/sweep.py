@@ -108,33 +108,35 @@ def sweep(
             _LOGGER.error("%s", f"{name}: {error.what} {error.fix}".strip())
     if not reports:
         raise next(iter(errors.values()))
-    found = compare_cuts(reports, errors)
-    found = found.model_copy(update={"runs": sorted(found.runs, key=lambda run: list(recipes).index(run.name))})
+    report = compare_cuts(reports, errors)
+    report = report.model_copy(update={"runs": sorted(report.runs, key=lambda run: list(recipes).index(run.name))})
     with disk_errors(out, "sweep"):
-        atomic_write(out / SWEEP, (found.model_dump_json(indent=2) + "\n").encode())
-        atomic_write(out / PAGE, sweep_html(found).encode())
-    return found
+        atomic_write(out / SWEEP, (report.model_dump_json(indent=2) + "\n").encode())
+        atomic_write(out / PAGE, sweep_html(report).encode())
+    return report
 
 
 def compare_cuts(reports: Mapping[str, Report], errors: Mapping[str, UserError]) -> SweepReport:
     """The document of a sweep from the reports of its runs, of which there is one at least."""
     first = next(iter(reports.values()))
-    batch = max((own.batch for report in reports.values() for own in comparisons(report)), default=None)
+    batch = max((comparison.batch for report in reports.values() for comparison in comparisons(report)), default=None)
     points = _points(reports, batch)
-    front = {id(point) for own in _by_runtime(points).values() for point in _front(own)}
+    front = {id(point) for group in _by_runtime(points).values() for point in _front(group)}
     runs = [
         SweepRun(
             name=name,
-            verdict=verdict(own),
-            params=own.pruned.params,
-            macs=own.pruned.macs,
-            exit_code=TargetError.exit_code if own.target is not None and not own.target.met else 0,
+            verdict=verdict(report),
+            params=report.pruned.params,
+            macs=report.pruned.macs,
+            exit_code=TargetError.exit_code if report.target is not None and not report.target.met else 0,
         )
-        for name, own in reports.items()
+        for name, report in reports.items()
     ]
     runs += [
-        SweepRun(name=name, failed=" ".join(filter(None, (own.what, own.why, own.fix))), exit_code=own.exit_code)
-        for name, own in errors.items()
+        SweepRun(
+            name=name, failed=" ".join(filter(None, (error.what, error.why, error.fix))), exit_code=error.exit_code
+        )
+        for name, error in errors.items()
     ]
     return SweepReport(
         model=first.model,
@@ -148,24 +150,24 @@ def compare_cuts(reports: Mapping[str, Report], errors: Mapping[str, UserError])
     )
 
 
-def sweep_terminal(found: SweepReport) -> Group:
+def sweep_terminal(report: SweepReport) -> Group:
     """The sweep for a terminal of 80 columns; Pareto points are marked."""
-    return Group(*terminal_sections(sweep_sections(found)))
+    return Group(*terminal_sections(sweep_sections(report)))
 
 
-def sweep_html(found: SweepReport) -> str:
+def sweep_html(report: SweepReport) -> str:
     """The sweep as one self-contained page."""
-    charts = {runtime: _chart(found, runtime, own) for runtime, own in _by_runtime(found.points).items()}
+    charts = {runtime: _chart(report, runtime, points) for runtime, points in _by_runtime(report.points).items()}
     return render(
-        "sweep.html", title=f"{found.model}: {len(found.runs)} cuts", sweep=found, sections=sweep_sections(found),
+        "sweep.html", title=f"{report.model}: {len(report.runs)} cuts", sweep=report, sections=sweep_sections(report),
         charts=charts,
     )  # fmt: skip
 
 
-def sweep_sections(found: SweepReport) -> list[Section]:
+def sweep_sections(report: SweepReport) -> list[Section]:
     """A table per runtime, and one of the runs that failed."""
-    made = [_table(found, runtime, own) for runtime, own in _by_runtime(found.points).items()]
-    failed = [run for run in found.runs if run.failed is not None]
+    made = [_table(report, runtime, points) for runtime, points in _by_runtime(report.points).items()]
+    failed = [run for run in report.runs if run.failed is not None]
     if failed:
         rows = tuple((words(run.name), Cell(str(run.exit_code)), words(run.failed or "")) for run in failed)
         made.append(
@@ -182,15 +184,15 @@ def _recipes(base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]]
     except (TypeError, ValueError) as error:
         raise UserError(f"The recipe has plan = {values['plan']!r}.", fix="Make it a table: [plan].") from error
     kept = {name: value for name, value in plan.items() if name not in CUTS}
-    found: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = {}
     for cut in cuts:
         name = ",".join(f"{key}-{value}" for key, value in cut.items()).replace("/", "_").replace(" ", "")
-        if name in found or not cut:
+        if name in recipes or not cut:
             raise UserError(f"The cut {name or '(none)'} was given twice or is empty.", fix="Give different ones.")
-        found[name] = make_recipe({**values, "plan": {**kept, **cut}})
-    if not found:
+        recipes[name] = make_recipe({**values, "plan": {**kept, **cut}})
+    if not recipes:
         raise UserError("A sweep of no cuts.", fix="Give some, e.g. --ratios 0.25,0.5,0.75.")
-    return found
+    return recipes
 
 
 def _check_place(out: Path) -> None:
@@ -238,31 +240,31 @@ def _share_scores(folder: Path, others: Sequence[Path]) -> None:
 
 def _points(reports: Mapping[str, Report], batch: int | None) -> list[SweepPoint]:
     """Every runtime and precision of every run that was timed and judged; the dense network once."""
-    labelled = all(own.top1 is not None for report in reports.values() for own in report.accuracy)
+    labelled = all(figures.top1 is not None for report in reports.values() for figures in report.accuracy)
     timed: dict[tuple[str, str], list[tuple[str, Comparison]]] = {}
     for name, report in reports.items():
-        for own in comparisons(report):
-            if own.batch == batch:
-                timed.setdefault((own.runtime, own.precision), []).append((name, own))
-    found = []
+        for comparison in comparisons(report):
+            if comparison.batch == batch:
+                timed.setdefault((comparison.runtime, comparison.precision), []).append((name, comparison))
+    made = []
     for (runtime, precision), runs in timed.items():
-        dense_ms = median(own.dense.median for _, own in runs)
+        dense_ms = median(comparison.dense.median for _, comparison in runs)
         first = reports[runs[0][0]]
         judged = [("dense", "dense", first, first.dense.macs, 1.0)]
-        judged += [(name, "pruned", reports[name], reports[name].pruned.macs, own.speedup) for name, own in runs]
+        judged += [(name, "pruned", reports[name], reports[name].pruned.macs, c.speedup) for name, c in runs]
         for name, model, report, macs, speedup in judged:
             accuracy = _accuracy(report, model, runtime, precision, labelled=labelled)
             if accuracy is not None:
                 values = {"run": name, "model": model, "runtime": runtime, "precision": precision, "macs": macs}
                 values |= {"ms": dense_ms / speedup, "speedup": speedup, "accuracy": accuracy}
-                found.append(SweepPoint.model_validate(values))
-    return found
+                made.append(SweepPoint.model_validate(values))
+    return made
 
 
 def _accuracy(report: Report, model: str, runtime: str, precision: str, *, labelled: bool) -> float | None:
-    for own in report.accuracy:
-        if (own.model, own.runtime, own.precision) == (model, runtime, precision):
-            return own.top1 if labelled else own.agreement
+    for figures in report.accuracy:
+        if (figures.model, figures.runtime, figures.precision) == (model, runtime, precision):
+            return figures.top1 if labelled else figures.agreement
     return None
 
 
@@ -293,11 +295,11 @@ def _front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     return [point for point, choice in zip(points, choices, strict=True) if choice in best]
 
 
-def _chart(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Scatter | None:
-    return scatter(f"Accuracy over latency, {runtime}, batch {found.batch}", _choices(points), found.accuracy, 360)
+def _chart(report: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Scatter | None:
+    return scatter(f"Accuracy over latency, {runtime}, batch {report.batch}", _choices(points), report.accuracy, 360)
 
 
-def _table(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Section:
+def _table(report: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Section:
     rows = tuple(
         (
             words(point.run),
@@ -306,15 +308,15 @@ def _table(found: SweepReport, runtime: str, points: Sequence[SweepPoint]) -> Se
             times(point.speedup),
             percent(point.accuracy),
             Cell(short_count(point.macs), point.macs),
-            Cell(f"{100 * point.macs / found.dense_macs:.0f}", point.macs / found.dense_macs),
+            Cell(f"{100 * point.macs / report.dense_macs:.0f}", point.macs / report.dense_macs),
             words("*" if point.on_front else ""),
         )
-        for point in sorted(points, key=lambda own: own.ms)
+        for point in sorted(points, key=lambda point: point.ms)
     )
     return Section(
         "runtime",
-        f"{runtime}, batch {found.batch}, {found.device}",
-        ("run", "precision", "ms", "faster", found.accuracy, "MACs", "MACs, %", "Pareto"),
+        f"{runtime}, batch {report.batch}, {report.device}",
+        ("run", "precision", "ms", "faster", report.accuracy, "MACs", "MACs, %", "Pareto"),
         rows,
         ("*: nothing here is both faster and more accurate.",),
         text_columns=(0, 1, 7),

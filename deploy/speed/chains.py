@@ -56,11 +56,11 @@ def stages_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Stage
             stream = segment.run(stream)
     groups = {group.name: group for group in groups_of(model)}
     embeds = {group.stage: group.name for group in groups.values() if group.kind == "embed"}
-    found = []
+    stages = []
     for blocks in dict.fromkeys(name.rpartition(".")[0] for name in sizes if f"{name}.mlp" in groups):
         attention, ffn = groups[f"{blocks}.0.attn"], groups[f"{blocks}.0.mlp"]
         size = sizes[f"{blocks}.0"]
-        found.append(
+        stages.append(
             Stage(
                 blocks=blocks,
                 count=sum(name.rpartition(".")[0] == blocks for name in sizes),
@@ -72,7 +72,7 @@ def stages_of(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Stage
                 widths={"attn": attention.size, "mlp": ffn.size},
             )
         )
-    return tuple(found)
+    return tuple(stages)
 
 
 class Chain(nn.Module):
@@ -115,8 +115,8 @@ def without_blocks(model: nn.Module, dims: Mapping[str, int]) -> nn.Module:
 
 def grid(size: int, shares: Sequence[float], align: int) -> tuple[int, ...]:
     """Aligned widths at these shares of a dimension, ascending; the whole of it is the last."""
-    found = {size}
+    widths = {size}
     for share in shares:
         if size * share >= align / 2:
-            found.add(aligned(size, 1 - share, align, "a width"))
-    return tuple(sorted(found))
+            widths.add(aligned(size, 1 - share, align, "a width"))
+    return tuple(sorted(widths))

@@ -179,7 +179,7 @@ def shares(
     slips between the turns of other processes, which a long one never does, and medians of calls would make long ones
     look too slow.
     """
-    feeds = {name: own[deployment.batch] for name, own in _feeds(sessions, sizes, deployment).items()}
+    feeds = {name: by_batch[deployment.batch] for name, by_batch in _feeds(sessions, sizes, deployment).items()}
     calls = {}
     for name, session in sessions.items():
         session.time(feeds[name], 2)
@@ -190,7 +190,7 @@ def shares(
             sessions[name].time(feeds[name], 1)
             means[name].append(float(sessions[name].time(feeds[name], calls[name]).total.mean()))
     reference = np.array(next(iter(means.values())))
-    return {name: np.array(own) / reference for name, own in means.items()}
+    return {name: np.array(times) / reference for name, times in means.items()}
 
 
 def _feeds(

@@ -71,7 +71,7 @@ class LatencyRecord(_Document):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FittedPlan:
     """A plan that meets the target, and how it was found."""
 
     plan: PruningPlan
@@ -87,7 +87,7 @@ def search(
     *,
     align: int = 8,
     quiet: bool = True,
-) -> Found:
+) -> FittedPlan:
     """The plan that uses a latency target up, checked on a network of its widths that was built and timed.
 
     Only shapes decide latency, so that network is cut from the dense one without any training.
@@ -120,19 +120,19 @@ def search(
         precision=deployment.precision,
         batch=deployment.batch,
         target_ms=target.ms_of(dense.ms),
-        chosen=min((own for own, _ in tried), key=lambda own: abs(own.over_target - 1)),
-        attempts=[own for own, _ in tried],
+        chosen=min((attempt for attempt, _ in tried), key=lambda attempt: abs(attempt.over_target - 1)),
+        attempts=[attempt for attempt, _ in tried],
         points=len(costs.points),
         points_spread=spread(costs),
     )
-    met = [(own, plan) for own, plan in tried if own.over_target <= ALLOWED]
+    met = [(attempt, plan) for attempt, plan in tried if attempt.over_target <= ALLOWED]
     if not met:
         raise _not_reached(record, floor)
     # the slowest that surely meets the target keeps the most of the network; where none is sure, the fastest
     sure = [pair for pair in met if pair[0].over_target <= _CLOSE[1] and pair[0].high_over_target <= ALLOWED]
     by_latency = sorted(sure or met, key=lambda pair: pair[0].over_target)
     chosen, plan = by_latency[-1 if sure else 0]
-    return Found(plan, record.model_copy(update={"chosen": chosen}))
+    return FittedPlan(plan, record.model_copy(update={"chosen": chosen}))
 
 
 def _attempts(
@@ -189,7 +189,7 @@ def _where(deployment: Deployment) -> str:
 
 
 def _not_reached(record: LatencyRecord, floor: NotReachableError | None) -> TargetError:
-    nearest = min(record.attempts, key=lambda own: own.over_target)
+    nearest = min(record.attempts, key=lambda attempt: attempt.over_target)
     stopped = f"{len(record.attempts)} plans were tried."
     if floor is not None:
         stopped = f"By the latency table: {floor.what} {floor.why}".strip()

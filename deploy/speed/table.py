@@ -76,21 +76,21 @@ class LatencyCosts:
     Attributes:
         dense_ms: the dense network's time, which is the sum of its parts.
         macs: multiply-accumulates of the parts; embeddings, norms and head are interpolated over theirs.
-        rest: those and milliseconds at measured widths, by rising MACs.
+        fixed_points: those MACs and milliseconds at measured widths, by rising MACs.
         branches: by list of blocks and branch, `blocks.attn`.
         points: what was measured, in shares of the dense network's time.
     """
 
     dense_ms: float
     macs: CountedCosts
-    rest: tuple[tuple[float, float], ...]
+    fixed_points: tuple[tuple[float, float], ...]
     branches: Mapping[str, Grid]
     points: Mapping[str, Point]
     unit: str = "ms"
 
     def fixed(self, dims: Mapping[str, int]) -> float:
         """Embeddings, norms and head, given the width of every `embed` group."""
-        macs, ms = zip(*self.rest, strict=True)
+        macs, ms = zip(*self.fixed_points, strict=True)
         return max(0.0, _between(macs, ms, self.macs.fixed(dims)))
 
     def branch(self, group: str, dim: int, width: tuple[int, int]) -> float:
@@ -99,8 +99,8 @@ class LatencyCosts:
         q·k dims and v dims take equally much arithmetic each, so unequal ones cost the mean of both.
         """
         blocks, _, part = group.rsplit(".", 2)
-        grid, wanted = self.branches[f"{blocks}.{part}"], width if part == "attn" else width[:1]
-        rows = [[_between(grid.widths, row, own) for row in grid.ms.tolist()] for own in wanted]
+        grid, widths = self.branches[f"{blocks}.{part}"], width if part == "attn" else width[:1]
+        rows = [[_between(grid.widths, row, units) for row in grid.ms.tolist()] for units in widths]
         return max(0.0, sum(_between(grid.dims, row, dim) for row in rows) / len(rows))
 
 
@@ -110,7 +110,7 @@ def costs_from(
     """Costs from measured points, scaled so that the parts of the dense network add up to its time."""
     macs, stages = count_costs(model, "MACs", input_size), stages_of(model, input_size)
     known = sorted((macs.fixed(dims), points[_fixed_name(dims)].share) for dims in fixed_dims(stages, align))
-    rest = np.maximum.accumulate([share for _, share in known])
+    fixed = np.maximum.accumulate([share for _, share in known])
     tables, whole = {}, 0.0
     for stage in stages:
         for part in _PARTS:
@@ -121,12 +121,12 @@ def costs_from(
             share = np.minimum.accumulate(np.minimum.accumulate(share[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
             tables[f"{stage.blocks}.{part}"] = Grid(dims, widths, share)
             whole += stage.count * float(share[-1, -1])
-    scale = dense_ms * max(0.0, 1 - float(rest[-1])) / whole
+    scale = dense_ms * max(0.0, 1 - float(fixed[-1])) / whole
     return LatencyCosts(
         dense_ms=dense_ms,
         macs=macs,
-        rest=tuple((count, dense_ms * share) for (count, _), share in zip(known, rest.tolist(), strict=True)),
-        branches={name: Grid(own.dims, own.widths, scale * own.ms) for name, own in tables.items()},
+        fixed_points=tuple((count, dense_ms * share) for (count, _), share in zip(known, fixed.tolist(), strict=True)),
+        branches={name: Grid(table.dims, table.widths, scale * table.ms) for name, table in tables.items()},
         points=points,
     )
 
@@ -140,8 +140,8 @@ def predicted(costs: Costs, network: nn.Module) -> float:
         if group.kind == "ffn":
             attention = group.name.removesuffix("mlp") + "attn"
             queries, values = (groups.get(f"{attention}.{part}") for part in ("qk", "v"))
-            own = groups.get(attention)
-            width = (own.size, own.size) if own else (queries.size, values.size) if queries and values else (0, 0)
+            joint = groups.get(attention)
+            width = (joint.size, joint.size) if joint else (queries.size, values.size) if queries and values else (0, 0)
             total += costs.branch(attention, dims[group.stage][1], width)
             total += costs.branch(group.name, dims[group.stage][1], (group.size, 0))
     return total
@@ -164,14 +164,14 @@ def measure_table(dense: Baseline, *, align: int = 8, quiet: bool = True) -> Lat
     groups = _groups(model, stages_of(model, size), dense.preprocess, align)
     threads = int(dense.session.settings.get("intra_op_threads", 0)) or None
     points = dict(table.points)
-    missing = [todo for own in groups if (todo := {name: make for name, make in own.items() if name not in points})]
+    missing = [todo for group in groups if (todo := {name: make for name, make in group.items() if name not in points})]
     for todo in watched(missing, f"latency of layers ({deployment.runtime.name})", quiet=quiet, total=len(missing)):
         networks = {name: make() for name, make in todo.items()}
-        sizes = {"dense": size, **{name: own.input_size for name, (_, own) in networks.items()}}
+        sizes = {"dense": size, **{name: preprocess.input_size for name, (_, preprocess) in networks.items()}}
         with opened(deployment, networks, threads) as sessions:
-            found = shares({"dense": dense.session, **sessions}, sizes, deployment)
+            ratios = shares({"dense": dense.session, **sessions}, sizes, deployment)
         for name in networks:
-            low, middle, high = np.percentile(found[name], (10, 50, 90)).tolist()
+            low, middle, high = np.percentile(ratios[name], (10, 50, 90)).tolist()
             points[name] = Point(share=middle, low=low, high=high)
         with disk_errors(path.parent, "the latency table"):
             atomic_write(path, TableFile(facts=table.facts, points=points).model_dump_json(indent=1).encode())
@@ -206,14 +206,14 @@ def spread(costs: LatencyCosts) -> float:
 def branch_grid(stage: Stage, part: Part, align: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Widths of the stream and of a branch that are measured, ascending."""
     heads = stage.heads if part == "attn" else 1
-    own = tuple(heads * width for width in grid(stage.widths[part] // heads, _WIDTH_SHARES, align))
-    return grid(stage.dim, _DIM_SHARES, align), own
+    widths = tuple(heads * width for width in grid(stage.widths[part] // heads, _WIDTH_SHARES, align))
+    return grid(stage.dim, _DIM_SHARES, align), widths
 
 
 def fixed_dims(stages: Sequence[Stage], align: int) -> list[dict[str, int]]:
     """Widths of all `embed` groups at which embeddings, norms and head are measured."""
-    found = [{s.embed: grid(s.dim, (share,), align)[0] for s in stages} for share in _FIXED_SHARES]
-    return [own for number, own in enumerate(found) if own not in found[:number]]
+    choices = [{s.embed: grid(s.dim, (share,), align)[0] for s in stages} for share in _FIXED_SHARES]
+    return [dims for number, dims in enumerate(choices) if dims not in choices[:number]]
 
 
 _Made = tuple[nn.Module, Preprocess]
@@ -278,10 +278,10 @@ def _load(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> t
     return folder / name, table if table.facts == facts else TableFile(facts=facts)
 
 
-def _between(known: Sequence[float], values: Sequence[float], wanted: float) -> float:
+def _between(known: Sequence[float], values: Sequence[float], at: float) -> float:
     """Linear between known points, and beyond them on the line through the last two."""
     if len(known) == 1:
         return float(values[0])
-    place = int(np.clip(np.searchsorted(known, wanted), 1, len(known) - 1))
+    place = int(np.clip(np.searchsorted(known, at), 1, len(known) - 1))
     left, right = known[place - 1], known[place]
-    return float(values[place - 1] + (values[place] - values[place - 1]) * (wanted - left) / (right - left))
+    return float(values[place - 1] + (values[place] - values[place - 1]) * (at - left) / (right - left))

@@ -132,12 +132,12 @@ def _accuracies(
         return {}
     outputs, labels = validation_outputs(job, sessions, job.recipe.engine.batch.opt)
     reference = load_file(exported.folder / "accuracy_reference.safetensors")
-    found = {
+    accuracies = {
         pair.session(model): accuracy(reference[model], outputs[pair.session(model)], labels, pair.session(model))
         for pair in pairs
         for model in MODELS
     }
-    return found
+    return accuracies
 
 
 def _accuracy_record(pairs: Iterable[EnginePair], costs: Mapping[str, Accuracy]) -> EngineAccuracies:
@@ -168,14 +168,14 @@ def _throughputs(
 ) -> list[Throughput]:
     """Images per second of several sessions at once; one of them alone is in the latencies already."""
     recipe = job.recipe.bench
-    found = []
+    figures = []
     for streams in (count for count in recipe.streams if count > 1):
         for pair, artifact in pairs.items():
             for model in MODELS:
                 options = RunOptions(threads=1, cuda_graph=recipe.cuda_graph)
                 feed = feeds[max(feeds)]
                 rate = throughput(lambda: _open(artifact.folder / model, options), feed, streams, _THROUGHPUT_SECONDS)  # noqa: B023
-                found.append(
+                figures.append(
                     Throughput(
                         model=model,
                         runtime=pair.runtime,
@@ -185,7 +185,7 @@ def _throughputs(
                         images_per_s=rate,
                     )
                 )
-    return found
+    return figures
 
 
 def _layers(

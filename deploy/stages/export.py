@@ -78,10 +78,10 @@ def _save_accuracy_reference(job: Job, folder: Path) -> None:
 
 def _metadata(job: Job, model: nn.Module, name: str, pruned: Artifact) -> dict[str, str]:
     labels = job.source.class_names or label_names_of(job.dense)
-    found = {"architecture": architecture_of(model), "variant": name, "model_digest": weights_digest(model)}
+    metadata = {"architecture": architecture_of(model), "variant": name, "model_digest": weights_digest(model)}
     if name == "pruned":
-        found["plan_digest"] = file_digest(pruned.folder / "plan.json")
-    return found if labels is None else {**found, "labels": json.dumps(list(labels))}
+        metadata["plan_digest"] = file_digest(pruned.folder / "plan.json")
+    return metadata if labels is None else {**metadata, "labels": json.dumps(list(labels))}
 
 
 def _model_digest(artifact: Artifact) -> str:

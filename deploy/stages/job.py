@@ -78,10 +78,10 @@ def validation_images(source: DataSource, most: int) -> Images:
         UserError: there are none.
     """
     val = source.val
-    wanted = min(most, len(val))
-    if wanted == 0:
+    count = min(most, len(val))
+    if count == 0:
         raise UserError("The data have no validation images.", fix="Parity and latency are measured on real images.")
-    positions = [index * len(val) // wanted for index in range(wanted)]
+    positions = [index * len(val) // count for index in range(count)]
     return Images([val.labels[i] for i in positions], lambda i: val[positions[i]][0])
 
 

@@ -95,18 +95,20 @@ def _graph(
     chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
     ranges = calibrate(fp32, _fed(job, chosen), quiet=job.quiet) if precision in QUANTIZED else None
     converted = convert(fp32, precision, ranges=ranges, base_precision=base_precision)
-    first = found = cost(converted)
+    first = kept = cost(converted)
     judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
     errors = layer_sqnr(fp32, converted, _fed(job, judged), quiet=job.quiet)
     if first.drop > (limit := job.recipe.precision.max_drop):
-        search = put_back(fp32, ranges, precision, base_precision, list(errors), lambda one: cost(one).drop <= limit)
-        converted, found = search.converted, cost(search.converted)
+        search = put_back(
+            fp32, ranges, precision, base_precision, list(errors), lambda graph: cost(graph).drop <= limit
+        )
+        converted, kept = search.converted, cost(search.converted)
     worst = next((node for node in errors if node not in converted.kept), None)
     return converted.model, PrecisionRecord(
         precision=precision,
         base_precision=converted.base_precision,
         in_fp32=GraphFacts(converted.model).in_fp32(),
-        accuracy=found,
+        accuracy=kept,
         drop_without_search=first.drop,
         graphs_tried=len(known),
         quantized=converted.quantized,

@@ -17,7 +17,7 @@ from upvits import toolchain
 from upvits.calib_data import proxy_images
 from upvits.deploy.recipe.request import Job, plan_arguments
 from upvits.deploy.report.verdict import small_proxy
-from upvits.deploy.speed.search import Found, LatencyRecord, search
+from upvits.deploy.speed.search import FittedPlan, LatencyRecord, search
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.steadiness import unsteady
@@ -97,22 +97,23 @@ def _say(warnings: Sequence[str]) -> None:
 
 
 def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: Sequence[str]) -> None:
-    found = unsteady(plan, scores, job.dense, rotated)
-    if found:
-        worst = next(iter(found))
-        _LOGGER.warning("%s", small_proxy(len(found), worst, found[worst].overlap))
+    groups = unsteady(plan, scores, job.dense, rotated)
+    if groups:
+        worst = next(iter(groups))
+        _LOGGER.warning("%s", small_proxy(len(groups), worst, groups[worst].overlap))
 
 
 def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[PruningPlan, LatencyRecord | None]:
     """The plan that a job asks for; where it asks for a latency, also how that was met."""
     if job.recipe.plan.planner == "latency":
-        found = _latency_plan(job, scores, images)
+        result = _latency_plan(job, scores, images)
+        plan, record = result.plan, result.record
         asked: dict[str, float | int | str] = {
-            "latency": found.record.asked,
-            "runtime": found.record.runtime,
-            "batch": found.record.batch,
+            "latency": record.asked,
+            "runtime": record.runtime,
+            "batch": record.batch,
         }
-        return replace(found.plan, planner="latency", asked={**asked, **found.plan.asked}), found.record
+        return replace(plan, planner="latency", asked={**asked, **plan.asked}), record
     if job.recipe.plan.rounds > 1:
         return _plan_in_rounds(job, scores), None
     try:
@@ -173,7 +174,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
     )
 
 
-def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
+def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> FittedPlan:
     """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
 
     Raises:
@@ -183,7 +184,7 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
     assert recipe.latency is not None
     assert job.deployment is not None
 
-    def plan_by(costs: Costs, budget: float, own: Losses | None) -> PruningPlan:
+    def plan_by(costs: Costs, budget: float, losses: Losses | None) -> PruningPlan:
         return plan_within(
             job.dense,
             scores,
@@ -191,7 +192,7 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
             budget,
             components=recipe.components or (),
             align=recipe.align,
-            curves=own,
+            curves=losses,
             input_size=job.preprocess.input_size,
         )
 
@@ -207,7 +208,7 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
                 weighed.append(weighed_losses(job.dense, images, curves, by, quiet=job.quiet))
         return plan_by(costs, budget, weighed[0])
 
-    found = search(
+    result = search(
         copy.deepcopy(job.dense).cpu(),
         job.preprocess,
         planner,
@@ -216,6 +217,6 @@ def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> Found:
         align=recipe.align,
         quiet=job.quiet,
     )
-    if curves is None or not units_by_joint_loss(found.plan):
-        return found
-    return replace(found, plan=with_joint_units(found.plan, curves))
+    if curves is None or not units_by_joint_loss(result.plan):
+        return result
+    return replace(result, plan=with_joint_units(result.plan, curves))

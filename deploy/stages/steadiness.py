@@ -38,5 +38,5 @@ def unsteady(plan: PruningPlan, scores: Scores, dense: nn.Module, rotated: Colle
         {name_before(name, plan.blocks): size for name, size in kept.channels.items()},
         {name_before(name, plan.blocks): heads for name, heads in kept.num_heads.items()},
     )
-    found = stability_of(groups, scores.halves, widths)
-    return {name: found[name] for name in unstable(found) if name in decided}
+    stability = stability_of(groups, scores.halves, widths)
+    return {name: stability[name] for name in unstable(stability) if name in decided}

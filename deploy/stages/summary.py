@@ -64,7 +64,7 @@ class Artifacts:
     @property
     def all(self) -> list[Artifact]:
         """In the order of the stages."""
-        found = (
+        artifacts = (
             self.scored,
             self.pruned,
             self.tuned,
@@ -74,7 +74,7 @@ class Artifacts:
             self.benched,
             self.detected,
         )
-        return [artifact for artifact in found if artifact is not None]
+        return [artifact for artifact in artifacts if artifact is not None]
 
 
 def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> Report:
@@ -247,19 +247,19 @@ def _target(plan: PlanRecipe, pruned: Artifact, bench: Bench) -> Target | None:
     """The target and how the finished engine meets it in the last measurement: at most 5 % above."""
     if plan.latency is None:
         return None
-    found = read_document(pruned.folder / "target.json", LatencyRecord)
-    place = (found.runtime, found.precision, found.batch)
-    over, searched, measured = found.chosen.over_target, found.chosen, None
-    if (own := _at(bench.pruned, *place)) is not None and (dense := _at(bench.dense, *place)) is not None:
+    record = read_document(pruned.folder / "target.json", LatencyRecord)
+    place = (record.runtime, record.precision, record.batch)
+    over, searched, measured = record.chosen.over_target, record.chosen, None
+    if (pruned_call := _at(bench.pruned, *place)) is not None and (dense_call := _at(bench.dense, *place)) is not None:
         speedup, low, high = (_at(v, *place) for v in (bench.speedup, bench.speedup_low, bench.speedup_high))
-        measured = Timing(dense_ms=dense.median, ms=own.median, speedup=speedup, low=low, high=high)
+        measured = Timing(dense_ms=dense_call.median, ms=pruned_call.median, speedup=speedup, low=low, high=high)
         asked = plan.latency.speedup
-        over = own.median / found.target_ms if asked is None else asked / speedup
+        over = pruned_call.median / record.target_ms if asked is None else asked / speedup
     return Target(
-        asked=found.asked,
-        runtime=found.runtime,
-        precision=found.precision,
-        batch=found.batch,
+        asked=record.asked,
+        runtime=record.runtime,
+        precision=record.precision,
+        batch=record.batch,
         searched=Timing(
             dense_ms=searched.dense_ms,
             ms=searched.measured_ms,
@@ -283,11 +283,11 @@ def _plan_figures(plan: PruningPlan, shaky: Mapping[str, Agreement]) -> PlanFigu
             "macs_share": round(plan.after.macs / plan.before.macs, 4),
             "params_share": round(plan.after.params / plan.before.params, 4),
         },
-        widths=[Width(group=one.group, before=one.before, after=one.after) for one in plan.changes],
+        widths=[Width(group=change.group, before=change.before, after=change.after) for change in plan.changes],
         planner=plan.planner,
         blocks={name: list(pairs) for name, pairs in plan.blocks.items()},
         unstable=[
-            Stability(group=name, spearman=found.spearman, overlap=found.overlap) for name, found in shaky.items()
+            Stability(group=name, spearman=halves.spearman, overlap=halves.overlap) for name, halves in shaky.items()
         ],
     )
 
@@ -320,7 +320,7 @@ def _skipped_images(job: Job) -> list[str]:
 
 
 def _left_out(job: Job, engines: Sequence[Artifact]) -> list[str]:
-    notes = [f"{one.name} was left out: {one.why} {one.fix}" for one in job.runtimes.left_out]
+    notes = [f"{runtime.name} was left out: {runtime.why} {runtime.fix}" for runtime in job.runtimes.left_out]
     for engine in (engine_of(artifact, "pruned") for artifact in engines):
         missing = runtime_named(engine.runtime).missing_to_run()
         if missing is not None:
