@@ -1,4 +1,4 @@
-"""From a PyTorch model to one ONNX file that runtimes like and people can read."""
+"""From a PyTorch model to an ONNX file that runtimes like and people can read."""
 
 import contextlib
 import copy
@@ -89,17 +89,17 @@ def export_onnx(
     in fp32.
 
     Args:
-        model: takes [B, C, H, W] and returns one tensor [B, K], or as many as `outputs` names.
+        model: takes [B, C, H, W] and returns a tensor [B, K], or as many as `outputs` names.
         path: the file to write; it appears whole or not at all.
         preprocess: input size, mean and std, stored in the file's metadata too.
         opset: 18 to 23; Gelu is a single node from 20 on.
         uint8_input: take raw pixels.
-        external_data: put the weights in one file beside `path`, named like it with ".data" added.
+        external_data: put the weights in a file beside `path`, named like it with ".data" added.
         metadata: further entries for the file, such as labels and plan digest.
         outputs: their names, for models that are no classifiers.
 
     Raises:
-        UserError: the opset is out of range, the model is too large for one file, or the path cannot be written.
+        UserError: the opset is out of range, the model is too large for a single file, or the path cannot be written.
         BuildError: the model cannot be exported; says what the exporter stumbled over.
     """
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def export_onnx(
     if len(graph.inputs) != 1 or len(graph.outputs) != len(names):
         raise BuildError(
             f"the exported model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
-            why=f"Only models from one image tensor to {', '.join(names)} can be exported.",
+            why=f"Only models from a single image tensor to {', '.join(names)} can be exported.",
         )
     try:
         name_batch_axis(graph)
@@ -123,7 +123,7 @@ def export_onnx(
     rewritten = ffn_to_channels_first(graph)
     if uint8_input:
         add_uint8_input(graph, preprocess.mean, preprocess.std)
-    proto = _finish(graph, opset, {**_own_metadata(preprocess), **(metadata or {})})
+    proto = _finish(graph, opset, {**_metadata(preprocess), **(metadata or {})})
     save_model(proto, path, external_data=external_data)
     return ExportReport(
         path=path,
@@ -153,10 +153,10 @@ def export(
         path: the file to write; it appears whole or not at all.
         opset: 18 to 23; Gelu is a single node from 20 on.
         uint8_input: take raw pixels.
-        external_data: put the weights in one file beside `path`, named like it with ".data" added.
+        external_data: put the weights in a file beside `path`, named like it with ".data" added.
 
     Raises:
-        UserError: the opset is out of range, the model is too large for one file, or the path cannot be written.
+        UserError: the opset is out of range, the model is too large for a single file, or the path cannot be written.
         BuildError: the model cannot be exported; says what the exporter stumbled over.
 
     Example:
@@ -186,7 +186,7 @@ def _check_request(model: nn.Module, opset: int, external_data: bool) -> None:
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy to export. timm's attention modules say with a flag of their own whether they call the fused kernel."""
+    """A copy to export. timm's attention modules have a flag that says whether they call the fused kernel."""
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for module in frozen.modules():
         if getattr(module, "fused_attn", False):
@@ -227,10 +227,10 @@ def _run_exporter(model: nn.Module, input_size: tuple[int, int, int], opset: int
 def _finish(graph: gs.Graph, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
     graph.name = "upvits-deploy"
     proto: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
-    proto.producer_name, proto.producer_version = "upvits-deploy", _own_version()
-    found = next(entry.version for entry in proto.opset_import if entry.domain == "")
-    if found != opset:
-        raise BuildError(f"the exporter made opset {found} instead of {opset}", fix=f"Ask for opset {found}.")
+    proto.producer_name, proto.producer_version = "upvits-deploy", _version()
+    exported = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    if exported != opset:
+        raise BuildError(f"the exporter made opset {exported} instead of {opset}", fix=f"Ask for opset {exported}.")
     del proto.graph.value_info[:]
     lean = declared_only(proto)  # both would read a copy of the weights, which ends at 2 GiB
     proto.graph.value_info.extend(_inner(onnx.shape_inference.infer_shapes(lean, strict_mode=True), lean))
@@ -245,7 +245,7 @@ def _inner(inferred: onnx.ModelProto, lean: onnx.ModelProto) -> list[onnx.ValueI
     return [value for value in inferred.graph.value_info if value.name not in outside]
 
 
-def _own_metadata(preprocess: Preprocess) -> dict[str, str]:
+def _metadata(preprocess: Preprocess) -> dict[str, str]:
     return {
         "input_size": json.dumps(list(preprocess.input_size)),
         "mean": json.dumps(list(preprocess.mean)),
@@ -253,11 +253,11 @@ def _own_metadata(preprocess: Preprocess) -> dict[str, str]:
         "interpolation": preprocess.interpolation,
         "crop_pct": json.dumps(preprocess.crop_pct),
         "crop_mode": preprocess.crop_mode,
-        "upvits_deploy_version": _own_version(),
+        "upvits_deploy_version": _version(),
     }
 
 
-def _own_version() -> str:
+def _version() -> str:
     try:
         return version("upvits-deploy")
     except PackageNotFoundError:  # run from a source tree that was not installed

@@ -46,7 +46,7 @@ class GraphFacts:
         return counts
 
     def gemm_nodes(self) -> dict[str, str]:
-        """The same one by one: precision ("fp32", "fp16", "bf16", "int8", "fp8" or "other") by name of the node.
+        """The same by node: precision ("fp32", "fp16", "bf16", "int8", "fp8" or "other") by its name.
 
         int8 and fp8 need both factors quantized: a layer with quantized weights alone multiplies in what its images
         are in.
@@ -108,12 +108,12 @@ class GraphFacts:
         neighbours = self._nodes_before if before else self._nodes_after
         pending, seen = list(neighbours(node)), set()
         while pending:
-            found = pending.pop()
-            if found.op_type == "MatMul" and self._constant_factors(found) == 0:
+            reached = pending.pop()
+            if reached.op_type == "MatMul" and self._constant_factors(reached) == 0:
                 return True
-            if found.op_type in _PASSING and found.output[0] not in seen:
-                seen.add(found.output[0])
-                pending.extend(neighbours(found))
+            if reached.op_type in _PASSING and reached.output[0] not in seen:
+                seen.add(reached.output[0])
+                pending.extend(neighbours(reached))
         return False
 
     def _nodes_before(self, node: NodeProto) -> Iterator[NodeProto]:
@@ -124,5 +124,5 @@ class GraphFacts:
 
 
 def node_name(node: NodeProto) -> str:
-    """Name of a node; one without is named after its first output, as NVIDIA's parser does it."""
+    """Name of a node; without a name it is called after its first output, as NVIDIA's parser does it."""
     return node.name or f"node_of_{node.output[0]}"

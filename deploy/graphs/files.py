@@ -1,12 +1,10 @@
 """ONNX files: reading ones that may be damaged, foreign or hostile, and writing them whole.
 
-What a file claims is checked against what is there before anything is allocated for it.
+What a file claims is checked against its real size before anything is allocated for it.
 """
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,10 +15,10 @@ from onnx.external_data_helper import uses_external_data
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.nodes import copied
-from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
+from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error, whole_file
 
-MAX_FILE_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; the rest is for the graph
-_MAX_VALUES = 2**28  # in one tensor of one image: 1 GiB of fp32, a thousand times what a ViT-L has
+MAX_FILE_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; what is left is for the graph
+_MAX_VALUES = 2**28  # in a tensor of one image: 1 GiB of fp32, a thousand times what a ViT-L has
 _SMALL_BYTES = 1024  # tensors below this stay in the graph, where shape inference needs them
 _ALIGNMENT = 4096  # of tensors in a data file, so that runtimes can map them into memory
 _AGAIN = "Export the model again with `upvits-deploy export`."
@@ -30,22 +28,23 @@ def load_model(path: Path) -> ModelProto:
     """Read an ONNX file, with the weights that it keeps in other files of its folder.
 
     Raises:
-        UserError: it cannot be read, is damaged or no ONNX model, claims sizes that are not there or that are absurd,
-            or its weights are missing, cut or outside its folder.
+        UserError: it cannot be read, is damaged or no ONNX model, claims sizes that it does not have or that are
+            absurd, or its weights are missing, cut or outside its folder.
     """
     model = _parse(path)
     if not model.graph.node or not model.opset_import:
         raise UserError(f"{path} is not an ONNX model", why="It holds no graph.", fix=_AGAIN)
     _check_shapes(path, model)
     for tensor in _tensors(model):
-        wanted = _claimed_bytes(path, tensor)
+        claimed = _claimed_bytes(path, tensor)
         if uses_external_data(tensor):
-            _read_external(path, tensor, wanted)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
-            why = f"Tensor {tensor.name!r} says {list(tensor.dims)}, {wanted} bytes; {len(tensor.raw_data)} are there."
+            _read_external(path, tensor, claimed)
+        elif tensor.HasField("raw_data") and len(tensor.raw_data) != claimed:
+            stored = len(tensor.raw_data)
+            why = f"Tensor {tensor.name!r} says {list(tensor.dims)}, {claimed} bytes; the file has {stored}."
             raise UserError(f"{path} is damaged", why=why, fix=_AGAIN)
-        elif not tensor.HasField("raw_data") and math.prod(tensor.dims) > 2 * _values_there(tensor):
-            why = f"Tensor {tensor.name!r} says {list(tensor.dims)}; {_values_there(tensor)} values are there."
+        elif not tensor.HasField("raw_data") and math.prod(tensor.dims) > 2 * _stored_values(tensor):
+            why = f"Tensor {tensor.name!r} says {list(tensor.dims)}; the file has {_stored_values(tensor)} values."
             raise UserError(f"{path} is damaged", why=why, fix=_AGAIN)
     return model
 
@@ -56,10 +55,10 @@ def save_model(model: ModelProto, path: Path, *, external_data: bool = False) ->
     Args:
         model: with its weights in memory; it stays as it is.
         path: the file to write.
-        external_data: put the weights in one file beside it, named like it with ".data" added. Needed above 2 GiB.
+        external_data: put the weights in a file beside it, named like it with ".data" added. Needed above 2 GiB.
 
     Raises:
-        UserError: the model is too large for one file, the disk is full or the path cannot be written.
+        UserError: the model is too large for a single file, the disk is full or the path cannot be written.
     """
     if not external_data and not fits_one_file(model):
         raise too_large_error(weight_bytes(model))
@@ -69,7 +68,7 @@ def save_model(model: ModelProto, path: Path, *, external_data: bool = False) ->
             atomic_write(path, model.SerializeToString())
             return
         data = data_path(path)
-        # The old file must not survive with the new one's weights when this is interrupted.
+        # The old file must not survive with new weights when this is interrupted.
         path.unlink(missing_ok=True)
         lean = _write_data(model, data)
         atomic_write(path, lean.SerializeToString())
@@ -85,7 +84,7 @@ def data_path(path: Path) -> Path:
 
 
 def too_large_error(size: int) -> UserError:
-    """The message for a model whose weights, `size` bytes, do not fit one file."""
+    """The message for a model whose weights, `size` bytes, do not fit a single file."""
     return UserError(
         f"the model's weights take {size / 2**30:.1f} GiB",
         why="One ONNX file ends at 2 GiB.",
@@ -206,7 +205,7 @@ def _parse(path: Path) -> ModelProto:
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """All tensors with data: initializers and constants, those in functions and in the branches of If, Loop and Scan.
 
-    What an attribute says of its own type is not relied on.
+    The type that an attribute states is not relied on.
     """
     yield from _graph_tensors(model.graph)
     for function in model.functions:
@@ -228,7 +227,7 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
             if sparse.HasField("values"):
                 yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):  # an attribute without a graph has an empty one
+        for graph in (attribute.g, *attribute.graphs):  # an attribute without a graph gives an empty graph
             yield from _graph_tensors(graph)
 
 
@@ -255,12 +254,12 @@ def _bits(data_type: int) -> int:
     return int(helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
 
 
-def _values_there(tensor: TensorProto) -> int:
+def _stored_values(tensor: TensorProto) -> int:
     fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
     return sum(len(getattr(tensor, field)) for field in fields)
 
 
-def _read_external(path: Path, tensor: TensorProto, wanted: int) -> None:
+def _read_external(path: Path, tensor: TensorProto, claimed: int) -> None:
     """Bring a tensor's data into memory.
 
     Raises:
@@ -280,18 +279,18 @@ def _read_external(path: Path, tensor: TensorProto, wanted: int) -> None:
         raise UserError(
             f"{path} lacks its weights",
             why=f"They are in the file {location}, which is not in {path.parent}.",
-            fix=f"Copy {location} there, together with the model.",
+            fix=f"Copy {location} into that folder, together with the model.",
         )
     try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", wanted))
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", claimed))
     except ValueError:
         offset, length = -1, -1
-    there = file.stat().st_size
-    if offset < 0 or length != wanted or offset + length > there:
+    size = file.stat().st_size
+    if offset < 0 or length != claimed or offset + length > size:
         raise UserError(
             f"the weights of {path} are damaged",
-            why=f"Tensor {tensor.name!r} of {wanted} bytes is said to be bytes {entries.get('offset', 0)} to "
-            f"{entries.get('offset', 0)} + {entries.get('length', wanted)} of {location}, which has {there}.",
+            why=f"Tensor {tensor.name!r} of {claimed} bytes is said to be bytes {entries.get('offset', 0)} to "
+            f"{entries.get('offset', 0)} + {entries.get('length', claimed)} of {location}, which has {size}.",
             fix=f"Copy {location} again, together with the model.",
         )
     with file.open("rb") as opened:
@@ -324,26 +323,16 @@ def _write_data(model: ModelProto, data: Path) -> ModelProto:
     for field, value in model.graph.ListFields():
         if field.name != "initializer":
             _copy_field(lean.graph, field.name, value)
-    descriptor, name = tempfile.mkstemp(prefix=f".{data.name}.", suffix=".tmp", dir=data.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            for tensor in model.graph.initializer:
-                if len(tensor.raw_data) < _SMALL_BYTES:
-                    lean.graph.initializer.append(tensor)
-                    continue
-                offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
-                file.seek(offset)
-                file.write(tensor.raw_data)
-                entries = {"location": data.name, "offset": str(offset), "length": str(len(tensor.raw_data))}
-                lean.graph.initializer.append(_elsewhere(tensor, entries))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(data)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(data) as file:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) < _SMALL_BYTES:
+                lean.graph.initializer.append(tensor)
+                continue
+            offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+            file.seek(offset)
+            file.write(tensor.raw_data)
+            entries = {"location": data.name, "offset": str(offset), "length": str(len(tensor.raw_data))}
+            lean.graph.initializer.append(_elsewhere(tensor, entries))
     return lean
 
 

@@ -39,7 +39,7 @@ def name_batch_axis(graph: gs.Graph, name: str = "batch") -> None:
 
 
 def add_uint8_input(graph: gs.Graph, mean: Sequence[float], std: Sequence[float], name: str = "pixels") -> None:
-    """Replace the float NCHW input by a uint8 NHWC one; cast, normalisation and transpose become graph nodes.
+    """Replace the float NCHW input by a uint8 NHWC input; cast, normalisation and transpose become graph nodes.
 
     `mean` and `std` are per channel for pixels scaled to 0..1, as timm writes them. The cast comes first because
     TensorRT accepts uint8 tensors only as network inputs that are cast at once.
@@ -66,7 +66,7 @@ def add_uint8_input(graph: gs.Graph, mean: Sequence[float], std: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """MatMul with a constant matrix [in, out], and the Add of its bias when there is one."""
+    """MatMul with a constant matrix [in, out], and the Add of its bias, if it has a bias."""
 
     matmul: gs.Node
     weight: np.ndarray
@@ -110,12 +110,12 @@ def ffn_to_channels_first(graph: gs.Graph) -> int:
     of summation.
     """
     protected = {id(tensor) for tensor in graph.outputs}
-    found = [ffn for node in graph.nodes if (ffn := _match_ffn(node, protected)) is not None]
-    for ffn in found:
+    ffns = [ffn for node in graph.nodes if (ffn := _match_ffn(node, protected)) is not None]
+    for ffn in ffns:
         _rewrite_ffn(graph, ffn)
-    if found:
+    if ffns:
         graph.cleanup().toposort()
-    return len(found)
+    return len(ffns)
 
 
 def _match_ffn(conv: gs.Node, protected: set[int]) -> _Ffn | None:

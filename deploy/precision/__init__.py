@@ -1,7 +1,7 @@
 """Precision as a change of the ONNX graph, done before a runtime sees it.
 
 TensorRT 11 and TensorRT-RTX know only strongly typed networks: what the graph says is what runs. So a precision is
-written into the graph, and every runtime gets the same one.
+written into the graph, and every runtime gets the same graph.
 """
 
 from upvits.deploy.precision.calibration import Ranges, calibrate

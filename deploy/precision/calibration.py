@@ -1,4 +1,4 @@
-"""Ranges of what quantized layers read, from real images, in one pass."""
+"""Ranges of what quantized layers read, from real images, in a single pass."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -38,16 +38,16 @@ class Ranges:
 def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = False, total: int | None = None) -> Ranges:
     """Run images through an fp32 model, on the CPU, and keep the largest absolute values in each channel.
 
-    Memory is bounded by one batch: maxima are taken inside the graph.
+    Memory is bounded by a batch: maxima are taken inside the graph.
 
     Args:
-        model: fp32 ONNX model with one input.
+        model: fp32 ONNX model with a single input.
         batches: inputs as the model takes them, [batch, ...] each.
         quiet: no progress bar.
         total: number of batches, for the progress bar.
 
     Raises:
-        UserError: the model has nothing to quantize, there are no images, or they have another shape or type than its
+        UserError: the model has nothing to quantize, no images were given, or they have another shape or type than its
             input.
         GateError: the model computes NaN or infinity from the images; says where first.
     """
@@ -72,7 +72,7 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
             seen += len(batch)
             progress.advance(task)
     if not seen:
-        raise UserError("there are no calibration images", fix="Quantization needs some; 128 are usual.")
+        raise UserError("no calibration images were given", fix="Quantization needs some; 128 are usual.")
     return Ranges(largest, seen, digest.hexdigest())
 
 
@@ -101,7 +101,9 @@ def _with_maxima(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
     if not layers:
         raise nothing_to_quantize()
     if len(model.graph.input) != 1:
-        raise UserError(f"the model has {len(model.graph.input)} inputs", why="Calibration feeds one tensor of images.")
+        raise UserError(
+            f"the model has {len(model.graph.input)} inputs", why="Calibration feeds a single tensor of images."
+        )
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     probes = {}
     for tensor, layer in layers.items():

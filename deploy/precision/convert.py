@@ -1,4 +1,4 @@
-"""From an fp32 graph to one of any precision."""
+"""From an fp32 graph to a graph of any precision."""
 
 import difflib
 from collections.abc import Sequence
@@ -51,22 +51,22 @@ def convert(
     """The model in a precision; the same object for "fp32".
 
     int8: outliers of LayerNorms move into weights, then matrix products and convolutions with constant weights are
-    quantized, then everything else becomes fp16. fp8 has exponents of its own and needs no such fold: with channels of
+    quantized, then everything else becomes fp16. fp8 values have exponents and need no such fold: with channels of
     LayerNorm 30 to 100 times too large PVTv2-B0 keeps 33 dB in fp8 without it, but 4 dB in int8.
 
     With a base precision of fp32, as CPUs have it, results of int8 convolutions are quantized too: ONNX Runtime has no
     int8 convolution with an fp32 result and would dequantize the weights in every call. PVTv2-B0 at 64 pixels, batch 8,
-    one thread: 18.4 ms in fp32, 48.7 without, 14.8 with it; OpenVINO 21.3, 15.6 and 15.9. It costs 4.9 dB of 40.2.
+    1 thread: 18.4 ms in fp32, 48.7 without, 14.8 with it; OpenVINO 21.3, 15.6 and 15.9. It costs 4.9 dB of 40.2.
 
     Args:
         model: fp32 ONNX model.
-        precision: one of PRECISIONS.
+        precision: from PRECISIONS.
         ranges: from `calibrate`, for int8 and fp8.
         base_precision: "fp16" or "fp32", of what is not quantized.
         keep: names of nodes that stay in `base_precision`, with fp16 and bf16 in fp32.
 
     Raises:
-        UserError: the precision is unknown, ranges are missing, there is nothing to quantize, a weight is too large
+        UserError: the precision is unknown, ranges are missing, nothing can be quantized, a weight is too large
             for fp16, or the graph has control flow.
     """
     if precision not in PRECISIONS:

@@ -1,7 +1,7 @@
 """fp16 and bf16: a graph that computes in half precision, except where that would cost accuracy.
 
 Q/DQ nodes of int8 and fp8 layers get scales of the half type too: fp32 left around them would keep attention unfused
-(reference: 0 of 12 blocks of DeiT-T). So quantize first, then convert the rest.
+(reference: 0 of 12 blocks of DeiT-T). So quantize first, then convert what is left.
 """
 
 from collections.abc import Collection

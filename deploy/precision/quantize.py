@@ -3,10 +3,10 @@
 Activations are quantized per tensor, weights per output channel, both symmetric: what TensorRT asks for. Products
 of activations (attention) are left out: they are a small part of the work and most of the error.
 
-A projection that is cut into several afterwards (q, k and v in one matrix) has one scale for its whole weight.
+A projection that is cut into several afterwards (q, k and v in a matrix) has a single scale for its whole weight.
 TensorRT-RTX 1.7 moves the cut into the weight, cannot cut a scale per channel with it, and multiplies in fp16 instead:
-38 of 50 layers of DeiT-T ran in int8 with a scale per channel, all 50 with one. It costs no accuracy that could be
-measured (DeiT-T and PVTv2-B0: 47.1 and 40.7 dB, instead of 47.1 and 40.4).
+38 of 50 layers of DeiT-T ran in int8 with a scale per channel, all 50 with a single scale. It costs no accuracy that
+could be measured (DeiT-T and PVTv2-B0: 47.1 and 40.7 dB, instead of 47.1 and 40.4).
 """
 
 from collections.abc import Collection
@@ -30,8 +30,8 @@ def quantizable_layers(model: ModelProto, precision: str, *, on_cpu: bool = Fals
 
     int8: all. TensorRT-RTX 1.7 has int8 kernels for patch embeddings, 1x1 and depthwise convolutions, classifiers and
     odd widths alike. On CPUs not convolutions of images (4 channels at most), which would need a quantized result too:
-    2 dB of DeiT-T for no time; nor ones that the graph ends with, whose results are wanted as they are. fp8: not
-    convolutions of more than 32 taps: there are fp8 kernels for 5x5, none for 6x6.
+    2 dB of DeiT-T for no time; nor those that the graph ends with, whose results have to stay as they are. fp8: not
+    convolutions of more than 32 taps: fp8 kernels exist for 5x5, not for 6x6.
     """
     layers = weight_layers(model)
     if precision == "int8":
@@ -140,7 +140,7 @@ def cut_projections(model: ModelProto) -> frozenset[str]:
 
 
 def quantized_weight(weight: Array, precision: str, axis: int | None) -> tuple[Array, Floats]:
-    """A weight as int8 or fp8 (e4m3) values, and its scales: [channels] along an axis, or one, []."""
+    """A weight as int8 or fp8 (e4m3) values, and its scales: [channels] along an axis, or a single scale, []."""
     others = tuple(other for other in range(weight.ndim) if other != axis)
     scale = _scale(np.abs(weight).max(axis=others).astype(np.float64), precision)
     scaled = weight / scale.reshape([-1 if other == axis else 1 for other in range(weight.ndim)])
@@ -152,7 +152,7 @@ def quantized_weight(weight: Array, precision: str, axis: int | None) -> tuple[A
 def _scale(amax: Floats, precision: str) -> Floats:
     """The smallest scale with which amax does not clip, among those that fp16 holds.
 
-    So scales stay the same when the rest of the graph becomes fp16, even where they are tiny.
+    So scales stay the same when everything else in the graph becomes fp16, even where they are tiny.
     """
     exact = np.asarray(amax, np.float64) / _LARGEST[precision]
     with np.errstate(over="ignore", under="ignore"):

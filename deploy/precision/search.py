@@ -11,7 +11,7 @@ from upvits.deploy.precision.convert import Converted, convert
 
 @dataclass(frozen=True, slots=True)
 class PutBack:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         converted: the model with the fewest layers put back that holds; with all of them when nothing holds.

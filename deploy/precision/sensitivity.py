@@ -1,4 +1,4 @@
-"""How much each layer loses in a precision, all layers in one pass."""
+"""How much each layer loses in a precision, all layers in a single pass."""
 
 from collections.abc import Iterable
 
@@ -30,7 +30,7 @@ def layer_sqnr(
     The graph gets a second copy of each layer, with rounded input and weight, and gives only sums of squares out.
 
     Args:
-        model: fp32 ONNX model with one input.
+        model: fp32 ONNX model with a single input.
         converted: what `convert` made of it, in another precision than fp32.
         batches: inputs as the model takes them.
         quiet: no progress bar.
@@ -40,7 +40,7 @@ def layer_sqnr(
         dB by name of the node, worst first.
 
     Raises:
-        UserError: there are no images, or they have another shape or type than the input.
+        UserError: no images were given, or they have another shape or type than the input.
     """
     twins, probes = _with_twins(prepared(model), converted)
     value = twins.graph.input[0]
@@ -54,13 +54,13 @@ def layer_sqnr(
         for batch in batches:
             check_batch(value, batch)
             outputs = session.run({value.name: batch})
-            for name, (own_signal, own_noise) in probes.items():
-                signal[name] += float(outputs[own_signal])
-                noise[name] += float(outputs[own_noise])
+            for name, (signal_output, noise_output) in probes.items():
+                signal[name] += float(outputs[signal_output])
+                noise[name] += float(outputs[noise_output])
             seen += len(batch)
             progress.advance(task)
     if not seen:
-        raise UserError("there are no images to measure the error of layers with")
+        raise UserError("no images were given to measure the error of layers with")
     result = {name: _decibel(signal[name], noise[name]) for name in probes}
     return dict(sorted(result.items(), key=lambda entry: entry[1]))
 

@@ -1,6 +1,6 @@
 """SmoothQuant: outliers of LayerNorm's channels move into the weights that read them (Xiao et al., arXiv 2211.10438).
 
-int8 has one scale for a whole activation, so a few large channels leave hardly a bit to the others. Dividing a
+int8 has a single scale for a whole activation, so a few large channels leave hardly a bit to the others. Dividing a
 channel by s in LayerNorm's gain and bias, and multiplying the weights that read it by s, changes nothing else.
 """
 
@@ -116,8 +116,8 @@ class ChannelPaths:
 
     def readers(self, tensor: str, axis: int) -> list[WeightLayer]:
         """All layers that read the tensor and sum over this axis; empty when anything else reads it."""
-        found = list(self._follow(tensor, axis))
-        return [] if None in found else [layer for layer in found if layer is not None]
+        layers = list(self._follow(tensor, axis))
+        return [] if None in layers else [layer for layer in layers if layer is not None]
 
     def _follow(self, tensor: str, axis: int) -> Iterator[WeightLayer | None]:
         if tensor in self._outputs:

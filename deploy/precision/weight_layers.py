@@ -1,6 +1,6 @@
-"""Layers with constant weights: what int8 and fp8 are about, and the form in which the rest of this package reads them.
+"""Layers with constant weights: what int8 and fp8 are about, and the form in which this package reads them.
 
-Attention's own products multiply activations with activations and are none of these.
+The products inside attention multiply activations with activations: they are no such layers.
 """
 
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def nothing_to_quantize() -> UserError:
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    """Constants become initializers, and so do the Identity and Transpose of one (how some exporters hold weights)."""
+    """Constants become initializers; so do the Identity and Transpose of constants, as some exporters hold weights."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
     nodes = []

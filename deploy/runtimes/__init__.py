@@ -1,6 +1,6 @@
-"""Runtimes: one file each behind the `Runtime` protocol, in an explicit table.
+"""Runtimes behind the `Runtime` protocol, each in its file, in an explicit table.
 
-A new runtime is one file plus one line in the table. Importing this needs none of the libraries.
+A new runtime is a file and a line in the table. Importing this needs none of the libraries.
 """
 
 import difflib
@@ -85,7 +85,7 @@ def runtime_named(name: str) -> Runtime:
     """The runtime of this name.
 
     Raises:
-        UserError: there is none; near names and the whole list are given.
+        UserError: no runtime has it; near names and the whole list are given.
     """
     if name in RUNTIMES:
         return RUNTIMES[name]
@@ -106,7 +106,7 @@ def resolve_runtimes(spec: str = "auto") -> RuntimeChoice:
         The runtimes in the order of the table or of `spec`. Only "auto" leaves any out.
 
     Raises:
-        UserError: a name is unknown, or there is none.
+        UserError: a name is unknown, or no name was given.
         MissingDependencyError: a runtime that was asked for by name cannot be built for here.
     """
     if spec.strip().lower() == "auto":

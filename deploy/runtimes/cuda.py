@@ -1,4 +1,4 @@
-"""Is there an NVIDIA GPU? Asked of the driver itself: no library of ours is needed, nothing is allocated."""
+"""Whether this machine has an NVIDIA GPU. The driver itself is asked: that needs no library and allocates nothing."""
 
 import ctypes
 import functools
@@ -12,7 +12,7 @@ _COMPUTE_CAPABILITY_MINOR = 76
 
 @functools.cache
 def compute_capability() -> tuple[int, int] | None:
-    """Compute capability of the first GPU, such as (8, 9); None when there is no usable GPU."""
+    """Compute capability of the first GPU, such as (8, 9); None without a usable GPU."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -28,7 +28,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def missing_gpu() -> Missing | None:
-    """What is missing when this machine has no usable NVIDIA GPU; None when it has one."""
+    """What is missing when this machine has no usable NVIDIA GPU; None when nothing is missing."""
     if compute_capability() is not None:
         return None
     return Missing(

@@ -1,14 +1,12 @@
 """Engine folders: what every runtime does before and after it builds.
 
-An engine folder holds one engine file, other files that this one needs, and `build.json`, which is written last:
-without it there is no engine.
+An engine folder holds the engine file, other files that this file needs, and `build.json`. That is written last: a
+folder without it is no engine.
 """
 
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +17,14 @@ from pydantic_core import from_json
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
 from upvits.deploy.runtimes.interface import BUILD_RECORD, BuildOptions, Built, Engine, Missing, Runtime
-from upvits.deploy.store.artifacts import atomic_write, disk_full_error, file_digest, is_disk_full, unwritable_error
+from upvits.deploy.store.artifacts import (
+    atomic_write,
+    disk_full_error,
+    file_digest,
+    is_disk_full,
+    unwritable_error,
+    whole_file,
+)
 
 _NARROW = ("fp16", "bf16", "int8", "fp8")
 _REBUILD = "Build it again with `upvits-deploy engine`."
@@ -29,8 +34,8 @@ def check_request(runtime: Runtime, onnx_path: Path, folder: Path, options: Buil
     """Refuse everything that can be refused before a build, and read the model.
 
     Raises:
-        UserError: the precision is not one of the runtime's, the folder holds something else, or the file is no
-            ONNX model.
+        UserError: the runtime does not have the precision, the folder holds something else, or the file is no ONNX
+            model.
         MissingDependencyError: the machine lacks what the runtime needs to build.
     """
     if options.precision not in runtime.precisions:
@@ -79,11 +84,11 @@ def check_built(built: Built | None, options: BuildOptions, runtime: Runtime) ->
     removed = built.gemms.get("removed", 0)
     # "fp32" names graphs of which nothing narrower is expected, whatever they ask for: `bench` measures any
     for precision in _NARROW if options.precision != "fp32" else ():
-        planned, found = built.planned.get(precision, 0), built.gemms.get(precision, 0)
-        if found + removed < planned:
+        planned, made = built.planned.get(precision, 0), built.gemms.get(precision, 0)
+        if made + removed < planned:
             others = ", ".join(f"{count} in {name}" for name, count in built.gemms.items() if name != precision)
             raise GateError(
-                f"{runtime.name} built {found} of {planned} {precision} layers",
+                f"{runtime.name} built {made} of {planned} {precision} layers",
                 why=f"Of the graph's matrix products and convolutions, {others or 'none'} are in the engine instead "
                 f"({built.source}).",
                 fix=f"Use a precision that {runtime.name} follows for this model, or another runtime.",
@@ -161,7 +166,8 @@ def save_engine(
         (folder / BUILD_RECORD).unlink(missing_ok=True)
         data_path(folder / file).unlink(missing_ok=True)  # the weights of an older engine
         for name, source in more.items():
-            _copy_whole(source, folder / name)
+            with source.open("rb") as read, whole_file(folder / name) as written:
+                shutil.copyfileobj(read, written, 1 << 20)
         atomic_write(folder / file, content)
         atomic_write(folder / BUILD_RECORD, (engine.model_dump_json(indent=2) + "\n").encode())
     except OSError as error:
@@ -195,7 +201,7 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
     if runtime is not None and engine.runtime != runtime:
         raise UserError(
             f"{folder} holds an engine of {engine.runtime}, not of {runtime}",
-            fix=f"Open it with {engine.runtime}, or build one for {runtime}.",
+            fix=f"Open it with {engine.runtime}, or build an engine for {runtime}.",
         )
     if engine.path.parent != folder or not engine.path.is_file():
         raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {engine.file!r}.", fix=_REBUILD)
@@ -208,7 +214,7 @@ def runnable_engine(runtime: Runtime, folder: Path) -> Engine:
     """The checked engine of this runtime in a folder, on a machine that has what it needs to run.
 
     Raises:
-        UserError: there is no such engine.
+        UserError: the folder holds no such engine.
         MissingDependencyError: the machine lacks something.
     """
     engine = read_engine(folder, runtime.name)
@@ -216,32 +222,16 @@ def runnable_engine(runtime: Runtime, folder: Path) -> Engine:
     return engine
 
 
-def _check_file(file: Path, wanted: str) -> None:
+def _check_file(file: Path, sha256: str) -> None:
     if not file.is_file():
-        raise UserError(f"{file.parent} lacks a file of its engine", why=f"{file.name} is not there.", fix=_REBUILD)
+        raise UserError(f"{file.parent} lacks a file of its engine", why=f"{file.name} is missing.", fix=_REBUILD)
     digest = file_digest(file)
-    if digest != wanted:
+    if digest != sha256:
         raise UserError(
             f"{file} is damaged",
-            why=f"Its sha256 is {digest[:12]}..., {BUILD_RECORD} says {wanted[:12]}...: it was cut or changed.",
+            why=f"Its sha256 is {digest[:12]}..., {BUILD_RECORD} says {sha256[:12]}...: it was cut or changed.",
             fix=_REBUILD,
         )
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    """Copy a file of any size; `target` holds all of it or what was there before."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with source.open("rb") as read, os.fdopen(descriptor, "wb") as written:
-            shutil.copyfileobj(read, written, 1 << 20)
-            written.flush()
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def build_failed(runtime: Runtime, onnx_path: Path, model: ModelProto, reason: str) -> BuildError:
@@ -258,8 +248,8 @@ def _node_named_in(reason: str, model: ModelProto) -> str:
     """Name and operator of the node in a message; libraries differ in wording, but all quote names."""
     named = [node for node in model.graph.node if node.name and node.name in reason]
     typed = [node for node in model.graph.node if _operator_pattern(node).search(reason)]
-    found = max(named, key=lambda node: len(node.name), default=None) or next(iter(typed), None)
-    return f"{found.name or 'without a name'} ({found.op_type})" if found is not None else ""
+    node = max(named, key=lambda node: len(node.name), default=None) or next(iter(typed), None)
+    return f"{node.name or 'without a name'} ({node.op_type})" if node is not None else ""
 
 
 def _operator_pattern(node: NodeProto) -> re.Pattern[str]:

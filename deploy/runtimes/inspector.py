@@ -13,7 +13,7 @@ from upvits.deploy.runtimes.kernels import PRODUCT_OPS, Compiled, Kernel, onnx_n
 
 _SOURCE = "engine inspector"
 _TYPE_FIELDS = ("Format/Datatype", "Datatype", "DataType", "Format")
-# In this order: "Int8" must not be found in "UInt8", "FP16" not in "BF16".
+# In this order: "UInt8" must not count as "Int8", nor "BF16" as "FP16".
 _TYPES = (
     (r"bf16|bfloat16", "bf16", 2),
     (r"fp8|float8|e4m3", "fp8", 1),
@@ -70,8 +70,8 @@ def _op(name: str, kind: str) -> str:
 def _type(tensor: Mapping[str, Any]) -> tuple[str, int]:
     """Precision and bytes per element of a tensor; "other" for whole numbers and what is not known."""
     said = " ".join(str(tensor[field]) for field in _TYPE_FIELDS if field in tensor).lower()
-    found = next((entry for entry in _TYPES if re.search(entry[0], said)), ("", "other", 0))
-    return found[1], found[2]
+    _, precision, width = next((entry for entry in _TYPES if re.search(entry[0], said)), ("", "other", 0))
+    return precision, width
 
 
 def _bytes(tensors: list[Mapping[str, Any]], weights: object) -> int | None:

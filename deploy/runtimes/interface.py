@@ -1,4 +1,4 @@
-"""What a runtime is: it builds an engine folder from an ONNX file, and opens one to run it.
+"""What a runtime is: it builds an engine folder from an ONNX file, and opens such a folder to run it.
 
 An engine folder holds the engine itself and `build.json`, the record of how it was made.
 """
@@ -37,7 +37,7 @@ class BuildOptions:
         targets: devices to build for, such as ("sm86", "sm89"); empty is the runtime's default.
         workspace_mib: most scratch memory an engine may use, in MiB; None leaves it to the runtime.
         timing_cache: file that keeps the builder's timings between builds, where the library has such a cache.
-        require_fused_attention: refuse an engine in which an attention block is not one fused kernel.
+        require_fused_attention: refuse an engine in which an attention block is not a single fused kernel.
     """
 
     precision: str = "fp32"
@@ -73,7 +73,7 @@ class Built:
             kernel computes, because their result is constant or unused.
         planned: the same as the ONNX graph asks for it.
         attention_blocks: attention blocks of the ONNX graph.
-        attention_fused: how many of them are one fused kernel; None where the runtime does not tell.
+        attention_fused: how many of them are a single fused kernel; None where the runtime does not tell.
         casts: layers that only change the type of a tensor.
         reformats: layers that only move or reorder a tensor.
         memory_bytes: scratch memory for activations at the largest batch; None where the runtime does not tell.
@@ -98,7 +98,7 @@ class CallTimes:
     Attributes:
         total: host wall time, host to host: input copied to the device, computed, output copied back; on CPUs the
             call itself.
-        h2d: input to the device; None where there is no device or the runtime does not tell.
+        h2d: input to the device; None on CPUs, or where the runtime does not tell.
         compute: on the device.
         d2h: output from the device.
         enqueue: host time to submit the work.
@@ -287,7 +287,7 @@ class Runtime(Protocol):
             UserError: the ONNX file, a precision or a target is not usable.
             GateError: fewer layers than the graph asks for run in int8, fp8 or half precision, or attention that has
                 to be fused is not.
-            MissingDependencyError: the library, or a device that building needs, is not there.
+            MissingDependencyError: the library, or a device that building needs, is missing.
             BuildError: the runtime refused the model; says at which node and why.
         """
         ...
@@ -297,6 +297,6 @@ class Runtime(Protocol):
 
         Raises:
             UserError: it is not a whole engine of this runtime, or was built for another device or version.
-            MissingDependencyError: the library or a device is not there.
+            MissingDependencyError: the library or a device is missing.
         """
         ...

@@ -1,7 +1,7 @@
 """What NVIDIA's compilers made of a graph: kernels, and which matrix products run in which precision.
 
-Two sources say it: the engine inspector where there is a GPU (`inspector.py`), and the compiled graph inside a plan of
-TensorRT-RTX where there is none (`plan_text.py`). Both name the ONNX nodes that went into a kernel.
+Two sources say it: on machines with a GPU the engine inspector (`inspector.py`), on others the compiled graph inside a
+plan of TensorRT-RTX (`plan_text.py`). Both name the ONNX nodes that went into a kernel.
 """
 
 import re

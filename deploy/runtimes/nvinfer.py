@@ -1,9 +1,9 @@
 """Building engines with TensorRT 10.9 to 11.x and TensorRT-RTX; `nvinfer_session.py` runs them.
 
 Both libraries have the same Python API as far as it is used here; the module itself is passed in as `trt`. Networks
-are strongly typed everywhere (TensorRT 11 knows nothing else), enums are found by name because their numbers changed
-between versions, and capabilities are probed with `hasattr`. `tests/deploy/runtimes/test_api_surface.py` holds every
-name that is used here against all of these versions.
+are strongly typed everywhere (TensorRT 11 knows nothing else), enums are looked up by name because their numbers
+changed between versions, and capabilities are probed with `hasattr`. `tests/deploy/runtimes/test_api_surface.py` checks
+every name that is used here against all of these versions.
 """
 
 import contextlib
@@ -175,8 +175,8 @@ def check_targets(runtime_name: str, precisions: Iterable[str], targets: Sequenc
             first = _FIRST_TARGET[name]
             raise UserError(
                 f"{runtime_name} cannot build {name} for {', '.join(lacking)}",
-                why=f"The first GPUs with {name} arithmetic are sm{first}; an engine for several targets has one graph "
-                "for all of them.",
+                why=f"The first GPUs with {name} arithmetic are sm{first}; an engine for several targets has the "
+                "same graph for all of them.",
                 fix=f"Leave out targets below sm{first}, or use another precision for them.",
             )
 
@@ -190,11 +190,11 @@ def refuse_operators(runtime: Runtime, model: ModelProto, onnx_path: Path, refus
     Raises:
         BuildError: names every such node.
     """
-    found = [
+    refused_nodes = [
         (node_name(node), node.op_type, refused[node.op_type]) for node in model.graph.node if node.op_type in refused
     ]
-    if found:
-        raise _not_supported(runtime, onnx_path, found)
+    if refused_nodes:
+        raise _not_supported(runtime, onnx_path, refused_nodes)
 
 
 def check_version(engine: Engine, version: str) -> None:
@@ -227,7 +227,7 @@ def check_device(engine: Engine) -> None:
 
 
 def device_here() -> str:
-    """This machine's GPU as a build target, such as "sm89"; "none" without one."""
+    """This machine's GPU as a build target, such as "sm89"; "none" without a GPU."""
     capability = compute_capability()
     return f"sm{capability[0]}{capability[1]}" if capability else "none"
 
@@ -259,8 +259,8 @@ def messages(trt: Any) -> Any:
 
 
 def _set_profile(profile: Any, name: str, shape: tuple[int, ...], batch: BatchProfile) -> None:
-    rest = shape[1:]
-    if any(size < 0 for size in rest):
+    sample = shape[1:]
+    if any(size < 0 for size in sample):
         raise UserError(
             f"input {name} has shape {shape}",
             why="Only the batch axis may be dynamic in an engine.",
@@ -270,7 +270,7 @@ def _set_profile(profile: Any, name: str, shape: tuple[int, ...], batch: BatchPr
         profile.set_shape(name, (), (), ())
         return
     sizes = (batch.min, batch.opt, batch.max) if shape[0] < 0 else (shape[0],) * 3
-    profile.set_shape(name, *((size, *rest) for size in sizes))
+    profile.set_shape(name, *((size, *sample) for size in sizes))
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:

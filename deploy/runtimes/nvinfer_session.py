@@ -1,7 +1,7 @@
 """Running engines of TensorRT and TensorRT-RTX. Buffers are torch tensors, so no further CUDA binding is needed.
 
 Inputs and outputs live in buffers that are bound once per shape: pinned memory on the host, and memory on the GPU. A
-call is a copy in, the engine (or the replay of a CUDA graph of it), and a copy out, all on one stream.
+call is a copy in, the engine (or the replay of a CUDA graph of it), and a copy out, all on the same stream.
 """
 
 import time
@@ -98,12 +98,12 @@ class NvinferSession:
                 total[index] = time.perf_counter() - called
         # elapsed_time is in milliseconds
         h2d, compute, d2h = (
-            np.array([own[stage].elapsed_time(own[stage + 1]) for own in marks]) / 1e3 for stage in range(3)
+            np.array([events[stage].elapsed_time(events[stage + 1]) for events in marks]) / 1e3 for stage in range(3)
         )
         return CallTimes(total=total, h2d=h2d, compute=compute, d2h=d2h, enqueue=enqueue)
 
     def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
-        """Times of layers, from a context of its own: a profiler slows calls down and forbids CUDA graphs."""
+        """Times of layers, from a separate context: a profiler slows calls down and forbids CUDA graphs."""
         if not hasattr(self._trt, "IProfiler") or calls < 1:
             return ()
         context = self._cuda_engine.create_execution_context()
@@ -187,7 +187,7 @@ class NvinferSession:
         return _Buffer(host, device)
 
     def _captured(self, bound: _Bound) -> Any:
-        """A CUDA graph of one call. Copies stay outside, so that they can be timed apart."""
+        """A CUDA graph of a call. Copies stay outside, so that they can be timed apart."""
         self._copy_in(bound)
         self._execute(self._context)  # what the engine sets up at its first call cannot be captured
         self._stream.synchronize()
@@ -249,7 +249,7 @@ def _layer_time(name: str, times: list[float], kernel: Kernel | None) -> LayerTi
 
 
 def _profiler(trt: Any) -> Any:
-    """Collects milliseconds by layer; the class can only be made once the library is there."""
+    """Collects milliseconds by layer; the class can only be made once the library is imported."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:

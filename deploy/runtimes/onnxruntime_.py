@@ -48,12 +48,12 @@ from upvits.deploy.store.artifacts import disk_full_error, is_disk_full
 
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
 _SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."
-_OWN_SETTINGS = ("provider", "intra_op_threads")
+_NOT_OF_PROVIDER = ("provider", "intra_op_threads")
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxRuntime:
-    """ONNX Runtime with one execution provider. The engine is the ONNX file, and what the provider compiled of it."""
+    """ONNX Runtime with an execution provider. The engine is the ONNX file, and what the provider compiled of it."""
 
     name: str
     provider: str
@@ -75,8 +75,8 @@ class OnnxRuntime:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        own = {providers.TENSORRT: ("tensorrt",), providers.TENSORRT_RTX: ("tensorrt-rtx",)}
-        return ("onnxruntime", "onnxruntime-gpu", *own.get(self.provider, ()))
+        of_provider = {providers.TENSORRT: ("tensorrt",), providers.TENSORRT_RTX: ("tensorrt-rtx",)}
+        return ("onnxruntime", "onnxruntime-gpu", *of_provider.get(self.provider, ()))
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -172,7 +172,7 @@ class OnnxRuntime:
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OnnxRuntimeSession":
         engine = runnable_engine(self, folder)
         tuned = int(engine.settings.get("intra_op_threads", 0)) or None
-        stored = {name: str(value) for name, value in engine.settings.items() if name not in _OWN_SETTINGS}
+        stored = {name: str(value) for name, value in engine.settings.items() if name not in _NOT_OF_PROVIDER}
         graph = options.cuda_graph and not self.on_cpu
         try:
             return OnnxRuntimeSession(
@@ -201,7 +201,7 @@ def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
     model = load_model(path)
     if fits_one_file(model):
         return open_model(model, threads=threads, name=str(path))
-    del model  # too large for one buffer: ONNX Runtime reads the checked files itself
+    del model  # too large for a buffer: ONNX Runtime reads the checked files itself
     return _open_on_cpu(path, threads, str(path))
 
 
@@ -217,7 +217,7 @@ def open_model(model: ModelProto, *, threads: int | None = None, name: str = "th
 
 
 class _SessionFromDisk(OnnxRuntimeSession):
-    """A session on a model that is too large for one buffer: its files are there until the session is closed."""
+    """A session on a model that is too large for a buffer: its files stay until the session is closed."""
 
     def __init__(self, model: ModelProto, threads: int | None) -> None:
         folder = tempfile.mkdtemp(prefix="upvits-")

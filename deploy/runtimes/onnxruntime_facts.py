@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from upvits.deploy.graphs.facts import GraphFacts
-from upvits.deploy.graphs.nodes import PRECISION_OF_TYPE, copied, drop_unused_initializers
+from upvits.deploy.graphs.nodes import PRECISION_OF_TYPE, copied, drop_unused_initializers, get_attribute
 from upvits.deploy.runtimes.interface import Built, LayerTime
 
 _INT8_GEMMS = frozenset(
@@ -69,11 +69,11 @@ def built_of(optimised: ModelProto, model: ModelProto) -> Built:
 
 def layer_times_of(trace: Path) -> tuple[LayerTime, ...]:
     """Median time of every node in a profiler's trace of some calls, in the order of execution."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    events_of: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for event in json.loads(trace.read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             key = (event["name"].removesuffix(_KERNEL), event["args"]["op_name"])
-            found.setdefault(key, []).append(event)
+            events_of.setdefault(key, []).append(event)
     return tuple(
         LayerTime(
             name=name,
@@ -82,7 +82,7 @@ def layer_times_of(trace: Path) -> tuple[LayerTime, ...]:
             precision=_traced_precision(op, events[-1]["args"]),
             bytes=sum(int(events[-1]["args"][key]) for key in ("activation_size", "parameter_size", "output_size")),
         )
-        for (name, op), events in found.items()
+        for (name, op), events in events_of.items()
     )
 
 
@@ -90,8 +90,9 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
     """The same numbers with activations in uint8 around zero point 128 where they were int8 around 0.
 
     ONNX Runtime's kernels for x86 take unsigned activations. It changes them itself, except where several layers read
-    one quantized tensor: 10 of 24 matrix products of PVTv2-B0 stayed in fp32 for that reason. Told to run signed ones
-    (`session.qdqisint8allowed`), it took five times as long as in fp32 on a CPU with AVX-512 VNNI and AMX.
+    the same quantized tensor: 10 of 24 matrix products of PVTv2-B0 stayed in fp32 for that reason. Told to run
+    signed activations (`session.qdqisint8allowed`), it took five times as long as in fp32 on a CPU with AVX-512 VNNI
+    and AMX.
     """
     result = copied(model)
     graph = result.graph
@@ -102,13 +103,13 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     for node in graph.node:
-        own = readers.get(node.output[0], [])
-        around = [node, *own]
+        following = readers.get(node.output[0], [])
+        around = [node, *following]
         if (
             node.op_type != "QuantizeLinear"
             or node.input[0] in weights
             or node.output[0] in outputs
-            or any(reader.op_type != "DequantizeLinear" for reader in own)
+            or any(reader.op_type != "DequantizeLinear" for reader in following)
             or not all(len(n.input) == 3 and _is_int8_zero(weights.get(n.input[2])) for n in around)
         ):
             continue
@@ -124,20 +125,19 @@ def unsigned_activations(model: ModelProto) -> ModelProto:
 def biases_apart(model: ModelProto) -> ModelProto:
     """The same numbers with the biases of quantized Gemm nodes added after them.
 
-    ONNX Runtime's integer kernel for Gemm takes a bias only as integers; with one in fp32 it multiplies in fp32.
+    ONNX Runtime's integer kernel for Gemm takes a bias only as integers; with a bias in fp32 it multiplies in fp32.
     """
     result = copied(model)
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        one = all(attribute.f == 1 for attribute in node.attribute if attribute.name == "beta")
-        own = NodeProto()
-        own.CopyFrom(node)
-        nodes.append(own)
-        wanted = node.op_type == "Gemm" and len(node.input) == 3 and {*node.input[:2]} <= dequantized and one
-        if wanted and node.input[2] not in dequantized:
-            bias, own.output[0] = own.input.pop(), f"{node.output[0]}_without_bias"
-            nodes.append(helper.make_node("Add", [own.output[0], bias], [node.output[0]], f"{node.name}_bias"))
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        nodes.append(copy)
+        quantized = node.op_type == "Gemm" and len(node.input) == 3 and {*node.input[:2]} <= dequantized
+        if quantized and get_attribute(node, "beta", 1.0) == 1 and node.input[2] not in dequantized:
+            bias, copy.output[0] = copy.input.pop(), f"{node.output[0]}_without_bias"
+            nodes.append(helper.make_node("Add", [copy.output[0], bias], [node.output[0]], f"{node.name}_bias"))
     del result.graph.node[:]
     result.graph.node.extend(nodes)
     return result
@@ -150,7 +150,7 @@ def _is_int8_zero(tensor: TensorProto | None) -> bool:
 
 
 def _types(model: ModelProto) -> dict[str, int]:
-    """Element types of tensors: stated ones, and those that follow from the nodes, ONNX Runtime's own included."""
+    """Element types of tensors: stated, or following from the nodes, which may be ONNX Runtime's operators."""
     graph = model.graph
     types = {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -39,36 +39,37 @@ def build_settings(provider: str, model: ModelProto, options: BuildOptions) -> d
         return {}
     prefix = _PREFIXES[provider]
     batch = options.batch
-    found = {
+    settings = {
         f"{prefix}profile_{name}_shapes": _shapes(model, size)
         for name, size in (("min", batch.min), ("opt", batch.opt), ("max", batch.max))
     }
-    found |= _memory(f"{prefix}max_workspace_size", options)
+    settings |= _memory(f"{prefix}max_workspace_size", options)
     if provider == TENSORRT:
         # The provider's networks are not strongly typed: a precision that is not switched on does not run.
         on = {"fp16": ("fp16",), "bf16": ("bf16",), "int8": ("int8", "fp16")}.get(options.precision, ())
-        found |= {f"trt_{name}_enable": "1" for name in on}
-    return found
+        settings |= {f"trt_{name}_enable": "1" for name in on}
+    return settings
 
 
 def run_settings(provider: str, cache: Path | None, *, cuda_graph: bool) -> dict[str, str]:
     """Options of a provider that belong to a session: where its engines are kept, and CUDA graphs."""
-    found = {_GRAPH_OPTION[provider]: "1"} if cuda_graph and provider in _GRAPH_OPTION else {}
+    settings = {_GRAPH_OPTION[provider]: "1"} if cuda_graph and provider in _GRAPH_OPTION else {}
     if provider == TENSORRT and cache is not None:
-        found |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
-    return found
+        settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return settings
 
 
 def missing_tensorrt(provider_library: Path) -> Missing | None:
-    """What the TensorRT provider lacks: it opens with one major version of libnvinfer only.
+    """What the TensorRT provider lacks: it opens with a single major version of libnvinfer.
 
     Args:
         provider_library: the provider's shared library in the onnxruntime package.
     """
-    found = re.search(rb"libnvinfer\.so\.(\d+)", provider_library.read_bytes()) if provider_library.is_file() else None
-    if found is None:  # other systems name the library differently; the session will tell
+    content = provider_library.read_bytes() if provider_library.is_file() else b""
+    linked = re.search(rb"libnvinfer\.so\.(\d+)", content)
+    if linked is None:  # other systems name the library differently; the session will tell
         return None
-    major = int(found[1])
+    major = int(linked[1])
     if _load_nvinfer(major):
         return None
     try:
@@ -109,7 +110,7 @@ def _shapes(model: ModelProto, batch: int) -> str:
             raise UserError(
                 f"axis {sizes.index(0, 1)} of the input {value.name} is dynamic",
                 why="An optimization profile is made for batches; only the first axis may be dynamic.",
-                fix="Export the model for one image size, or fix the axis with "
+                fix="Export the model for a fixed image size, or fix the axis with "
                 "onnxruntime.tools.make_dynamic_shape_fixed.",
             )
         parts.append(f"{value.name}:{'x'.join(map(str, [sizes[0] or batch, *sizes[1:]]))}")

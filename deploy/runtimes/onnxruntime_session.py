@@ -1,4 +1,4 @@
-"""Models that ONNX Runtime runs: sessions on one execution provider.
+"""Models that ONNX Runtime runs: sessions on an execution provider.
 
 The only file that imports onnxruntime.
 """
@@ -34,7 +34,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """Buffers for one set of input shapes, and the binding of a session to them."""
+    """Buffers for a set of input shapes, and the binding of a session to them."""
 
     binding: Any
     inputs: Mapping[str, Any]
@@ -43,7 +43,7 @@ class _Bound:
 
 
 class OnnxRuntimeSession:
-    """An ONNX model on one execution provider: the one asked for or an error, never a silent fallback."""
+    """An ONNX model on an execution provider: that which was asked for or an error, never a silent fallback."""
 
     def __init__(
         self,
@@ -126,13 +126,13 @@ class OnnxRuntimeSession:
         return CallTimes(total=steps.sum(1), h2d=steps[:, 0], compute=steps[:, 1], d2h=steps[:, 2])
 
     def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
-        """Empty on GPUs: there the profiler sees how long a kernel takes to be submitted, not to run."""
+        """Empty on GPUs, where the profiler sees how long a kernel takes to be submitted, not to run."""
         if self._session is None:
             raise ValueError("the session is closed")
         if self._provider != providers.CPU:
             return ()
         with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
-            # A second session: profiling is switched on for good, and the first one is to stay as fast as it is.
+            # A second session: profiling is switched on for good, and the first is to stay as fast as it is.
             with OnnxRuntimeSession(self._model, threads=self._threads) as warm:
                 warm.run(feeds)
             options = _session_options(self._threads)
@@ -188,9 +188,9 @@ class OnnxRuntimeSession:
         if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
             run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._session.run_with_iobinding(binding, run_options)
-        # buffers of our own: what `get_outputs` returns dangles in ONNX Runtime 1.23 once the binding is cleared
-        found = zip(self.output_names, binding.copy_outputs_to_cpu(), strict=True)
-        outputs = {name: make(array, device, 0) for name, array in found}
+        # new buffers: what `get_outputs` returns dangles in ONNX Runtime 1.23 once the binding is cleared
+        arrays_out = zip(self.output_names, binding.copy_outputs_to_cpu(), strict=True)
+        outputs = {name: make(array, device, 0) for name, array in arrays_out}
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         run_options = onnxruntime.RunOptions()
@@ -257,7 +257,7 @@ def _session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = _FATAL
     # Spinning threads fight for cores with whatever else runs, a second session of the same process included.
-    # PVTv2-B0 dense and half as wide in turns, 64 pixels, batch 8, on 2 cores beside one busy process: 58 and
+    # PVTv2-B0 dense and half as wide in turns, 64 pixels, batch 8, on 2 cores beside a busy process: 58 and
     # 32 ms with spinning, 27 and 14 ms without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
@@ -285,7 +285,7 @@ def _rtx_devices() -> list[Any]:
     onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
     if not devices:
-        raise RuntimeError("the TensorRT-RTX plugin found no GPU that it can use")
+        raise RuntimeError("the TensorRT-RTX plugin sees no GPU that it can use")
     return devices[:1]
 
 
@@ -324,7 +324,7 @@ def reason(error: Exception) -> str:
 
 
 def memory_ran_out(why: str) -> bool:
-    """Whether a message of the library's speaks of memory that ran out: its arena says it in words of its own."""
+    """Whether a message of the library speaks of memory that ran out; its arena has other words for it."""
     return is_out_of_memory(why) or re.search(r"(?i)failed to allocate memory|bad[_ ]alloc", why) is not None
 
 

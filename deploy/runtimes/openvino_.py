@@ -2,7 +2,7 @@
 
 The engine is an ONNX file, compiled when it is opened: that takes seconds, and what OpenVINO exports instead opens on
 no other machine. OpenVINO takes the precision of what is not quantized from a hint, not from the graph: with the hint
-for fp32 it runs fp16 graphs in fp32, and casts around softmax keep attention from being fused (DeiT-T in bf16, one
+for fp32 it runs fp16 graphs in fp32, and casts around softmax keep attention from being fused (DeiT-T in bf16, 1
 thread: 2.1 times as fast as fp32 with them, 2.7 times without). So half-precision graphs are written back to fp32,
 with the weights as they were rounded, and the hint says what runs.
 
@@ -66,7 +66,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class OpenVino:
-    """OpenVINO on one kind of device."""
+    """OpenVINO on a kind of device."""
 
     name: str
     device: str
@@ -82,7 +82,7 @@ class OpenVino:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that the device computes in; all where OpenVINO or the device is not there to be asked."""
+        """Those that the device computes in; all of them where OpenVINO or the device is missing."""
         if self.missing_to_build() is not None:
             return tuple(_CAPABILITY)
         return tuple(name for name, needed in _CAPABILITY.items() if needed in _capabilities(self.device))
@@ -157,7 +157,7 @@ class OpenVino:
 
 
 class OpenVinoSession:
-    """A model that OpenVINO compiled, for one call at a time."""
+    """A model that OpenVINO compiled; it takes a call at a time."""
 
     def __init__(self, model: bytes | Path, device: str, hint: str, threads: int) -> None:
         self._model, self._device, self._hint, self._threads = model, device, hint, threads
@@ -196,15 +196,15 @@ class OpenVinoSession:
     def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
         if self._request is None:
             raise ValueError("the session is closed")
-        # A second one: counting is compiled in, and the first is to stay as fast as it is.
+        # Compiled a second time, with counters: without them the first stays as fast as it is.
         compiled = _compile(self._model, self._device, self._hint, self._threads, profile=True)
         request = compiled.create_infer_request()
         inputs = {name: np.ascontiguousarray(feeds[name], self._types[name]) for name in self.input_names}
-        found: dict[str, list[Any]] = {}
+        profiled: dict[str, list[Any]] = {}
         for call in range(calls + 1):
             request.infer(inputs)
             for layer in request.profiling_info if call else ():  # the first call warms up
-                found.setdefault(layer.node_name, []).append(layer)
+                profiled.setdefault(layer.node_name, []).append(layer)
         nodes = {op.get_friendly_name(): _facts(op) for op in compiled.get_runtime_model().get_ordered_ops()}
         return tuple(
             LayerTime(
@@ -213,7 +213,7 @@ class OpenVinoSession:
                 ms=float(np.median([layer.real_time.total_seconds() for layer in layers])) * 1e3,
                 precision=_NAMES.get(layers[-1].exec_type.rsplit("_", 1)[-1], "other"),
             )
-            for name, layers in found.items()
+            for name, layers in profiled.items()
             if layers[-1].status.name == "EXECUTED" and layers[-1].node_type not in _NOT_RUN
         )
 
@@ -266,10 +266,10 @@ def widened(model: ModelProto) -> ModelProto:
 def only_products_quantized(model: ModelProto) -> ModelProto:
     """The model in which matrix products alone read quantized activations; convolutions keep their rounded weights.
 
-    OpenVINO 2026.4 computes int8 convolutions wrong on a CPU with AMX: one of 4x4 pixels without overlap gave noise,
-    PVTv2-B0 with nothing but its 8x8 convolution quantized kept 18 dB instead of 60 (batch 8). And it moves the
+    OpenVINO 2026.4 computes int8 convolutions wrong on a CPU with AMX: 4x4 pixels without overlap gave noise, and
+    PVTv2-B0 with nothing but its 8x8 convolution quantized kept 18 dB instead of 60 (batch 8). It also moves the
     quantization of a convolution's output through the concatenation that follows in a ViT: DeiT-T kept 16 dB instead
-    of 27. With products alone both are as good as in ONNX Runtime.
+    of 27. With quantized products alone both are as good as in ONNX Runtime.
     """
     sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -313,8 +313,8 @@ def _float_tensors(model: ModelProto) -> set[str]:
     graph = inferred_graph(model)
     floats = (TensorProto.FLOAT, *_HALVES)
     values = (*graph.input, *graph.output, *graph.value_info)
-    found = {value.name for value in values if value.type.tensor_type.elem_type in floats}
-    return found | {tensor.name for tensor in graph.initializer if tensor.data_type in floats}
+    activations = {value.name for value in values if value.type.tensor_type.elem_type in floats}
+    return activations | {tensor.name for tensor in graph.initializer if tensor.data_type in floats}
 
 
 def _library() -> Any:
@@ -414,10 +414,10 @@ def _run_errors(device: str) -> Iterator[None]:
 
 def _unknown_operator(error: Exception, model: ModelProto) -> str:
     """Names a node whose operator the library does not know; "" when that is not what went wrong."""
-    found = re.search(r"No conversion rule found for operations: *(\S+)", str(error))
-    if found is None:
+    operators = re.search(r"No conversion rule found for operations: *(\S+)", str(error))
+    if operators is None:
         return ""
-    operator = found[1].strip(",").rsplit(".", 1)[-1]
+    operator = operators[1].strip(",").rsplit(".", 1)[-1]
     names = [node.name or node.output[0] for node in model.graph.node if node.op_type == operator]
     return f"OpenVINO does not know the operator {operator} of node {', '.join(names[:3])}."
 

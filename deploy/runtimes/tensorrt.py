@@ -25,7 +25,7 @@ _TOO_NEW = (12, 0)
 
 @dataclass(frozen=True, slots=True)
 class TensorRt:
-    """Builds and runs where there is a GPU."""
+    """Builds and runs on machines with a GPU."""
 
     name: str = "tensorrt"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -40,7 +40,7 @@ class TensorRt:
         if importlib.util.find_spec("tensorrt") is None:
             return Missing(
                 "The package tensorrt is not installed.",
-                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's own package index, "
+                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's package index, "
                 "so the network must allow that)",
             )
         # Before the import: without a driver the library can do nothing anyway.
@@ -92,8 +92,8 @@ def _unusable_version() -> Missing | None:
         import tensorrt
     except (ImportError, OSError) as error:
         return Missing(f"tensorrt is installed but does not load: {error}", "Reinstall tensorrt.")
-    found = tuple(int(part) for part in re.findall(r"\d+", tensorrt.__version__)[:2])
-    if not _OLDEST <= found < _TOO_NEW:
+    version = tuple(int(part) for part in re.findall(r"\d+", tensorrt.__version__)[:2])
+    if not _OLDEST <= version < _TOO_NEW:
         return Missing(f"TensorRT {tensorrt.__version__} is not supported.", "pip install 'tensorrt>=10.9,<12'")
     return None
 

@@ -1,4 +1,4 @@
-"""TensorRT for RTX: engines built ahead of time, without a GPU, for several GPU generations in one file."""
+"""TensorRT for RTX: engines built ahead of time, without a GPU, for several GPU generations at once."""
 
 import difflib
 import importlib.util
@@ -30,7 +30,7 @@ _NOT_BUILT = {
 
 @dataclass(frozen=True, slots=True)
 class TensorRtRtx:
-    """Builds on any machine; runs on a GPU of one of the targets."""
+    """Builds on any machine; runs on a GPU that is among the targets."""
 
     name: str = "tensorrt-rtx"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -57,11 +57,11 @@ class TensorRtRtx:
     def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         import tensorrt_rtx as trt
 
-        wanted = tuple(target.lower() for target in targets)
-        for target in wanted:
+        names = tuple(target.lower() for target in targets)
+        for target in names:
             _capability(trt, target)
-        check_targets(self.name, (precision,), wanted)
-        return wanted or tuple(t for t in _default_targets(trt) if has_precision(t, precision))
+        check_targets(self.name, (precision,), names)
+        return names or tuple(t for t in _default_targets(trt) if has_precision(t, precision))
 
     def build(self, onnx_path: Path, folder: Path, options: BuildOptions) -> Engine:
         model = check_request(self, onnx_path, folder, options)
@@ -104,9 +104,9 @@ class TensorRtRtx:
 def _default_targets(trt: Any) -> tuple[str, ...]:
     """The usual ones, and this machine's GPU when the library can build for it."""
     capability = compute_capability()
-    own = f"sm{capability[0]}{capability[1]}" if capability else ""
-    known = hasattr(trt.ComputeCapability, own.upper()) if own else False
-    return (*DEFAULT_TARGETS, own) if known and own not in DEFAULT_TARGETS else DEFAULT_TARGETS
+    target = f"sm{capability[0]}{capability[1]}" if capability else ""
+    known = bool(target) and hasattr(trt.ComputeCapability, target.upper())
+    return (*DEFAULT_TARGETS, target) if known and target not in DEFAULT_TARGETS else DEFAULT_TARGETS
 
 
 def _capability(trt: Any, target: str) -> Any:

@@ -14,17 +14,17 @@ _WORTHWHILE = 0.7  # parallel efficiency
 
 
 def worthwhile_threads(open_session: Callable[[int], Session], feeds: Arrays | None, cores: int) -> int:
-    """How many threads are worth their cores for a model on this CPU: one, half of the cores or all, timed in turns.
+    """How many threads are worth their cores for a model on this CPU: 1, half of the cores or all, timed in turns.
 
     More threads are taken only where each of them still does at least 70 % of what it could: narrow layers are over
-    before another thread has woken up, and two of a virtual machine's cores may be one real core. PVTv2-B0 at 64
-    pixels, batch 8, with ONNX Runtime on such a machine: 19.2 ms with one thread and 15.4 with two, but half as wide
-    8.9 and 9.1. Cores that are not worth it serve more by running a second session; and timings on one thread spread
+    before another thread has woken up, and two cores of a virtual machine may share a real core. PVTv2-B0 at 64
+    pixels, batch 8, with ONNX Runtime on such a machine: 19.2 ms with 1 thread and 15.4 with 2, but half as wide
+    8.9 and 9.1. Cores that are not worth it serve more by running a second session; and timings on 1 thread spread
     less.
 
     Args:
         open_session: opens the model with so many threads.
-        feeds: inputs of one call; None when they cannot be made up, and then all cores are taken.
+        feeds: inputs of a call; None when they cannot be made up, and then all cores are taken.
         cores: that this process may use.
     """
     counts = sorted({1, max(1, cores // 2), cores})
@@ -38,11 +38,11 @@ def worthwhile_threads(open_session: Callable[[int], Session], feeds: Arrays | N
             times[count].extend(session.time(feeds, 1).total)
     for session in sessions.values():
         session.close()
-    return _best({count: float(np.median(own[1:])) for count, own in times.items()})  # the first call warms up
+    return _best({count: float(np.median(seconds[1:])) for count, seconds in times.items()})  # the first call warms up
 
 
 def random_feeds(model: ModelProto, batch: int) -> Arrays | None:
-    """Random inputs for one call; None when an axis other than the first is dynamic."""
+    """Random inputs for a call; None when an axis other than the first is dynamic."""
     feeds = {}
     generator = np.random.default_rng(0)
     for value in graph_inputs(model):

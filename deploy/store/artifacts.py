@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -233,13 +233,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that its path holds either the old content or all of `data`."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to. Its path holds its old content until the context ends, and then all that was written."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's 0600 would lock out whoever shares the results
@@ -247,6 +248,12 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that its path holds either the old content or all of `data`."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def package_versions() -> dict[str, str]:
