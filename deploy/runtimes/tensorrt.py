@@ -40,7 +40,7 @@ class TensorRt:
         if importlib.util.find_spec("tensorrt") is None:
             return Missing(
                 "The package tensorrt is not installed.",
-                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's package index, "
+                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's own package index, "
                 "so the network must allow that)",
             )
         # Before the import: without a driver the library can do nothing anyway.
