@@ -103,7 +103,7 @@ def _labelled_files(root: Path) -> list[_File]:
     loose, files = [], []
     for path in _children(root):
         if path.is_dir():
-            files += [_File(found, path.name) for found in _walk(path, frozenset())]
+            files += [_File(entry, path.name) for entry in _walk(path, frozenset())]
         elif _is_image(path):
             loose.append(_File(path, None))
     if loose and files:

@@ -22,7 +22,7 @@ def lazy_names(
         >>> len(get("CLASS_NAMES")), listed()
         (12, ['CLASS_NAMES'])
     """
-    home = {name: module for module, own in names.items() for name in own}
+    home = {name: module for module, defined in names.items() for name in defined}
 
     def get(name: str) -> object:
         if name not in home:

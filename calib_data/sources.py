@@ -43,24 +43,24 @@ def open_data(spec: str, *, quiet: bool = True) -> DataSource:
     """
     if spec == "demo":
         return demo_source()
-    form, rest = _parse(spec)
+    form, place = _parse(spec)
     if form == "imagefolder":
-        return open_folder(spec, Path(rest).expanduser(), quiet=quiet)
+        return open_folder(spec, Path(place).expanduser(), quiet=quiet)
     if form == "wds":
-        return open_shards(spec, Path(rest).expanduser(), quiet=quiet)
+        return open_shards(spec, Path(place).expanduser(), quiet=quiet)
     if form == "hfds":
-        return open_hfds(spec, rest)
-    name, _, root = rest.partition(":")
+        return open_hfds(spec, place)
+    name, _, root = place.partition(":")
     return open_torch(spec, name.lower(), Path(root).expanduser() if root else None)
 
 
 def _parse(spec: str) -> tuple[str, str]:
-    """Form and what follows it, for "form:rest" and "form/rest"."""
+    """Form and what follows it, for "form:place" and "form/place"."""
     for form in ("imagefolder", "wds", "hfds", "torch"):
         for separator in ":/" if form != "imagefolder" else ":":
-            head, found, rest = spec.partition(separator)
-            if head.lower() == form and found and rest:
-                return form, rest
+            head, mark, place = spec.partition(separator)
+            if head.lower() == form and mark and place:
+                return form, place
     raise _unknown(spec)
 
 

@@ -78,7 +78,7 @@ def measure(
                 if stream not in sums:
                     sums[stream] = _Sums(len(norms), normalised.shape[-1], device_of(model))
                 sums[stream].add(place, normalised, gradients)
-    return {stream: found.moments(len(images)) for stream, found in sums.items()}
+    return {stream: stream_sums.moments(len(images)) for stream, stream_sums in sums.items()}
 
 
 class _Sums:

@@ -142,11 +142,11 @@ def _require_enough(layers: list[LayerReport], images: int) -> None:
     needed = [layer for layer in layers if layer.action != "exact"]
     short = [layer for layer in needed if 0 < layer.rows <= layer.inputs]
     if 2 * len(short) > len(needed):
-        wanted = max(-(-images * (layer.inputs + 1) // layer.rows) for layer in short)
+        enough = max(-(-images * (layer.inputs + 1) // layer.rows) for layer in short)
         raise TooFewImagesError(
             f"{images} calibration images are too few for {len(short)} of {len(needed)} layers.",
             why="A regression needs more observations than unknowns.",
-            fix=f"Give {wanted} images or more.",
+            fix=f"Give {enough} images or more.",
         )
 
 

@@ -188,8 +188,8 @@ def _statistics(
         probes = _few(probes_of(logits.detach().cpu(), scale, generator), generator).to(device)
         importance = {name: seen[name][0].new_zeros(seen[name][0].shape[:-1]) for name in names}
         for index, probe in enumerate(probes):
-            wanted = [seen[name][1] for name in names] + list(masks.values())
-            slopes = torch.autograd.grad((probe * logits).sum(), wanted, retain_graph=index + 1 < len(probes))
+            inputs = [seen[name][1] for name in names] + list(masks.values())
+            slopes = torch.autograd.grad((probe * logits).sum(), inputs, retain_graph=index + 1 < len(probes))
             for name, slope in zip(names, slopes, strict=False):
                 importance[name] += slope.square().sum(dim=-1)
                 rows = slope.flatten(0, -2)
@@ -273,8 +273,8 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
     per_step = num_heads * max(1, int(size * SHARE_PER_STEP / num_heads))
     while len(removed) < size:
         count = min(per_step, size - len(removed))
-        wanted = None if order is None else order[len(removed) : len(removed) + count]
-        batch, costs = _next(inverse, rows, alive, count, num_heads, wanted)
+        fixed = None if order is None else order[len(removed) : len(removed) + count]
+        batch, costs = _next(inverse, rows, alive, count, num_heads, fixed)
         block = torch.linalg.inv(inverse[batch][:, batch])
         gain = inverse[:, batch] @ block
         rows = rows - gain @ rows[batch]
@@ -304,24 +304,24 @@ def with_joint_units(plan: PruningPlan, curves: Mapping[str, Curve]) -> PruningP
 
 
 def _next(
-    inverse: Tensor, rows: Tensor, alive: Tensor, count: int, num_heads: int, wanted: Tensor | None
+    inverse: Tensor, rows: Tensor, alive: Tensor, count: int, num_heads: int, fixed: Tensor | None
 ) -> tuple[Tensor, list[float]]:
     """The next units to leave and what each adds, exact among a few candidates of every head."""
     costs = torch.where(alive, rows.square().sum(dim=1) / inverse.diagonal().clamp_min(1e-300), torch.inf)[:-1]
-    if wanted is None:
+    if fixed is None:
         pools = costs.view(num_heads, -1)
         few = min(4 * count // num_heads, int(alive.sum()) // num_heads)
         candidates = pools.topk(few, dim=1, largest=False).indices
         candidates = (candidates + torch.arange(num_heads, device=costs.device).view(-1, 1) * pools.shape[1]).flatten()
         head = torch.arange(num_heads, device=costs.device).repeat_interleave(few)
     else:
-        candidates, head = wanted.to(costs.device), torch.arange(len(wanted), device=costs.device)
+        candidates, head = fixed.to(costs.device), torch.arange(len(fixed), device=costs.device)
     small, part = inverse[candidates][:, candidates], rows[candidates]
     free = torch.ones(len(candidates), dtype=torch.bool, device=costs.device)
     chosen, added = [], []
     for turn in range(count):
         cost = part.square().sum(dim=1) / small.diagonal().clamp_min(1e-300)
-        now = head == (turn % num_heads if wanted is None else turn)
+        now = head == (turn % num_heads if fixed is None else turn)
         index = int(torch.where(free & now, cost, torch.inf).argmin())
         chosen.append(index)
         added.append(float(cost[index]) / 2)

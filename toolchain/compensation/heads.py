@@ -256,11 +256,11 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
 def _turn(part: tuple[nn.Linear, int], head: int, turn: Tensor, mean: Tensor | None) -> None:
     """Multiply the rows of one head by `turn` [dim, dim], after taking `mean` [dim] out of the bias."""
     layer, first = part
-    own = slice(first + head * len(turn), first + (head + 1) * len(turn))
-    layer.weight[own] = (turn @ layer.weight[own].double()).to(layer.weight.dtype)
+    rows = slice(first + head * len(turn), first + (head + 1) * len(turn))
+    layer.weight[rows] = (turn @ layer.weight[rows].double()).to(layer.weight.dtype)
     if layer.bias is not None:
-        bias = layer.bias[own].double()
-        layer.bias[own] = (turn @ (bias if mean is None else bias - mean)).to(layer.bias.dtype)
+        bias = layer.bias[rows].double()
+        layer.bias[rows] = (turn @ (bias if mean is None else bias - mean)).to(layer.bias.dtype)
 
 
 def _roots(covariance: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -261,15 +261,15 @@ def _write_embedding(state: State, embedding: str, writes: Tensor, moments: Stre
     The convolution writes what has the variance of z on average, so that eps means the same.
     """
     weight, bias = f"{embedding}.norm.weight", f"{embedding}.norm.bias"
-    wanted = writes * state[weight]
-    wanted = wanted - wanted.mean(dim=1, keepdim=True)
+    projection = writes * state[weight]
+    projection = projection - projection.mean(dim=1, keepdim=True)
     second = moments.weighted_second[0]
-    energy = (wanted * (wanted @ second)).sum() / len(wanted)
+    energy = (projection * (projection @ second)).sum() / len(projection)
     size = (energy / second.diagonal().mean().clamp_min(TINY)).clamp_min(TINY).sqrt()
-    _write(state, f"{embedding}.proj", wanted / size)
+    _write(state, f"{embedding}.proj", projection / size)
     state[weight] = size.expand(len(writes))
     state[bias] = writes @ state[bias]
-    return wanted / size
+    return projection / size
 
 
 def _read_norm(state: State, reading: Reading, reads: Tensor, shift: Tensor, *, padded: bool) -> None:

@@ -226,8 +226,8 @@ def _regression(
         dense_after, norm, scale = pair.after, "norm2", "ls2"
     before_module = model.get_submodule(f"{step.name}.{norm}")
     before, x = observe(step.run, pair.pruned, [(before_module, "input"), (layer, "input")])
-    wanted = dense_after.flatten(0, -2).double() @ targets.streams[name].to(before.device).T
-    y = wanted - before.flatten(0, -2)
+    target = dense_after.flatten(0, -2).double() @ targets.streams[name].to(before.device).T
+    y = target - before.flatten(0, -2)
     block: Any = model.get_submodule(step.name)
     gamma = getattr(getattr(block, scale, None), "gamma", None)
     if gamma is not None:

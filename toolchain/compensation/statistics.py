@@ -43,33 +43,33 @@ def split(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[~held], images[held]
 
 
-class _AllSeen(Exception):  # noqa: N818 -- no error: what was wanted is there, the rest of the pass is not needed
+class _AllSeen(Exception):  # noqa: N818 -- no error: all sites were seen, so the pass ends early
     pass
 
 
 def observe(
-    run: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequence[tuple[nn.Module, Site]], *, to_end: bool = False
+    run: Callable[[Tensor], Tensor], start: Tensor, sites: Sequence[tuple[nn.Module, Site]], *, to_end: bool = False
 ) -> list[Tensor]:
     """What enters or leaves some modules while `run(start)` goes on; it stops as soon as everything was seen.
 
     Args:
         run: a part of a forward pass.
         start: its argument.
-        wanted: modules, each of them run once, and the side to look at.
+        sites: modules, each of them run once, and the side to look at.
         to_end: do not stop; what `run` returns is then the last tensor.
 
     Returns:
-        One tensor for each of `wanted`.
+        One tensor for each of `sites`.
     """
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
 
     def note(index: int, tensor: Tensor) -> None:
-        found[index] = tensor
-        if len(found) == len(wanted) and not to_end:
+        tensors[index] = tensor
+        if len(tensors) == len(sites) and not to_end:
             raise _AllSeen
 
     hooks = []
-    for index, (module, site) in enumerate(wanted):
+    for index, (module, site) in enumerate(sites):
         if site == "input":
             hooks.append(module.register_forward_pre_hook(lambda _, args, index=index: note(index, args[0])))
         else:
@@ -82,7 +82,7 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
-    return [found[index] for index in range(len(wanted))] + (result if to_end else [])
+    return [tensors[index] for index in range(len(sites))] + (result if to_end else [])
 
 
 def linear_layers(model: nn.Module, run: Callable[[Tensor], Tensor], start: Tensor) -> list[str]:

@@ -96,8 +96,8 @@ def measure_stream(
     """
     folded = fold(model).to(next(model.parameters()).dtype).eval()
     streams = {"embed": [reading.norm for reading in readings(folded)]}
-    found = measure(folded, streams, images, "Measuring the stream", batch_size=batch_size, seed=seed, quiet=quiet)
-    return found["embed"]
+    moments = measure(folded, streams, images, "Measuring the stream", batch_size=batch_size, seed=seed, quiet=quiet)
+    return moments["embed"]
 
 
 def cut_stream(model: nn.Module, moments: StreamMoments, width: int) -> Rotated:

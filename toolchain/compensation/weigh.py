@@ -50,7 +50,7 @@ def weigh_streams(
         UserError: half of the images are too few for a refit.
     """
     weighted = [_weighted(model, curves, weight) for weight in weights]
-    plans = [plan_by(own) for own in weighted]
+    plans = [plan_by(candidate) for candidate in weighted]
     different = [i for i, plan in enumerate(plans) if not any(plan.cut == other.cut for other in plans[:i])]
     if len(different) == 1:
         return weighted[0]
@@ -62,11 +62,11 @@ def weigh_streams(
     for index in watched(different, "Trying widths of the stream", quiet=quiet, total=len(different)):
         network = compress(model, with_joint_units(plans[index], curves), fit, batch_size=batch_size).model
         with torch.inference_mode():
-            found = [divergence(whole, network(part), scale) for whole, part in zip(dense, judge, strict=True)]
-        losses[index] = float(torch.cat(found).mean())
+            divergences = [divergence(whole, network(part), scale) for whole, part in zip(dense, judge, strict=True)]
+        losses[index] = float(torch.cat(divergences).mean())
     return weighted[min(losses, key=lambda index: losses[index])]
 
 
 def _weighted(model: nn.Module, curves: Mapping[str, Curve], weight: float) -> dict[str, Curve]:
     streams = {group.name for group in groups_of(model) if group.kind == "embed"}
-    return {n: Curve(own.order, own.loss * weight) if n in streams else own for n, own in curves.items()}
+    return {n: Curve(curve.order, curve.loss * weight) if n in streams else curve for n, curve in curves.items()}

@@ -116,9 +116,9 @@ def narrow(model: nn.Module, widths: Widths) -> nn.Module:
                 result.set_submodule(name, family.attention(result.get_submodule(name), dim, heads, qk, v))
         for name in {name.rpartition(".")[0] for name in shapes} - {""}:
             module = result.get_submodule(name)
-            own = {key: shapes[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
-            if any(list(module.get_parameter(key).shape) != shape for key, shape in own.items()):
-                result.set_submodule(name, resize_leaf(module, own))
+            leaf_shapes = {key: shapes[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
+            if any(list(module.get_parameter(key).shape) != shape for key, shape in leaf_shapes.items()):
+                result.set_submodule(name, resize_leaf(module, leaf_shapes))
         for key, _ in list(result.named_parameters(recurse=False)):
             setattr(result, key, nn.Parameter(torch.empty(shapes[key])))
     family.refresh(result)

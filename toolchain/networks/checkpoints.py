@@ -120,10 +120,10 @@ def resample_position_embedding(state: dict[str, Tensor], model: nn.Module) -> d
     """The state dict with its position embedding at the image size of `model` (bicubic, as timm does)."""
     if not isinstance(model, VisionTransformer) or "pos_embed" not in state or model.pos_embed is None:
         return state
-    found, wanted = state["pos_embed"].shape, model.pos_embed.shape
+    shape, target = state["pos_embed"].shape, model.pos_embed.shape
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    patches = found[1] - prefix if len(found) == 3 else 0
-    if found == wanted or found[-1:] != wanted[-1:] or patches <= 0 or math.isqrt(patches) ** 2 != patches:
+    patches = shape[1] - prefix if len(shape) == 3 else 0
+    if shape == target or shape[-1:] != target[-1:] or patches <= 0 or math.isqrt(patches) ** 2 != patches:
         return state  # what is no square of patches is left to the comparison of shapes
     resampled = resample_abs_pos_embed(
         state["pos_embed"], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
@@ -137,12 +137,12 @@ def check_state(state: Mapping[str, Tensor], model: nn.Module, source: str, arch
     Raises:
         UserError: a tensor is missing, unknown or of another shape; names the first few of each.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in wanted if name not in state]
-    extra = [name for name in state if name not in wanted]
+    shapes_needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in shapes_needed if name not in state]
+    extra = [name for name in state if name not in shapes_needed]
     shapes = [
         f"{name} is {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in wanted.items()
+        for name, shape in shapes_needed.items()
         if name in state and tuple(state[name].shape) != shape
     ]
     faults = [

@@ -132,16 +132,16 @@ def _build(
 
 def _create_from_file(architecture: str, path: Path, num_classes: int | None, image_size: int | None) -> nn.Module:
     state = read_checkpoint(path)
-    found = num_classes_in(state)
-    if num_classes is not None and found != num_classes:
+    classes = num_classes_in(state)
+    if num_classes is not None and classes != num_classes:
         raise UserError(
-            f"{path} has {found} classes, but {num_classes} are wanted.",
+            f"{path} has {classes} classes, but {num_classes} are wanted.",
             why="Accuracy would be measured against the wrong labels.",
             fix="Fine-tune the network on these classes first, or give the data that it was trained on.",
         )
     with torch.device("meta"):
-        probe = _build(architecture, found, None)
-    model = _build(architecture, found, image_size or image_size_in(state, probe))
+        probe = _build(architecture, classes, None)
+    model = _build(architecture, classes, image_size or image_size_in(state, probe))
     state = resample_position_embedding(state, model)
     check_state(state, model, str(path), architecture)
     model.load_state_dict(state)
@@ -149,9 +149,9 @@ def _create_from_file(architecture: str, path: Path, num_classes: int | None, im
 
 
 def _check_architecture(model: nn.Module, architecture: str, weights: str) -> None:
-    found = architecture_of(model)
-    if found != architecture.partition(".")[0]:
-        raise UserError(f"{weights} holds a {found}, not a {architecture}.", fix=f'Give `name="{found}"`.')
+    held = architecture_of(model)
+    if held != architecture.partition(".")[0]:
+        raise UserError(f"{weights} holds a {held}, not a {architecture}.", fix=f'Give `name="{held}"`.')
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
@@ -160,8 +160,8 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     built_for = getattr(model.get_submodule("patch_embed"), "img_size", None)
     if built_for is not None and not getattr(model, "dynamic_img_size", False):
         config["input_size"] = (config["input_size"][0], *built_for)
-    found: dict[str, Any] = {key: config[key] for key in _PREPROCESS_KEYS}
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    fields: dict[str, Any] = {key: config[key] for key in _PREPROCESS_KEYS}
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return Preprocess(**plain)
 
 

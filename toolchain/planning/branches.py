@@ -72,12 +72,12 @@ def branches_of(
     for group in groups:
         if group.kind not in ("qk", "ffn"):
             continue
-        own = tuple(cut for cut in cutting if cut.module == group.module and cut.kind != "embed")
+        groups_cut = tuple(cut for cut in cutting if cut.module == group.module and cut.kind != "embed")
         whole = (group.size, 0) if group.kind == "ffn" else (group.size, size[f"{group.module}.v"])
         heads = 0 if group.kind == "ffn" else group.num_heads
-        choices = product(*([(cut, n) for n in allowed_sizes(cut, align, floors[cut.name])] for cut in own))
+        choices = product(*([(cut, n) for n in allowed_sizes(cut, align, floors[cut.name])] for cut in groups_cut))
         options = tuple(_option(whole, heads, choice, curves) for choice in choices)
-        result.append(Branch(group.module, stream[group.stage], own, options))
+        result.append(Branch(group.module, stream[group.stage], groups_cut, options))
     return tuple(result)
 
 

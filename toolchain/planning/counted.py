@@ -35,25 +35,25 @@ class CountedCosts:
     Attributes:
         unit: `MACs` of one image, or `parameters`.
         embeds: embed groups in the order of the network.
-        rest: coefficients of what is no branch, over `_rest_terms`.
+        outside: coefficients of what is no branch, over `_outside_terms`.
         branches: attention or FFN group -> coefficients over `_branch_terms`.
     """
 
     unit: str
     embeds: tuple[str, ...]
-    rest: NDArray[np.float64]
+    outside: NDArray[np.float64]
     branches: dict[str, NDArray[np.float64]]
 
     def fixed(self, dims: Mapping[str, int]) -> float:
         """Embeddings, norms and head, given the width of every `embed` group."""
-        return round(float(self.rest @ _rest_terms([dims[name] for name in self.embeds])))
+        return round(float(self.outside @ _outside_terms([dims[name] for name in self.embeds])))
 
     def branch(self, group: str, dim: int, width: tuple[int, int]) -> float:
         """One branch at a width of the stream, see `Costs.branch`."""
         return round(float(self.branches[group] @ _branch_terms(dim, width)))
 
 
-def _rest_terms(dims: Sequence[int]) -> NDArray[np.float64]:
+def _outside_terms(dims: Sequence[int]) -> NDArray[np.float64]:
     """1, every width, and every product of neighbours (a stage's embedding reads the stage before)."""
     pairs = [a * b for a, b in pairwise(dims)]
     return np.array([1, *dims, *pairs], dtype=np.float64)
@@ -82,7 +82,7 @@ def count_costs(
     stream = {group.stage: group.name for group in groups if group.kind == "embed"}
     branches = {g.module: stream[g.stage] for g in groups if g.kind in ("qk", "ffn")}
     generator = np.random.default_rng(0)
-    rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("", *branches)}  # "" for the rest
+    rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("", *branches)}  # "" for what is no branch
     counts: dict[str, list[float]] = {name: [] for name in ("", *branches)}
     for _ in range(_NETWORKS):
         widths = _random_widths(groups, generator)
@@ -92,7 +92,7 @@ def count_costs(
             block, _, part = name.rpartition(".")
             rows[name].append(_branch_terms(widths.channels[embed], _width(name, widths)))
             counts[name].append(sum(count(f"{block}.{module}") for module in _PARTS[part]))
-        rows[""].append(_rest_terms([widths.channels[name] for name in embeds]))
+        rows[""].append(_outside_terms([widths.channels[name] for name in embeds]))
         counts[""].append(count("") - sum(counts[name][-1] for name in branches))
     fitted = {name: _through(np.stack(rows[name]), np.array(counts[name]), name) for name in rows}
     every_block = {
@@ -106,8 +106,8 @@ def count_costs(
 
 def _width(name: str, widths: Widths) -> tuple[int, int]:
     """Width of a branch as `Costs.branch` takes it."""
-    own = widths.channels
-    return (own[name], 0) if name in own else (own[f"{name}.qk"], own[f"{name}.v"])
+    sizes = widths.channels
+    return (sizes[name], 0) if name in sizes else (sizes[f"{name}.qk"], sizes[f"{name}.v"])
 
 
 def _random_widths(groups: Sequence[ChannelGroup], generator: np.random.Generator) -> Widths:
@@ -126,9 +126,9 @@ def _macs_by_module(network: nn.Module, shape: tuple[int, int, int]) -> Callable
     network.eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.empty(1, *shape, device="meta"))
-    found = counter.get_flop_counts()
+    flops = counter.get_flop_counts()
     top = type(network).__name__
-    return lambda name: sum(found.get(f"{top}.{name}" if name else "Global", {}).values()) // 2
+    return lambda name: sum(flops.get(f"{top}.{name}" if name else "Global", {}).values()) // 2
 
 
 def _parameters_by_module(network: nn.Module) -> Callable[[str], float]:

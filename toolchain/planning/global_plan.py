@@ -109,15 +109,15 @@ def plan_within(
         raise UserError(f"floor {floor} is out of range.", fix="Give a share in [0, 1].")
     groups = groups_of(model)
     check_scores(model, groups_to_cut(groups, components), scores)
-    found = curves_for(groups, components, scores, curves)
+    losses = curves_for(groups, components, scores, curves)
     least = floors or floors_of(groups, floor)
-    search = _Search(groups, branches_of(groups, found, components, align, least), found, costs, budget)
+    search = _Search(groups, branches_of(groups, losses, components, align, least), losses, costs, budget)
     depths = [_Depth(dict(blocks or {}), 0.0)]
     if "depth" in components:
         depths = _depths(model, scores)
     embeds = [group for group in groups if group.kind == "embed"]
     cut = "embed" in components
-    dims = {g.name: _stream_sizes(g, align, least[g.name], found) if cut else [g.size] for g in embeds}
+    dims = {g.name: _stream_sizes(g, align, least[g.name], losses) if cut else [g.size] for g in embeds}
     depth, stream, options = search.run(depths, dims)
     channels = dict(stream) if cut else {}
     num_heads = {}
@@ -129,8 +129,8 @@ def plan_within(
             num_heads[str(name_after(branch.name, depth.blocks))] = option.heads
     short = shorten(skeleton(model), depth.blocks)
     # curves tell how many units go; which ones is for the scores to say, since rotated dims are none of the network's
-    own = replace(scores, values=after_shortening(scores.values, depth.blocks))
-    keep = kept_by_scores(groups_of(short), own, Widths(channels, num_heads), "heads" in components)
+    scores_left = replace(scores, values=after_shortening(scores.values, depth.blocks))
+    keep = kept_by_scores(groups_of(short), scores_left, Widths(channels, num_heads), "heads" in components)
     return PruningPlan(
         keep=keep,
         num_heads=num_heads,
@@ -280,13 +280,13 @@ class _Search:
         fixed = self.costs.fixed(floors)
 
         def parts(depth: _Depth) -> dict[str, float]:
-            found = {"the embeddings and the head": fixed, "the attention": 0.0, "the FFNs": 0.0}
+            costs = {"the embeddings and the head": fixed, "the attention": 0.0, "the FFNs": 0.0}
             for branch in self._left(depth):
                 kind = "the FFNs" if branch.options[0].heads == 0 else "the attention"
-                found[kind] += self._item(branch, floors[branch.stream]).costs.min()
-            return found
+                costs[kind] += self._item(branch, floors[branch.stream]).costs.min()
+            return costs
 
-        least = min((parts(depth) for depth in depths), key=lambda found: sum(found.values()))
+        least = min((parts(depth) for depth in depths), key=lambda costs: sum(costs.values()))
         lowest, largest = sum(least.values()), max(least, key=lambda part: least[part])
         shares = ", ".join(f"{name} {cost:,.4g}" for name, cost in least.items())
         return NotReachableError(
@@ -300,16 +300,16 @@ class _Search:
 
 def _neighbours(stream: tuple[int, ...], sizes: Sequence[list[int]]) -> Iterator[tuple[int, ...]]:
     """Stream widths that differ by up to two steps in one stage, or by one step in two."""
-    for stage, own in enumerate(sizes):
-        at = own.index(stream[stage])
+    for stage, widths in enumerate(sizes):
+        at = widths.index(stream[stage])
         for step in (-2, -1, 1, 2):
-            if 0 <= at + step < len(own):
-                moved = (*stream[:stage], own[at + step], *stream[stage + 1 :])
+            if 0 <= at + step < len(widths):
+                moved = (*stream[:stage], widths[at + step], *stream[stage + 1 :])
                 yield moved
                 for other in range(stage + 1, len(sizes)):
-                    there = sizes[other].index(stream[other]) - step
-                    if abs(step) == 1 and 0 <= there < len(sizes[other]):
-                        yield (*moved[:other], sizes[other][there], *moved[other + 1 :])
+                    narrower = sizes[other].index(stream[other]) - step
+                    if abs(step) == 1 and 0 <= narrower < len(sizes[other]):
+                        yield (*moved[:other], sizes[other][narrower], *moved[other + 1 :])
 
 
 def plan_at_size(

@@ -49,16 +49,16 @@ def cheapest_choice(items: Sequence[Item], budget: float, cells: int = CELLS) ->
         extra = item.costs - base
         # a hair less than the quotient: whole steps stay whole in floating point
         steps = np.ceil(np.where(extra <= free, np.minimum(extra, free) / step - 1e-9, cells + 1)).astype(np.int64)
-        found, pick = np.full(cells + 1, np.inf), np.zeros(cells + 1, dtype=np.int32)
+        extended, pick = np.full(cells + 1, np.inf), np.zeros(cells + 1, dtype=np.int32)
         for option in _worthwhile(steps, item.losses):
             spent = steps[option]
             if spent > cells:
                 continue
             loss = best[: cells + 1 - spent] + item.losses[option]
-            better = loss < found[spent:]
-            found[spent:][better] = loss[better]
+            better = loss < extended[spent:]
+            extended[spent:][better] = loss[better]
             pick[spent:][better] = option
-        best = found
+        best = extended
         chosen.append((pick, steps))
     result, left = [], cells
     for pick, steps in reversed(chosen):

@@ -23,14 +23,14 @@ def blocks_like(model: nn.Module, scores: Scores, like: nn.Module) -> dict[str, 
     name = architecture_of(like)
     if family_of(like) is not family_of(model):
         raise UserError(f"{name} is of another family.", fix="Name a smaller model of the same family.")
-    here, there = family_of(model).block_lists(model), family_of(like).block_lists(like)
-    if set(here) != set(there) or any(there[listed] > count for listed, count in here.items()):
+    counts, counts_like = family_of(model).block_lists(model), family_of(like).block_lists(like)
+    if set(counts) != set(counts_like) or any(counts_like[listed] > count for listed, count in counts.items()):
         raise UserError(
-            f"{name} has more blocks than this network ({_depths(there)}, here {_depths(here)}).",
+            f"{name} has more blocks than this network ({_depths(counts_like)}, here {_depths(counts)}).",
             fix="Name a model that is nowhere deeper.",
         )
-    removed = {listed: count - there[listed] for listed, count in here.items()}
-    return blocks_left(scores, removed, f"{name} has another depth ({_depths(there)}, here {_depths(here)})")
+    removed = {listed: count - counts_like[listed] for listed, count in counts.items()}
+    return blocks_left(scores, removed, f"{name} has another depth ({_depths(counts_like)}, here {_depths(counts)})")
 
 
 def _depths(lists: Mapping[str, int]) -> str:
@@ -59,11 +59,13 @@ def widths_like(model: nn.Module, groups: Sequence[ChannelGroup], like: nn.Modul
                 fix="Name a model that is smaller everywhere and whose number of heads divides this one's.",
             )
     widths = widths_of(tuple(target.values()))
-    here, there = (
+    structure, structure_like = (
         {name: tensor.shape for name, tensor in m.state_dict().items()} for m in (narrow(model, widths), like)
     )
-    if here != there:
-        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    if structure != structure_like:
+        differing = sorted(
+            name for name in {*structure, *structure_like} if structure.get(name) != structure_like.get(name)
+        )
         raise UserError(
             f"{name} has other parts than this network: {', '.join(differing[:4])} differ even at its widths.",
             why="Widths and heads can be taken over; tokens, patch size and layer scales cannot.",

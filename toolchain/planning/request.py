@@ -32,8 +32,8 @@ def check_request(
     for name, value in given.items():
         low_ok = 0 <= value < 1 if name.endswith("ratio") else 0 < value <= 1
         if not (math.isfinite(value) and low_ok):
-            wanted = "in [0, 1): the share to remove" if name.endswith("ratio") else "in (0, 1]: the share to keep"
-            raise UserError(f"{name} {value} is out of range.", fix=f"Give a number {wanted}.")
+            valid = "in [0, 1): the share to remove" if name.endswith("ratio") else "in (0, 1]: the share to keep"
+            raise UserError(f"{name} {value} is out of range.", fix=f"Give a number {valid}.")
     if planner not in get_args(Planner):
         raise UserError(f"Unknown planner {planner!r}.", fix=f"Choose one of: {', '.join(get_args(Planner))}.")
     if align < 1:

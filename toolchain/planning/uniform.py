@@ -41,9 +41,9 @@ def uniform_widths(groups: Sequence[ChannelGroup], ratio: float, align: int, com
 def _follows_heads(embed: ChannelGroup, groups: Sequence[ChannelGroup], cutting: Sequence[ChannelGroup]) -> bool:
     """Whether all heads of the stage fill its width, and are cut."""
     attention = [group for group in partition(groups) if group.kind in ("attention", "qk", "v")]
-    own = [group for group in attention if group.stage == embed.stage]
+    of_stage = [group for group in attention if group.stage == embed.stage]
     pruned = any(group.kind in ("attention", "heads", "qk") for group in cutting)
-    return pruned and bool(own) and all(group.size == embed.size for group in own)
+    return pruned and bool(of_stage) and all(group.size == embed.size for group in of_stage)
 
 
 def aligned(size: int, ratio: float, align: int, name: str) -> int:

@@ -60,7 +60,9 @@ class Scores:
         """Write score.json, scores.safetensors and, where there are any, halves.safetensors into an existing folder."""
         for name, values in (("scores", self.values), ("halves", self.halves)):
             if values:
-                save_file({group: own.contiguous() for group, own in values.items()}, folder / f"{name}.safetensors")
+                save_file(
+                    {group: tensor.contiguous() for group, tensor in values.items()}, folder / f"{name}.safetensors"
+                )
         document = {
             "format": 1,
             "method": self.method,
@@ -70,7 +72,7 @@ class Scores:
             "model_digest": self.model_digest,
             "data_digest": self.data_digest,
             "depth": {name: asdict(path) for name, path in self.depth.items()},
-            "stability": {name: asdict(found) for name, found in self.stability.items()},
+            "stability": {name: asdict(stability) for name, stability in self.stability.items()},
         }
         (folder / "score.json").write_text(json.dumps(document, indent=2) + "\n")
 
@@ -94,7 +96,7 @@ class Scores:
                 model_digest=document["model_digest"],
                 depth={name: _read_path(path) for name, path in document.get("depth", {}).items()},
                 data_digest=document.get("data_digest"),
-                stability={name: Stability(**found) for name, found in document.get("stability", {}).items()},
+                stability={name: Stability(**values) for name, values in document.get("stability", {}).items()},
                 halves=halves,
             )
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:

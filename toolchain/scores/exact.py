@@ -72,15 +72,15 @@ def kl_per_image(
     rows: int,
 ) -> dict[str, Tensor]:
     """KL of chosen units image by image: group name -> float64 [units, B]; arguments as for `exact_kl`."""
-    found: dict[str, list[Tensor]] = {name: [] for name in units}
+    columns: dict[str, list[Tensor]] = {name: [] for name in units}
     with torch.inference_mode():
         for batch in torch.split(images, rows):
             parts: dict[str, list[Tensor]] = {name: [] for name in units}
             for name, _, kl in _without_units(model, groups, chain, batch, scale, units, rows):
                 parts[name].append(kl)
             for name, values in parts.items():
-                found[name].append(torch.cat(values))
-    return {name: torch.cat(values, dim=1) for name, values in found.items()}
+                columns[name].append(torch.cat(values))
+    return {name: torch.cat(values, dim=1) for name, values in columns.items()}
 
 
 def _without_units(

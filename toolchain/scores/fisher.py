@@ -37,8 +37,8 @@ def fisher(
         Group name -> float64 [2, size].
     """
     totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
-    for number, found in enumerate(fisher_per_image(model, groups, batches, scale, seed, quiet)):
-        for name, values in found.items():
+    for number, scores in enumerate(fisher_per_image(model, groups, batches, scale, seed, quiet)):
+        for name, values in scores.items():
             totals[name] += half_sums(values, number).cpu()
     return totals
 
@@ -93,14 +93,16 @@ def mask_fisher(
         masks = {name: torch.ones(len(batch), size, device=device, requires_grad=True) for name, size in sizes.items()}
         with torch.enable_grad(), masked_by(masks):
             outputs = functional_call(network, weights, batch.to(device)).float()
-        found = {name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()}
+        scores = {
+            name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()
+        }
         for probe in probes_of_outputs(outputs.detach().cpu()):
             along = (probe.to(device) * outputs).sum()
             gradients = torch.autograd.grad(along, list(masks.values()), retain_graph=True)
             for name, gradient in zip(masks, gradients, strict=True):
-                found[name] += gradient.double().square() / 2
+                scores[name] += gradient.double().square() / 2
         del outputs, along  # and what they were computed from
-        yield found
+        yield scores
 
 
 def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator, most: int | None = None) -> Tensor:

@@ -89,12 +89,12 @@ def refined(
     bands = {group.name: Band(shares.pop(group.name)[:, order], cut_of(group, cuts)) for group in groups}
     with torch.inference_mode():
         chain = chain_of(model, groups, images[:2].to(device_of(model)))
-    for wanted in watched(_rounds(bands), "Scoring units (kl around the cuts)", quiet=quiet):
-        for level, units in wanted.items():
+    for requests in watched(_rounds(bands), "Scoring units (kl around the cuts)", quiet=quiet):
+        for level, units in requests.items():
             start, end = bounds[level : level + 2]
-            found = kl_per_image(model, groups, chain, images[start:end], scale, units, rows)
+            scores = kl_per_image(model, groups, chain, images[start:end], scale, units, rows)
             for name, chosen in units.items():
-                bands[name].add(level, chosen, found[name])
+                bands[name].add(level, chosen, scores[name])
     return {name: band.sums() / len(images) for name, band in bands.items()}, halves
 
 
@@ -123,8 +123,8 @@ def _fisher_of_all(
 ) -> dict[str, Tensor]:
     """Group name -> `fisher` of every image, float32 [size, N]."""
     parts: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-    for found in fisher_per_image(model, groups, torch.split(images, batch_size), scale, seed, quiet, DIRECTIONS):
-        for name, values in found.items():
+    for scores in fisher_per_image(model, groups, torch.split(images, batch_size), scale, seed, quiet, DIRECTIONS):
+        for name, values in scores.items():
             parts[name].append(values.T.float().cpu())
     return {name: torch.cat(values, dim=1) for name, values in parts.items()}
 
@@ -132,13 +132,13 @@ def _fisher_of_all(
 def _rounds(bands: Mapping[str, Band]) -> Iterator[dict[int, dict[str, list[int]]]]:
     """What to measure next, until nothing is in doubt: part of the images -> group name -> units."""
     while True:
-        wanted: dict[int, dict[str, list[int]]] = {}
+        requests: dict[int, dict[str, list[int]]] = {}
         for name, band in bands.items():
-            for level, units in band.wanted().items():
-                wanted.setdefault(level, {})[name] = units
-        if not wanted:
+            for level, units in band.to_measure().items():
+                requests.setdefault(level, {})[name] = units
+        if not requests:
             return
-        yield wanted
+        yield requests
 
 
 class Band:
@@ -152,7 +152,7 @@ class Band:
         self._exact = torch.zeros_like(self._fisher)
         self._level = torch.zeros(size, dtype=torch.long)  # parts of the images that a unit was measured on
 
-    def wanted(self) -> dict[int, list[int]]:
+    def to_measure(self) -> dict[int, list[int]]:
         """Units to measure, ascending, by the part of the images that is next for them; empty when all is clear."""
         if self._cut.keep * self._cut.pools == len(self._level):
             return {}
@@ -193,9 +193,11 @@ class Band:
         values, known, error = self._estimate()
         ordered = self._pools(values).sort(dim=1, descending=True).values
         cut = (ordered[:, self._cut.keep - 1] * ordered[:, self._cut.keep]).sqrt()
-        missing = cut.repeat_interleave(ordered.shape[1]) - known  # what the rest must be for the unit to be at the cut
-        rest = (values - known).clamp_min(TINY)
-        above = torch.sigmoid(SLOPE * (rest.log() - missing.clamp_min(TINY).log()) / error)
+        missing = (
+            cut.repeat_interleave(ordered.shape[1]) - known
+        )  # what the unmeasured part must be for the unit to be at the cut
+        unmeasured = (values - known).clamp_min(TINY)
+        above = torch.sigmoid(SLOPE * (unmeasured.log() - missing.clamp_min(TINY).log()) / error)
         above = torch.where(missing <= 0, 1.0, above)
         doubt = torch.where(self._cut.kept(values), 1 - above, above)
         return torch.where(self._level == len(self._bounds) - 1, 0.0, doubt)
@@ -203,23 +205,23 @@ class Band:
     def _estimate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Estimated sums, their measured part, and the standard error of the log of the other part [size]."""
         known, same = self._totals(self._level)
-        rest = self._fisher.double().sum(dim=1) - same
+        unmeasured = self._fisher.double().sum(dim=1) - same
         seen = self._level > 0
         if not seen.any():
-            return rest, known, torch.ones_like(rest)
+            return unmeasured, known, torch.ones_like(unmeasured)
         before, same_before = self._totals((self._level - 1).clamp_min(0))
         last = ((known - before) / (same - same_before).clamp_min(TINY)).log()  # log k / f on the latest part
         middle = float(last[seen].quantile(0.5))
-        ratio, error = torch.full_like(rest, middle), torch.full_like(rest, _spread(last[seen] - middle))
+        ratio, error = torch.full_like(unmeasured, middle), torch.full_like(unmeasured, _spread(last[seen] - middle))
         twice = self._level > 1
-        if int(twice.sum()) >= FEWEST:  # how far do a unit's own first ratios predict its next ones?
+        if int(twice.sum()) >= FEWEST:  # how far do the first ratios of a unit predict its next ones?
             first = (before / same_before.clamp_min(TINY)).log()[twice]
             x, y = first - first.median(), last[twice] - last[twice].median()
             slope = float(((x * y).sum() / x.square().sum().clamp_min(TINY)).clamp(0, 1))
-            own = (known / same.clamp_min(TINY)).log()
-            ratio = torch.where(seen, middle + slope * (own - own[seen].median()), ratio)
+            log_ratio = (known / same.clamp_min(TINY)).log()
+            ratio = torch.where(seen, middle + slope * (log_ratio - log_ratio[seen].median()), ratio)
             error = torch.where(seen, _spread(y - slope * x), error)
-        return known + ratio.exp() * rest.clamp_min(0), known, error
+        return known + ratio.exp() * unmeasured.clamp_min(0), known, error
 
     def _totals(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of exact KL and of `fisher` over the first parts of the images [size], float64."""

@@ -56,15 +56,15 @@ def _path(
     short = model
     while candidates := shorter(pairs):
         _extend(streams, segments_of(short), first + len(pairs))
-        found = []
+        measured = []
         for candidate in candidates:
             next(progress, None)
             changed = first + _agree(pairs, candidate)
             segments = segments_of(shorten(model, {name: candidate}))[changed:]
             outputs = [_run(segments, kept[changed]) for kept in streams]
             kl = sum(float(divergence(a, b, scale).sum()) for a, b in zip(dense, outputs, strict=True)) / count
-            found.append((kl, candidate))
-        loss, best = min(found, key=lambda entry: entry[0])
+            measured.append((kl, candidate))
+        loss, best = min(measured, key=lambda entry: entry[0])
         streams = [kept[: first + _agree(pairs, best) + 1] for kept in streams]
         pairs, short = best, shorten(model, {name: best})
         steps.append(pairs)

@@ -55,7 +55,7 @@ def stability_of(
 
 def unstable(stability: Mapping[str, Stability]) -> list[str]:
     """Groups whose kept sets overlap by less than 0.8, worst first: their proxy set is too small."""
-    weak = [name for name, found in stability.items() if not found.overlap >= STABLE]
+    weak = [name for name, agreement in stability.items() if not agreement.overlap >= STABLE]
     return sorted(weak, key=lambda name: stability[name].overlap)
 
 
@@ -67,8 +67,8 @@ def kept_overlap(a: Tensor, b: Tensor, cut: Cut) -> float:
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two score vectors [n]; 1 where one of them is constant, since nothing can then disagree."""
-    found = float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]) if len(a) > 1 else 1.0
-    return found if math.isfinite(found) else 1.0
+    correlation = float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]) if len(a) > 1 else 1.0
+    return correlation if math.isfinite(correlation) else 1.0
 
 
 def ranks(values: Tensor) -> Tensor:

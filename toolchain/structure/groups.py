@@ -104,12 +104,12 @@ class Widths:
     @property
     def head_dims(self) -> dict[str, int]:
         """Channels per head, by the names that the attentions have in `channels`."""
-        found = {}
+        head_dims = {}
         for module, heads in self.num_heads.items():
             for name in (module, f"{module}.qk", f"{module}.v"):
                 if name in self.channels:
-                    found[name] = self.channels[name] // heads
-        return found
+                    head_dims[name] = self.channels[name] // heads
+        return head_dims
 
 
 def partition(groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -124,10 +124,10 @@ def partition(groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
 
 def widths_of(groups: Sequence[ChannelGroup]) -> Widths:
     """The widths that a network with these groups has now."""
-    own = partition(groups)
+    whole = partition(groups)
     return Widths(
-        channels={group.name: group.size for group in own},
-        num_heads={group.module: group.num_heads for group in own if group.kind in ("attention", "qk")},
+        channels={group.name: group.size for group in whole},
+        num_heads={group.module: group.num_heads for group in whole if group.kind in ("attention", "qk")},
     )
 
 

@@ -75,11 +75,11 @@ def plan_in_rounds(
         return final
     if planner == "uniform":
         removed = float(final.asked.get("found_ratio", final.asked.get("ratio", 0.0)))
-        found = _uniform_rounds(model, score, first, rounds, removed, depth_ratio, align, components, input_size)
+        result = _uniform_rounds(model, score, first, rounds, removed, depth_ratio, align, components, input_size)
     else:
-        found = _global_rounds(model, score, first, rounds, final, floor, input_size)
-    after = sizer(shorten(skeleton(model), found.blocks), input_size)(widths_kept(found.keep, found.num_heads))
-    return replace(found, after=after, asked={**final.asked, "rounds": rounds}, planner=planner)
+        result = _global_rounds(model, score, first, rounds, final, floor, input_size)
+    after = sizer(shorten(skeleton(model), result.blocks), input_size)(widths_kept(result.keep, result.num_heads))
+    return replace(result, after=after, asked={**final.asked, "rounds": rounds}, planner=planner)
 
 
 def _uniform_rounds(
@@ -98,17 +98,17 @@ def _uniform_rounds(
     def ratio_after(index: int) -> float:
         return removed if index == rounds else 1 - (1 - removed) ** (index / rounds)
 
-    found = plan_by_scores(
+    plan = plan_by_scores(
         model, first, ratio=ratio_after(1), depth_ratio=depth_ratio, align=align, components=components,
         input_size=input_size,
     )  # fmt: skip
-    groups = groups_of(shorten(skeleton(model), found.blocks))
+    groups = groups_of(shorten(skeleton(model), plan.blocks))
     for index in range(2, rounds + 1):
         widths = uniform_widths(groups, ratio_after(index), align, components)
-        network = delete_units(model, found)
+        network = delete_units(model, plan)
         keep = kept_by_scores(groups_of(network), score(network, widths), widths, "heads" in components)
-        found = joined(found, keep, widths.num_heads, {})
-    return found
+        plan = joined(plan, keep, widths.num_heads, {})
+    return plan
 
 
 def _global_rounds(
@@ -127,7 +127,7 @@ def _global_rounds(
         component for component in get_args(Component) if component in str(final.asked["components"]).split(",")
     ]
     floors = floors_of(groups_of(model), floor)
-    found, network, scores = None, model, first
+    plan, network, scores = None, model, first
     for index in range(1, rounds + 1):
         now = plan_within(
             network,
@@ -136,16 +136,16 @@ def _global_rounds(
             budget if index == rounds else whole * (budget / whole) ** (index / rounds),
             components=components,
             align=int(final.asked["align"]),
-            floors=floors if found is None else after_shortening(floors, found.blocks),
-            blocks=final.blocks if found is None and "depth" not in components else None,
+            floors=floors if plan is None else after_shortening(floors, plan.blocks),
+            blocks=final.blocks if plan is None and "depth" not in components else None,
             input_size=input_size,
         )
-        found = now if found is None else joined(found, now.keep, now.num_heads, now.blocks)
+        plan = now if plan is None else joined(plan, now.keep, now.num_heads, now.blocks)
         if index < rounds:
-            network = delete_units(model, found)
+            network = delete_units(model, plan)
             scores = score(network, None)
-    assert found is not None
-    return found
+    assert plan is not None
+    return plan
 
 
 def joined(

@@ -41,8 +41,8 @@ class Learner(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The model's own list, under the names that its parameters have here (timm's optimizer asks for it)."""
-        own = getattr(self.model, "no_weight_decay", set)
-        return {f"model.{name}" for name in own()}
+        excluded = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in excluded()}
 
 
 def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, float]:
@@ -97,8 +97,8 @@ def losses(
     none = torch.zeros((), device=features.device)
     label_loss = logit_loss = feature_loss = none
     if weights[0] > 0:
-        own = F.cross_entropy(logits.float(), labels)
-        label_loss = share * own + (1 - share) * F.cross_entropy(logits.float(), labels.flip(0))
+        first_loss = F.cross_entropy(logits.float(), labels)
+        label_loss = share * first_loss + (1 - share) * F.cross_entropy(logits.float(), labels.flip(0))
     if weights[1] > 0:
         log_student, log_teacher = logits.float().log_softmax(1), teacher_logits.float().log_softmax(1)
         logit_loss = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

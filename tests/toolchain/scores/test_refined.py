@@ -53,7 +53,7 @@ def refine(exact: torch.Tensor, by_fisher: torch.Tensor, cut: Cut) -> tuple[torc
     """Sums [size], and the share of the exact scores that they took."""
     band, work = Band(by_fisher.float(), cut), 0
     bounds = doubling(exact.shape[1])
-    while wanted := band.wanted():
+    while wanted := band.to_measure():
         for level, units in wanted.items():
             part = exact[units, bounds[level] : bounds[level + 1]]
             band.add(level, units, part)
