@@ -87,8 +87,8 @@ def _tokens_read(head: Segment, stream: Tensor) -> int | None:
         return None
     whole = head.run(stream)
     for count in (1, 2):
-        rest = torch.full_like(stream[:, count:], torch.nan)
-        if torch.equal(head.run(torch.cat([stream[:, :count], rest], dim=1)), whole):
+        unread = torch.full_like(stream[:, count:], torch.nan)
+        if torch.equal(head.run(torch.cat([stream[:, :count], unread], dim=1)), whole):
             return count
     return None
 
