@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.families import FAMILIES, family_of
+from upvits.toolchain.networks.config_document import config_from
 from upvits.toolchain.networks.models import hollow
 
 Source = str | Path | Mapping[str, Any]
@@ -85,7 +86,7 @@ def network_from(model: Source) -> Any:
         UserError: there is no such folder or architecture.
     """
     if isinstance(model, Mapping):
-        return _with_memory(hollow(model))
+        return _with_memory(hollow(config_from(model)))
     if Path(model).is_dir():
         return toolchain.load(Path(model))
     return toolchain.create_model(str(model), weights="random")

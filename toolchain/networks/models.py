@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +33,7 @@ from upvits.toolchain.networks.checkpoints import (
     read_checkpoint,
     resample_position_embedding,
 )
+from upvits.toolchain.networks.config_document import ModelConfig, WidthEntries, arguments_of, read_config
 from upvits.toolchain.networks.names import canonical_name
 from upvits.toolchain.structure.groups import Widths, widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
@@ -270,7 +270,7 @@ def load(folder: Path | str) -> nn.Module:
         True
     """
     folder = Path(folder)
-    config = structure_in(folder)
+    config = read_config(folder)
     model = hollow(config)
     path = folder / "model.safetensors"
     try:
@@ -279,35 +279,42 @@ def load(folder: Path | str) -> nn.Module:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read ({error}).", fix="Is the file complete?") from error
-    check_state(state, model, str(path), config["architecture"])
+    check_state(state, model, str(path), config.architecture)
     return adopt_parameters(model, state).eval()
 
 
-def structure_in(folder: Path) -> dict[str, Any]:
-    """The structure document (config.json) of a model folder.
+def hollow(config: ModelConfig) -> nn.Module:
+    """The network of a `config.json` on the meta device, without weights.
 
     Raises:
-        UserError: the folder is no model folder.
+        UserError: timm cannot build it.
     """
+    arguments = arguments_of(config)
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        _ = config["architecture"], dict(config.get("model_args", {})), config.get("upvits", {"widths": None})["widths"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with torch.device("meta"):
+            model = _build(config.architecture, arguments.pop("num_classes", None), None, **arguments)
+            if config.upvits is not None:
+                model = _narrowed(model, config.upvits.widths)
+    except UserError:
+        raise
+    except Exception as error:  # timm checks its arguments with asserts and arithmetic of any kind
         raise UserError(
-            f"{folder} is no model folder ({error}).",
-            fix="Expected are config.json and model.safetensors, as `upvits.save` or timm write them.",
+            f"timm cannot build the {config.architecture} of this config.json ({str(error).splitlines()[0][:200]}).",
+            why="Its arguments do not fit each other.",
+            fix="Use the folder as it was written.",
         ) from error
-    return config
-
-
-def hollow(structure: Mapping[str, Any]) -> nn.Module:
-    """The network of a structure document on the meta device, without weights."""
-    widths = structure.get("upvits", {"widths": None})["widths"]
-    with torch.device("meta"):
-        model = _build(
-            structure["architecture"], structure.get("num_classes"), None, **dict(structure.get("model_args", {}))
-        )
-        model = model if widths is None else narrow(model, Widths(**widths))
-    labels = {"label_names": tuple(structure["label_names"])} if structure.get("label_names") else {}
-    update_config(model, **{**structure.get("pretrained_cfg", {}), **labels, "architecture": structure["architecture"]})
+    labels = {} if config.label_names is None else {"label_names": config.label_names}
+    update_config(model, **config.pretrained_cfg.given, **labels, architecture=config.architecture)
     return model
+
+
+def _narrowed(model: nn.Module, widths: WidthEntries) -> nn.Module:
+    sizes = {group.name: group.size for group in groups_of(model)}
+    strange = [name for name, width in widths.channels.items() if not width <= sizes.get(name, 0)]
+    if strange:
+        raise UserError(
+            f"config.json: the network has no group {strange[0][:100]!r} that could be cut to this width.",
+            why="The widths belong to another architecture, or were changed.",
+            fix="Use the folder as it was written.",
+        )
+    return narrow(model, Widths(**widths.model_dump()))

@@ -1,0 +1,70 @@
+"""JSON documents that may come from strangers: read as data, checked against a schema, and refused in one message."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from upvits.calib_data.errors import UserError
+
+Document = TypeVar("Document", bound=BaseModel)
+
+_LARGEST = 64 << 20
+"""Bytes. The largest document that this tool writes, with the names of 100,000 classes, has a tenth of it."""
+
+
+def read_document(path: Path, kind: type[Document], *, fix: str) -> Document:
+    """The document in a JSON file.
+
+    Args:
+        path: of the file.
+        kind: schema that it has to fit; values are not converted (a number in quotes is no number).
+        fix: what to do when the file is no such document.
+
+    Raises:
+        UserError: names the file, the entry that is wrong, and `fix`.
+    """
+    return parse_document(read_regular(path, fix=fix), str(path), kind, fix=fix)
+
+
+def parse_document(text: bytes | str, name: str, kind: type[Document], *, fix: str) -> Document:
+    """The document in JSON text that was read from `name`; raises like `read_document`."""
+    try:
+        return kind.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise UserError(
+            f"{name} is not valid.", why=f"{_printable(where)}: {_printable(first['msg'])}.", fix=fix
+        ) from error
+
+
+def read_regular(path: Path, *, fix: str, largest: int = _LARGEST) -> bytes:
+    """The bytes of a regular file: a pipe would wait for ever, a device never end.
+
+    Raises:
+        UserError: it is absent, no regular file, unreadable, or larger than `largest` bytes.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no regular file.", fix=fix)
+        if status.st_size > largest:
+            raise UserError(
+                f"{path} has {status.st_size / 2**20:.0f} MiB.",
+                why=f"No document of this kind has more than {largest >> 20} MiB.",
+                fix=fix,
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} cannot be read.", why=f"The system says: {reason}.", fix=fix) from error
+
+
+def _printable(text: str) -> str:
+    """Text from a file for a terminal: short, and without control characters."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return plain if len(plain) <= 300 else f"{plain[:300]}..."
