@@ -13,21 +13,25 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
 from upvits.detection import openmm
 from upvits.detection.backbone import UPPVTv2
+from upvits.detection.config_check import check_detector_config
 from upvits.detection.simple_pyramid import UPViT
 from upvits.toolchain.networks.models import structure_of
 
 FORMAT = 1
 _STRUCTURE, _WEIGHTS = "detector.json", "model.safetensors"
+_EXPECTED = f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them."
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +95,36 @@ def _self_contained(detector: nn.Module, backbone: Mapping[str, Any]) -> dict[st
     return {**backbone, "model": structure_of(module.get_submodule("net"))}
 
 
+class DetectorDocument(BaseModel):
+    """`detector.json`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format: Literal[1] = FORMAT
+    config: dict[str, JsonValue]
+    classes: Annotated[tuple[Annotated[str, Field(max_length=1_000)], ...], Field(max_length=100_000)]
+    category_ids: Annotated[tuple[int, ...], Field(max_length=100_000)]
+    scale: tuple[Annotated[int, Field(ge=1, le=16_384)], Annotated[int, Field(ge=1, le=16_384)]]
+
+
 def read_info(folder: Path) -> DetectorInfo:
     """The detector in a folder without its weights.
 
     Raises:
-        UserError: the folder holds no detector.
+        UserError: the folder holds no detector, or one that is more than data.
     """
-    try:
-        document = json.loads((folder / _STRUCTURE).read_text())
-        return DetectorInfo(
-            document["config"],
-            tuple(document["classes"]),
-            tuple(document["category_ids"]),
-            (int(document["scale"][0]), int(document["scale"][1])),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_detector(folder, error) from error
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of a detector.", fix=_EXPECTED)
+    path = folder / _STRUCTURE
+    document = read_document(path, DetectorDocument, fix=_EXPECTED)
+    check_detector_config(document.config, str(path))
+    return DetectorInfo(dict(document.config), document.classes, document.category_ids, document.scale)
 
 
 def _no_detector(folder: Path, error: Exception) -> UserError:
     return UserError(
         f"{folder} holds no detector ({error}).",
-        fix=f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them.",
+        fix=_EXPECTED,
     )
 
 

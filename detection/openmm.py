@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.detection.backbone import UPPVTv2
+from upvits.detection.config_check import check_names
 from upvits.detection.configs import SILENT
 from upvits.detection.operators import stand_in
 from upvits.detection.simple_pyramid import UPViT
@@ -169,6 +170,7 @@ def config_of(values: Mapping[str, Any], options: Mapping[str, Any] | None = Non
                 f"`options=` cannot be taken over: {error}.",
                 fix="Give keys of the configuration, e.g. optim_wrapper.optimizer.lr=2e-4.",
             ) from error
+        check_names(config.to_dict(), "`options=`")
     return config
 
 
