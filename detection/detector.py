@@ -100,7 +100,7 @@ class DetectorDocument(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     config: dict[str, JsonValue]
     classes: Annotated[tuple[Annotated[str, Field(max_length=1_000)], ...], Field(max_length=100_000)]
     category_ids: Annotated[tuple[int, ...], Field(max_length=100_000)]
