@@ -81,7 +81,7 @@ def post(address: str, body: bytes) -> Any:
 
 
 def test_a_network_of_ones_own_is_pruned_and_saved(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "own_model.py"), "--images", "64", "--no-fine-tuning"]
+    command = [sys.executable, str(EXAMPLES / "own_model.py"), "--images", "48", "--no-fine-tuning"]
     result = subprocess.run(
         [*command, "--out", "small"],
         cwd=tmp_path,
