@@ -1,6 +1,7 @@
 """The examples do what they say: the notebook runs from start to end, and the scripts work with what it made."""
 
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -30,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     notebook = nbformat.read(EXAMPLES / "demo.ipynb", as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
         nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return folder
 
@@ -85,7 +87,7 @@ def test_a_network_of_ones_own_is_pruned_and_saved(tmp_path: Path) -> None:
     result = subprocess.run(
         [*command, "--out", "small"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
