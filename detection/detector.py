@@ -17,12 +17,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from upvits.calib_data import Preprocess
 from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import share
+from upvits.calib_data.tensors import save_tensors
 from upvits.detection import openmm
 from upvits.detection.backbone import UPPVTv2
 from upvits.detection.config_check import check_detector_config
@@ -73,8 +75,8 @@ def save_detector(detector: nn.Module, info: DetectorInfo, folder: Path) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        draft.chmod(0o755)
-        save_file(
+        share(draft)
+        save_tensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()},
             draft / _WEIGHTS,
         )

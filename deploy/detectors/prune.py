@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.tensors import save_tensors
 from upvits.deploy.detectors.accuracy import judge_detector
 from upvits.deploy.detectors.train_stage import detector_digest, train_into
 from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe, resolved, size_for, size_of
@@ -130,7 +131,7 @@ def _cut_stages(
             images = _training_images(data, info, size, cut.images)
             scores = score_detector(dense.to(device), images, seed=cut.seed, quiet=quiet)
         scores.backbone.save(place)
-        save_file(scores.neck_and_head, place / _CHANNEL_SCORES)
+        save_tensors(scores.neck_and_head, place / _CHANNEL_SCORES)
 
     def prune(place: Path) -> None:
         scores = DetectorScores(Scores.load(scored.folder), load_file(scored.folder / _CHANNEL_SCORES))

@@ -8,39 +8,42 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import RelativePath, copy_regular, path_inside, write_new
 from upvits.calib_data.progress import watched
 from upvits.deploy.choices import BatchProfile
+from upvits.deploy.graphs.files import load_model
+from upvits.deploy.handover.placing import draft_of, put_in_place
 from upvits.deploy.handover.texts import (
     Subject,
     example_files,
     model_card,
     readme,
     requirements,
-    shorten,
+    shortened,
     shortened_paths,
 )
 from upvits.deploy.handover.triton import Port, ports, write_repository
 from upvits.deploy.report.document import REPORT, Report, load_report
+from upvits.deploy.report.views import html
 from upvits.deploy.runtimes.engine_folder import read_engine
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
-from upvits.deploy.store.run_dir import read_recipe
+from upvits.deploy.store.run_dir import RECIPE, read_recipe
+from upvits.toolchain.networks.config_document import ModelConfig, PreprocessEntries, read_config
 
 PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
-MODEL_FOLDER, ONNX_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "7-detect/pruned"
+MODEL_FOLDER, ONNX_FOLDER, ENGINES_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "5-engine", "7-detect/pruned"
+_MOST_CLASSES = 1_000_000
 
 
 class PackagedEngine(BaseModel):
@@ -53,7 +56,7 @@ class PackagedEngine(BaseModel):
     targets: tuple[str, ...]
     library: str
     library_version: str
-    file: str
+    file: RelativePath
 
 
 class PackageDocument(BaseModel):
@@ -64,8 +67,8 @@ class PackageDocument(BaseModel):
     format_version: Literal[1] = 1
     made_by: str
     model: str
-    onnx: str
-    pytorch: str
+    onnx: RelativePath
+    pytorch: RelativePath
     stock_timm: bool
     engines: tuple[PackagedEngine, ...]
     triton: tuple[str, ...]
@@ -76,8 +79,10 @@ class _Parts:
     """What a run has to offer for hand-over.
 
     Attributes:
+        report: without absolute paths, as the recipe.
+        names: what is written in place of such paths.
         onnx_files: the pruned network in fp32, and the files of its external data.
-        network: its model folder.
+        network: the files of its model folder.
         config: `config.json` of that.
         engines: the engines to hand over, and by engine the stage that made it.
         detector: ONNX file of a detector on the pruned network, where one was trained.
@@ -85,9 +90,10 @@ class _Parts:
 
     report: Report
     recipe: dict[str, Any]
+    names: Mapping[str, str]
     onnx_files: tuple[Path, ...]
-    network: Path
-    config: dict[str, Any]
+    network: tuple[Path, ...]
+    config: ModelConfig
     image: Port
     answer: Port
     labels: tuple[str, ...] | None
@@ -98,7 +104,7 @@ class _Parts:
     @property
     def stock_timm(self) -> bool:
         """Whether timm alone rebuilds the network: timm's arguments can express its widths."""
-        return "upvits" not in self.config
+        return self.config.upvits is None
 
     @property
     def triton_plan(self) -> Engine | None:
@@ -139,57 +145,60 @@ def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = Tru
     _refuse_foreign(out)
     with disk_errors(out.parent, "package"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.work-", dir=out.parent))
-        try:
-            draft.chmod(0o755)
-            _write(draft, run, parts)
+        with draft_of(out) as draft:
+            _write(draft, parts)
             _write_sums(draft, quiet=quiet)
-            _put_in_place(draft, out)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            put_in_place(draft, out)
     return out
 
 
 def _collect(run: Path) -> _Parts:
     """Find and check everything, before anything is written."""
+    for name in (RECIPE, REPORT):
+        path_inside(run, name)
     recipe, report = read_recipe(run), load_report(run)
+    names = shortened_paths(run, recipe, report)
     exported, tuned = _artifact(run, ONNX_FOLDER), _artifact(run, MODEL_FOLDER)
-    onnx_files = tuple(
-        exported.folder / path for path in exported.manifest.files if Path(path).is_relative_to("pruned")
-    )
+    onnx_files, network = _files(exported, "pruned"), _files(tuned, "model")
     model_path = exported.folder / "pruned" / "model.onnx"
-    network = tuned.folder / "model"
-    if model_path not in onnx_files or "model/config.json" not in tuned.manifest.files:
+    if model_path not in onnx_files or tuned.folder / "model" / "config.json" not in network:
         raise _incomplete(run, "the pruned network is missing")
-    graph = onnx.load(model_path, load_external_data=False)
+    graph = load_model(model_path)
     image, answer = ports(graph)
-    config = json.loads((network / "config.json").read_text(encoding="utf-8"))
+    config = read_config(tuned.folder / "model")
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     return _Parts(
-        report=report,
-        recipe=recipe,
+        report=Report.model_validate(shortened(report.model_dump(mode="json"), names)),
+        recipe=shortened(recipe, names),
+        names=names,
         onnx_files=onnx_files,
         network=network,
         config=config,
         image=image,
         answer=answer,
-        labels=_labels(metadata, config, answer),
+        labels=_labels(run, metadata, config, answer),
         preprocess=_preprocess(run, metadata, image),
         engines=tuple(_engines(run, report)),
         detector=_detector(run, tuned),
     )
 
 
+def _files(artifact: Artifact, folder: str) -> tuple[Path, ...]:
+    """Files that the manifest lists in a folder of the artifact; those in folders below are none that this made."""
+    paths = (PurePosixPath(path) for path in artifact.manifest.files)
+    return tuple(artifact.folder / path for path in paths if path.parent == PurePosixPath(folder))
+
+
 def _detector(run: Path, tuned: Artifact) -> Path | None:
     """The detector that was trained on this very network."""
-    detector = open_artifact(run / DETECTOR_FOLDER)
+    detector = open_artifact(path_inside(run, DETECTOR_FOLDER))
     if detector is None or detector.manifest.inputs.get("backbone") != tuned.digest:
         return None
     return detector.folder / "model.onnx" if "model.onnx" in detector.manifest.files else None
 
 
 def _artifact(run: Path, name: str) -> Artifact:
-    artifact = open_artifact(run / name)
+    artifact = open_artifact(path_inside(run, name))
     if artifact is None:
         raise _incomplete(run, f"{name} is missing, or a file in it was changed")
     return artifact
@@ -205,41 +214,60 @@ def _incomplete(run: Path, what: str) -> UserError:
 
 def _engines(run: Path, report: Report) -> list[tuple[Engine, Artifact]]:
     best = {choice.runtime: choice.precision for choice in report.best}
-    engines = []
+    engines: dict[tuple[str, str], tuple[Engine, Artifact]] = {}
     for figures in report.engines:
         measured = figures.runtime in report.pruned.latency_ms
         chosen = best.get(figures.runtime) == figures.precision if measured else True
         if figures.model != "pruned" or not chosen:
             continue
-        folder = (run / figures.path).parent
-        if not folder.resolve().is_relative_to(run):
-            raise UserError(f"{REPORT} names an engine outside of the run: {figures.path}.")
-        artifact = _artifact(run, folder.parent.relative_to(run).as_posix())
-        engines.append((read_engine(folder), artifact))
-    return engines
+        stage = PurePosixPath(figures.path).parent.parent
+        if stage.parent != PurePosixPath(ENGINES_FOLDER):
+            raise _incomplete(run, f"{REPORT} names an engine that is none of it, {figures.path!r}")
+        artifact = _artifact(run, stage.as_posix())
+        engine = read_engine(path_inside(run, figures.path).parent)
+        pair = (engine.runtime, engine.precision)
+        if pair != (figures.runtime, figures.precision) or pair in engines:
+            raise _incomplete(run, f"{figures.path} is another engine than {REPORT} says")
+        engines[pair] = (engine, artifact)
+    return list(engines.values())
 
 
-def _labels(metadata: Mapping[str, str], config: Mapping[str, Any], answer: Port) -> tuple[str, ...] | None:
+def _labels(run: Path, metadata: Mapping[str, str], config: ModelConfig, answer: Port) -> tuple[str, ...] | None:
     """Names of the classes in the order of the outputs, or numbers; None for a network without classifier."""
-    if not config.get("num_classes"):
+    if not config.num_classes:
         return None
-    names = json.loads(metadata["labels"]) if "labels" in metadata else config.get("label_names")
-    if names is None or len(names) != answer.dims[-1]:
-        names = [f"class {index}" for index in range(answer.dims[-1])]
-    return tuple(" ".join(str(name).split()) for name in names)
+    classes = answer.dims[-1] if answer.dims else 0
+    if not 0 < classes <= _MOST_CLASSES:
+        raise _incomplete(run, f"its ONNX file has {classes} classes")
+    try:
+        names = json.loads(metadata["labels"]) if "labels" in metadata else config.label_names
+        if names is None or len(names) != classes:
+            names = [f"class {index}" for index in range(classes)]
+        return tuple(_one_line(str(name)) for name in names)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _incomplete(run, f"the names of the classes in its ONNX file are no list ({error})") from error
+
+
+def _one_line(text: str) -> str:
+    """Text without line ends and other control characters, which a terminal would follow."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def _preprocess(run: Path, metadata: Mapping[str, str], image: Port) -> dict[str, Any]:
     """`preprocess.json`: how a picture becomes the input, with all sizes in pixels; from the ONNX file's metadata."""
     try:
-        _, height, width = json.loads(metadata["input_size"])
-        mean, std, crop_pct = (json.loads(metadata[name]) for name in ("mean", "std", "crop_pct"))
-        crop_mode, interpolation = metadata["crop_mode"], metadata["interpolation"]
-    except (KeyError, ValueError) as error:
+        numbers = {name: json.loads(metadata[name]) for name in ("input_size", "mean", "std", "crop_pct")}
+        texts = {name: metadata[name] for name in ("crop_mode", "interpolation")}
+        told = PreprocessEntries.model_validate({**numbers, **texts})
+    except (KeyError, ValueError, RecursionError) as error:
         raise _incomplete(run, f"the ONNX file does not say how pictures are prepared ({error})") from error
-    if height != width or crop_mode not in ("center", "squash") or crop_pct > 1:
+    if told.input_size is None or told.crop_pct is None or told.mean is None or told.std is None:
+        raise _incomplete(run, "the ONNX file does not say how pictures are prepared")
+    _, height, width = told.input_size
+    if height != width or told.crop_mode not in ("center", "squash") or told.crop_pct > 1:
         raise UserError(
-            f"the model takes pictures of {width} x {height} pixels, cropped as {crop_mode!r} to {crop_pct:g}",
+            f"the model takes pictures of {width} x {height} pixels, cropped as {told.crop_mode!r} to "
+            f"{told.crop_pct:g}",
             why="The examples of a package know square pictures, cropped as 'center' or 'squash' to 1 at most.",
             fix="Hand over the run's ONNX file and engines, and prepare pictures with timm.",
         )
@@ -250,32 +278,27 @@ def _preprocess(run: Path, metadata: Mapping[str, str], image: Port) -> dict[str
         "layout": "NHWC" if raw else "NCHW",
         "normalised": "inside the model" if raw else "before the model: (pixel / 255 - mean) / std",
         "size": height,
-        "resize": math.floor(height / crop_pct),
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
+        "resize": math.floor(height / told.crop_pct),
+        "crop_pct": told.crop_pct,
+        "crop_mode": told.crop_mode,
+        "interpolation": told.interpolation,
+        "mean": list(told.mean),
+        "std": list(told.std),
     }
 
 
-def _write(folder: Path, run: Path, parts: _Parts) -> None:
-    names = shortened_paths(run, parts.recipe, parts.report)
-    (folder / "model").mkdir()
-    for file in parts.onnx_files:
-        shutil.copyfile(file, folder / "model" / file.name)
-    shutil.copytree(parts.network, folder / "pytorch")
+def _write(folder: Path, parts: _Parts) -> None:
+    for place, files in (("model", parts.onnx_files), ("pytorch", parts.network)):
+        for file in files:
+            copy_regular(file, folder / place / file.name)
     if parts.detector is not None:
-        (folder / "detector").mkdir()
-        shutil.copyfile(parts.detector, folder / "detector" / "model.onnx")
-    engines = [_copy_engine(folder, engine, artifact, names) for engine, artifact in parts.engines]
-    report = run / "report.html"
-    if report.is_file():
-        _write_text(folder / "report.html", shorten(report.read_text(encoding="utf-8"), names))
-    _write_text(folder / REPORT, shorten((run / REPORT).read_text(encoding="utf-8"), names))
-    _write_text(folder / "preprocess.json", json.dumps(parts.preprocess, indent=2) + "\n")
+        copy_regular(parts.detector, folder / "detector" / "model.onnx")
+    engines = [_copy_engine(folder, engine, artifact, parts.names) for engine, artifact in parts.engines]
+    write_new(folder / "report.html", html(parts.report))  # made anew: the run's file may come from anywhere
+    write_new(folder / REPORT, parts.report.model_dump_json(indent=2) + "\n")
+    write_new(folder / "preprocess.json", json.dumps(parts.preprocess, indent=2) + "\n")
     if parts.labels is not None:
-        _write_text(folder / "labels.json", json.dumps(parts.labels, indent=2) + "\n")
+        write_new(folder / "labels.json", json.dumps(parts.labels, indent=2) + "\n")
     triton = _write_triton(folder / "triton", parts)
     document = PackageDocument(
         made_by=f"upvits-deploy {package_versions().get('upvits-deploy', '')}".strip(),
@@ -286,7 +309,7 @@ def _write(folder: Path, run: Path, parts: _Parts) -> None:
         engines=tuple(engines),
         triton=tuple(triton),
     )
-    _write_text(folder / PACKAGE, document.model_dump_json(indent=2) + "\n")
+    write_new(folder / PACKAGE, document.model_dump_json(indent=2) + "\n")
     subject = Subject(
         report=parts.report,
         recipe=parts.recipe,
@@ -298,32 +321,29 @@ def _write(folder: Path, run: Path, parts: _Parts) -> None:
         stock_timm=parts.stock_timm,
         triton=tuple(triton),
         triton_plan=parts.triton_plan is not None,
-        has_report=report.is_file(),
         detector=parts.detector is not None,
     )
     for name, text in {
         **example_files(subject),
         **requirements(subject),
         "README.md": readme(subject),
-        "MODEL_CARD.md": shorten(model_card(subject), names),
+        "MODEL_CARD.md": model_card(subject),
     }.items():
-        _write_text(folder / name, text)
+        write_new(folder / name, text)
 
 
 def _copy_engine(folder: Path, engine: Engine, artifact: Artifact, names: Mapping[str, str]) -> PackagedEngine:
     """Copy an engine folder as its stage listed it; the engine file itself was checked when it was read."""
     place = Path("engines") / f"{engine.runtime}-{engine.precision}"
-    (folder / place).mkdir(parents=True)
     inside = engine.folder.relative_to(artifact.folder)
     for path in artifact.manifest.files:
         if not Path(path).is_relative_to(inside):
             continue
         target = folder / place / Path(path).relative_to(inside)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".json":
-            _write_text(target, shorten((artifact.folder / path).read_text(encoding="utf-8"), names))
+            write_new(target, json.dumps(shortened(_json(artifact.folder / path), names), indent=2) + "\n")
         else:
-            shutil.copyfile(artifact.folder / path, target)
+            copy_regular(artifact.folder / path, target)
     return PackagedEngine(
         runtime=engine.runtime,
         precision=engine.precision,
@@ -351,9 +371,12 @@ def _write_triton(folder: Path, parts: _Parts) -> list[str]:
     )
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+def _json(path: Path) -> Any:
+    fix = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
+    try:
+        return json.loads(read_regular(path, fix=fix))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged.", why=f"It is no JSON: {error}.", fix=fix) from error
 
 
 def _write_sums(folder: Path, *, quiet: bool) -> None:
@@ -363,7 +386,7 @@ def _write_sums(folder: Path, *, quiet: bool) -> None:
         f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n"
         for path in watched(files, "package", quiet=quiet)
     ]
-    _write_text(folder / SUMS, "".join(lines))
+    write_new(folder / SUMS, "".join(lines))
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -384,15 +407,8 @@ def _is_untouched(folder: Path) -> bool:
         sums = {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError, ValidationError):
         return False
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {SUMS}
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not all(path.is_file() and not path.is_symlink() for path in files):
+        return False
+    present = {path.relative_to(folder).as_posix() for path in files} - {SUMS}
     return present == set(sums) and all(file_digest(folder / path) == digest for path, digest in sums.items())
-
-
-def _put_in_place(draft: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(draft, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    os.rename(out, old / "package")
-    os.rename(draft, out)
-    shutil.rmtree(old)

@@ -5,7 +5,6 @@ All of it is rendered from the report, the recipe and the records of the engines
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping
@@ -32,6 +31,9 @@ _PROVIDERS = {
     "TensorrtExecutionProvider": "onnxruntime-gpu",
 }
 _NOT_OPTIONS = ("provider", "intra_op_threads")  # settings of an engine that are no options of its provider
+_DOCUMENTS = ("README", "MODEL_CARD")
+_MARKUP = re.compile(r"[\\`<>\[\]|]")
+_RELEASE = re.compile(r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.?post[0-9]+)?(\.?dev[0-9]+)?")
 _ABSOLUTE = re.compile(r"(?:(?<=[\s:'\"(=,])|^)(?:~?(?:/[^\s:'\"),/<>]+){2,}|[A-Za-z]:\\[^\s'\"),<>]+)")
 
 
@@ -58,7 +60,6 @@ class Subject:
     stock_timm: bool
     triton: tuple[str, ...]
     triton_plan: bool
-    has_report: bool
     detector: bool = False
 
 
@@ -85,15 +86,16 @@ class _Example:
 def example_files(subject: Subject) -> dict[str, str]:
     """A script for each runtime, by file name, and always one for ONNX Runtime, with the fp32 ONNX file if need be."""
     common = {
-        "input": subject.image.name,
-        "output": subject.answer.name,
+        "input_name": subject.image.name,
+        "output": _Verbatim("features" if subject.labels is None else "logits"),
+        "output_name": subject.answer.name,
         "output_dtype": subject.answer.dtype,
         "pixels": subject.image.dtype == "uint8",
         "squash": subject.preprocess["crop_mode"] == "squash",
         "labelled": subject.labels is not None,
     }
     scripts = {
-        example.file: _render(example.template, **common, **example.values, file=example.file)
+        example.file: _render(example.template, **common, **example.values, file=_Verbatim(example.file))
         for example in _examples(subject)
     }
     return scripts | ({"run_detector.py": _render("run_detector")} if subject.detector else {})
@@ -110,7 +112,7 @@ def readme(subject: Subject) -> str:
 
 
 def model_card(subject: Subject) -> str:
-    """MODEL_CARD.md; may still hold paths of the recipe (see `shorten`)."""
+    """MODEL_CARD.md."""
     report = subject.report
     return _render(
         "MODEL_CARD",
@@ -120,7 +122,7 @@ def model_card(subject: Subject) -> str:
         against=AGAINST,
         remarks=precision_remarks(report),
         comparisons=comparisons(report),
-        recipe=tomli_w.dumps(subject.recipe),
+        recipe=_Verbatim(tomli_w.dumps(subject.recipe)),  # TOML has no line that could end the block of code
         gates_passed=sum(gate.passed for gate in report.parity),
     )
 
@@ -132,15 +134,23 @@ def shortened_paths(run: Path, recipe: Mapping[str, Any], report: Report) -> dic
     # a specification such as imagefolder:/data/my photos may hold spaces, which the pattern cannot follow
     whole = [part for value in _strings(recipe) for part in (value, value.partition(":")[2])]
     paths |= {part for part in whole if Path(part).is_absolute()}
-    return {path: re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in {*paths, str(run)}}
+    names = {path.rstrip("/\\"): re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in {*paths, str(run)}}
+    return {path: name for path, name in names.items() if name}
 
 
-def shorten(text: str, names: Mapping[str, str]) -> str:
-    """Replace paths by their names, long ones first; also as JSON, TOML and HTML write them."""
-    for path in sorted(names, key=len, reverse=True):
-        for written in (path, json.dumps(path)[1:-1], html.escape(path)):
-            text = text.replace(written, names[path])
-    return text
+def shortened(value: Any, names: Mapping[str, str]) -> Any:
+    """JSON values with names in place of paths, in whole parts of paths only: `/d` is none of `/data` and `a/d`."""
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<![\w.~</\\-])(?:{longest_first})(?![\w~-]|\.\w)")
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda match: names[match.group()], value)
+        if isinstance(value, Mapping):
+            return {key: shorten(item) for key, item in value.items()}
+        return [shorten(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return shorten(value)
 
 
 def _examples(subject: Subject) -> list[_Example]:
@@ -161,26 +171,26 @@ def _example(engine: Engine, file: str) -> _Example | None:
     """The script for an engine; None for a runtime that is not known here."""
     name = engine.runtime.replace("-", "_")
     if engine.library == "onnxruntime":
-        provider = str(engine.settings["provider"])
+        provider = str(engine.settings.get("provider"))
         if provider not in _PROVIDERS:  # a plugin that has to be registered first: no script for that
             return None
         options = {key: str(value) for key, value in engine.settings.items() if key not in _NOT_OPTIONS}
-        values = {"engine": file, "provider": provider, "options": json.dumps(options) if options else ""}
+        values = {"engine": file, "provider": provider, "options": _python(options) if options else ""}
         needs = _with_basics(_pinned(_PROVIDERS[provider], engine.library_version))
         return _Example(name, "onnxruntime", values, needs)
     if engine.library == "openvino":
         needs = _with_basics(_pinned("openvino", _version("openvino") or engine.library_version.split("-")[0]))
         settings = engine.settings
+        if not {"device", "inference_precision"} <= settings.keys():
+            return None
         values = {"engine": file, "device": str(settings["device"]), "precision": str(settings["inference_precision"])}
         return _Example(name, "openvino", values, needs)
     if engine.library in _TITLES:
         values = {
             "engine": file,
-            "title": _TITLES[engine.library],
-            "module": engine.library.replace("-", "_"),
-            "library": engine.library,
-            "library_version": engine.library_version,
-            "targets": ", ".join(engine.targets),
+            "title": _Verbatim(_TITLES[engine.library]),
+            "module": _Verbatim(engine.library.replace("-", "_")),
+            "refusal": f"This engine is for {', '.join(engine.targets)} and {engine.library} {engine.library_version}.",
         }
         cuda = _pinned("cuda-bindings", _version("cuda-bindings"))
         return _Example(name, "tensorrt", values, _with_basics(_pinned(engine.library, engine.library_version), cuda))
@@ -192,12 +202,14 @@ def _with_basics(*needs: str) -> tuple[str, ...]:
 
 
 def _pinned(package: str, release: str | None) -> str:
-    return package if release is None else f"{package}=={release}"
+    """A line of requirements. Local builds such as +cu130 are in no index; what is no version is left out."""
+    public = (release or "").partition("+")[0]
+    return f"{package}=={public}" if _RELEASE.fullmatch(public) else package
 
 
 def _version(package: str) -> str | None:
     try:
-        return version(package).partition("+")[0]  # local builds such as +cu130 are in no index
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -222,7 +234,27 @@ def _strings(value: object) -> list[str]:
     return [text for item in value for text in _strings(item)] if isinstance(value, (list, tuple)) else []
 
 
+class _Verbatim(str):
+    """Text that goes into a file as it stands; all other text is quoted for the language of the file."""
+
+    __slots__ = ()
+
+
+def _python(value: object) -> _Verbatim:
+    """Text, or text by name, as a literal of Python; JSON writes both alike."""
+    return value if isinstance(value, _Verbatim) else _Verbatim(json.dumps(value, ensure_ascii=False))
+
+
+def _markdown(value: object) -> object:
+    """Text on one line, in which nothing is a link, a cell of a table, code or HTML."""
+    if isinstance(value, (_Verbatim, int, float)):
+        return value
+    return _MARKUP.sub(r"\\\g<0>", "".join(letter if letter.isprintable() else " " for letter in str(value)))
+
+
 def _render(name: str, **values: object) -> str:
+    """A text from its template; every value is quoted for the language of the text."""
+
     def read(name: str) -> str:
         return files("upvits.deploy").joinpath("templates", "package", name).read_text(encoding="utf-8")
 
@@ -232,6 +264,7 @@ def _render(name: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_markdown if name in _DOCUMENTS else _python,
     )
     environment.filters["number"] = lambda value: f"{value:,}".replace(",", " ")
     return environment.get_template(f"{name}.jinja").render(**values)

@@ -6,8 +6,7 @@ for it come with Triton's client, which nobody needs to build a package.
 
 from __future__ import annotations
 
-import json
-import shutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import copy_regular, write_new
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.runtimes.interface import Engine
 
@@ -23,6 +23,7 @@ QUEUE_DELAY_US = 1000
 """How long a request may wait for others to share its batch: an order of magnitude below what a batch takes."""
 
 _LABELS = "labels.txt"
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.FLOAT16: "TYPE_FP16",
@@ -95,12 +96,12 @@ def config_text(
     preferred = ", ".join(str(size) for size in sorted({batch.opt, batch.max} - {1}))
     return "\n".join(
         [
-            f"name: {json.dumps(name)}",
-            f"platform: {json.dumps(platform)}",
-            f"backend: {json.dumps(backend)}",
+            f"name: {_quoted(name)}",
+            f"platform: {_quoted(platform)}",
+            f"backend: {_quoted(backend)}",
             f"max_batch_size: {batch.max}",
             f"input [ {{ {_described(image)} }} ]",
-            f"output [ {{ {_described(answer)}{f' label_filename: {json.dumps(_LABELS)}' if labelled else ''} }} ]",
+            f"output [ {{ {_described(answer)}{f' label_filename: {_quoted(_LABELS)}' if labelled else ''} }} ]",
             f"instance_group [ {{ count: 1 kind: {kind} }} ]",
             "dynamic_batching {",
             *([f"  preferred_batch_size: [ {preferred} ]"] if preferred else []),
@@ -114,7 +115,13 @@ def config_text(
 
 def _described(port: Port) -> str:
     dims = ", ".join(map(str, port.dims))
-    return f"name: {json.dumps(port.name)} data_type: {_type(port)} dims: [ {dims} ]"
+    return f"name: {_quoted(port.name)} data_type: {_type(port)} dims: [ {dims} ]"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format."""
+    escaped = (f"\\{byte:03o}" if byte in b'"\\' or not 32 <= byte < 127 else chr(byte) for byte in text.encode())
+    return f'"{"".join(escaped)}"'
 
 
 def _type(port: Port) -> str:
@@ -127,7 +134,7 @@ def _warmup(size: int, image: Port) -> str:
     """A first call before the model counts as ready: memory is reserved and kernels are chosen then."""
     dims = ", ".join(map(str, image.dims))
     value = f"data_type: {_type(image)} dims: [ {dims} ] random_data: true"
-    given = f"inputs {{ key: {json.dumps(image.name)} value {{ {value} }} }}"
+    given = f"inputs {{ key: {_quoted(image.name)} value {{ {value} }} }}"
     return f'model_warmup [ {{ name: "batch of {size}" batch_size: {size} {given} }} ]'
 
 
@@ -155,8 +162,14 @@ def write_repository(
 
     Raises:
         UserError: the TensorRT engine is of another runtime, or takes no single image, which a server has to be able
-            to send.
+            to send; or `name` is no name of a folder.
     """
+    if not _MODEL_NAME.fullmatch(name):
+        raise UserError(
+            f"{name[:100]!r} is no name for a model",
+            why="A server finds a model in the folder of its name.",
+            fix="Use letters, digits, points, hyphens and underscores.",
+        )
     if engine is not None and (engine.runtime != "tensorrt" or engine.batch.min > 1):
         raise UserError(
             f"Triton cannot serve the {engine.runtime} engine for {engine.batch.min} to {engine.batch.max} images",
@@ -172,9 +185,9 @@ def write_repository(
         version = folder / model / "1"
         version.mkdir(parents=True)
         for file in files:
-            shutil.copyfile(file, version / ("model.plan" if backend == "tensorrt" else file.name))
+            copy_regular(file, version / ("model.plan" if backend == "tensorrt" else file.name))
         text = config_text(model, backend, image, answer, sizes, labelled=bool(labels), kind=kind)
-        (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+        write_new(version.parent / "config.pbtxt", text)
         if labels:
-            (version.parent / _LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+            write_new(version.parent / _LABELS, "".join(f"{label}\n" for label in labels))
     return [model for model, *_ in models]

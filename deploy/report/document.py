@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import relative_path
 from upvits.deploy.measure.document import Best, Finding, Latencies, LayerTimes, Speedups, Throughput
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.runtimes.interface import Engine
@@ -189,6 +190,13 @@ class AccuracyFigures(_Document):
     calibration_method: str | None = None
 
 
+def _in_run(path: str) -> str:
+    try:
+        return relative_path(path)
+    except ValueError as error:
+        raise ValueError(f"{path!r} is outside of the run") from error
+
+
 class EngineFigures(_OpenDocument):
     """One built engine; `path` is relative to the run directory."""
 
@@ -196,7 +204,7 @@ class EngineFigures(_OpenDocument):
     runtime: str
     precision: str
     target: str
-    path: str
+    path: Annotated[str, AfterValidator(_in_run)]
     bytes: int
     seconds: float
     built: BuiltFigures | None = None

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
+from upvits.calib_data.paths import path_inside
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
 from upvits.deploy.runtimes.interface import BUILD_RECORD, BuildOptions, Built, Engine, Missing, Runtime
 from upvits.deploy.store.artifacts import (
@@ -184,6 +185,8 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
         UserError: it is none of that.
     """
     path = folder / BUILD_RECORD
+    if path.exists() and not path.is_file():
+        raise UserError(f"{folder} is not an engine folder", why=f"{BUILD_RECORD} is no regular file.", fix=_REBUILD)
     try:
         engine = Engine.model_validate({**from_json(path.read_bytes()), "folder": folder})
     except OSError as error:
@@ -203,10 +206,10 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
             f"{folder} holds an engine of {engine.runtime}, not of {runtime}",
             fix=f"Open it with {engine.runtime}, or build an engine for {runtime}.",
         )
-    if engine.path.parent != folder or not engine.path.is_file():
+    if not engine.path.is_file():
         raise UserError(f"{folder} has no engine file", why=f"{BUILD_RECORD} names {engine.file!r}.", fix=_REBUILD)
     for name, sha256 in {engine.file: engine.sha256, **engine.more}.items():
-        _check_file(folder / name, sha256)
+        _check_file(path_inside(folder, name), sha256)
     return engine
 
 

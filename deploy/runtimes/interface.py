@@ -134,9 +134,16 @@ BUILD_RECORD = "build.json"
 
 
 def _plain(name: str) -> str:
-    if name in ("", ".", "..", BUILD_RECORD) or not set(name).isdisjoint("/\\\0"):
-        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    if name == BUILD_RECORD:
+        raise ValueError(f"{name!r} is not the name of a file of an engine")
     return name
+
+
+# What stands in `build.json` goes on into names of files, scripts and requirements: nothing but plain names.
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+_File = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"), AfterValidator(_plain)]
+_Version = Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+_-]{0,63}$")]
+_Device = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:()+ -]{0,127}$")]
 
 
 class Engine(BaseModel):
@@ -160,20 +167,20 @@ class Engine(BaseModel):
 
     format_version: Literal[1, 2] = 2
     folder: Path = Field(exclude=True)
-    runtime: str
-    precision: str
-    targets: tuple[str, ...]
-    file: str
+    runtime: _Name
+    precision: _Name
+    targets: tuple[_Device, ...]
+    file: _File
     bytes: int
     seconds: float
     sha256: str
-    library: str
-    library_version: str
+    library: _Name
+    library_version: _Version
     onnx_sha256: str
     batch: BatchProfile
     settings: Mapping[str, bool | int | str]
     built: Built | None = None
-    more: Mapping[Annotated[str, AfterValidator(_plain)], str] = {}
+    more: Mapping[_File, str] = {}
 
     @property
     def path(self) -> Path:

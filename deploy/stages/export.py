@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from upvits import toolchain
+from upvits.calib_data.tensors import save_tensors
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
 from upvits.deploy.recipe.request import Job
@@ -57,7 +57,7 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
                 candidate = session_outputs(session, [model_input(job, batch) for batch in torch.split(images, 8)])
             parities[name] = check_parity(outputs, candidate, candidate_name="ONNX Runtime (CPU)", inputs=images)
             reference[name] = torch.from_numpy(outputs)
-        save_file(reference, folder / "reference.safetensors")
+        save_tensors(reference, folder / "reference.safetensors")
         _save_accuracy_reference(job, folder)
         write_json(
             folder / "export.json",
@@ -73,7 +73,7 @@ def _save_accuracy_reference(job: Job, folder: Path) -> None:
     with open_onnx(folder / "dense/model.onnx") as dense, open_onnx(folder / "pruned/model.onnx") as pruned:
         outputs, labels = validation_outputs(job, {"dense": dense, "pruned": pruned})
     tensors = {name: torch.from_numpy(values) for name, values in {**outputs, "labels": labels}.items()}
-    save_file(tensors, folder / "accuracy_reference.safetensors")
+    save_tensors(tensors, folder / "accuracy_reference.safetensors")
 
 
 def _metadata(job: Job, model: nn.Module, name: str, pruned: Artifact) -> dict[str, str]:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upvits import toolchain
 from upvits.calib_data import proxy_images
+from upvits.calib_data.tensors import save_tensors
 from upvits.deploy.recipe.request import Job, plan_arguments
 from upvits.deploy.report.verdict import small_proxy
 from upvits.deploy.speed.search import FittedPlan, LatencyRecord, search
@@ -55,7 +55,7 @@ def prune(job: Job, scored: Artifact) -> Artifact:
         toolchain.save(compensated or deleted, folder / "model")
         _warn_of_small_proxy(job, plan, scores, record.rotated)
         dense = accuracy_of(job, job.dense)
-        save_file({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
+        save_tensors({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
         after_prune = accuracy_of(job, compensated or deleted, dense.predictions)
         after_deletion = None if compensated is None else accuracy_of(job, deleted, dense.predictions)
         accuracies = PrunedAccuracies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -214,9 +215,11 @@ def _precision_figures(record: PrecisionRecord, engine: Engine) -> dict[str, Any
 def _reproduce(job: Job) -> list[str]:
     """Commands that give this result again."""
     version = package_versions().get("upvits-deploy", "")
+    # a folder named like an option stays a folder
+    run = f"./{job.folder.name}" if job.folder.name.startswith("-") else job.folder.name
     return [
         f"pip install upvits-deploy=={version}" if version else "pip install upvits-deploy",
-        f"upvits-deploy build --recipe {job.folder.name}/recipe.toml --output {job.folder.name}-again",
+        shlex.join(["upvits-deploy", "build", "--recipe", f"{run}/recipe.toml", "--output", f"{run}-again"]),
     ]
 
 

@@ -38,7 +38,9 @@ from typing import IO, Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import RelativePath, path_inside, share
 
 MANIFEST = "manifest.json"
 _RECORDED_PACKAGES = ("upvits-deploy", "torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -70,7 +72,7 @@ class Manifest(_Document):
     key: str
     settings: dict[str, Any]
     inputs: dict[str, str]
-    files: dict[str, FileEntry]
+    files: dict[RelativePath, FileEntry]
     created: str
     seconds: float
     peak_rss_mb: float
@@ -144,9 +146,11 @@ def run_stage(
         True
     """
     key = stage_key(name, version, settings, inputs)
-    final = run_dir / name
+    final = path_inside(run_dir, name)
     folder = final.with_name(f".{final.name}.work-{key[:16]}")
     with disk_errors(run_dir, name):
+        if folder.is_symlink():  # nothing that this made, and what it leads to is not ours
+            folder.unlink()
         for place, artifact in ((final, open_artifact(final)), (folder, open_artifact(folder))):
             if artifact is not None and artifact.manifest.key == key:
                 if place == folder:  # killed between the last file and the rename
@@ -182,25 +186,41 @@ def run_stage(
 
 
 def _remove_drafts(folder: Path) -> None:
-    """Remove what an attempt that was killed had not finished: hidden drafts, *.tmp, and the manifest."""
+    """Remove what an attempt that was killed had not finished: hidden drafts, *.tmp, the manifest, links."""
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") and path.is_dir():
+        if path.is_symlink():
+            path.unlink()
+        elif path.name.startswith(".") and path.is_dir():
             shutil.rmtree(path)
         elif path.name.startswith(".") or path.suffix == ".tmp" or path == folder / MANIFEST:
             path.unlink(missing_ok=True)
 
 
 def open_artifact(folder: Path) -> Artifact | None:
-    """Return the artifact in `folder`, or None when it has no manifest or a file is missing, cut short or altered."""
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+    """Return the artifact in `folder`, or None when it has no manifest or a file is missing, cut short or altered.
+
+    Raises:
+        UserError: a link leads out of the folder, or the manifest cannot be read.
+    """
+    manifest = _read_manifest(folder)
+    if manifest is None:
         return None
     for path, entry in manifest.files.items():
-        file = folder / path
+        file = path_inside(folder, path)
         if not file.is_file() or file.stat().st_size != entry.bytes or file_digest(file) != entry.sha256:
             return None
     return Artifact(folder, manifest, skipped=True)
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in a folder; None where there is none, or none of this version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(read_regular(path, fix="Delete this file: the stage is done again."))
+    except ValidationError:
+        return None
 
 
 def has_final_name(folder: Path) -> bool:
@@ -243,7 +263,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would lock out whoever shares the results
+        share(temporary)  # mkstemp's 0600 would lock out whoever shares the results
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -358,9 +378,8 @@ def _free_name(final: Path) -> Path:
 
 def _is_ours_alone(folder: Path) -> bool:
     """Whether every file in a replaced folder is one that its manifest lists."""
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValidationError):
+    manifest = _read_manifest(folder)
+    if manifest is None:
         return False
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return present <= {*manifest.files, MANIFEST}

@@ -51,6 +51,8 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
     _refuse_foreign(run_dir, values, identity)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / _LOCK).is_symlink():  # opening it would empty what it leads to
+            (run_dir / _LOCK).unlink()
         lock = FileLock(run_dir / _LOCK)
         try:
             lock.acquire(timeout=0)

@@ -18,12 +18,14 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from upvits.calib_data import Preprocess, demo_weights
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.paths import share
+from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.families import family_of, groups_of, narrow
 from upvits.toolchain.networks.checkpoints import (
     as_fp32,
@@ -211,8 +213,8 @@ def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | N
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        draft.chmod(0o755)
-        save_file(
+        share(draft)
+        save_tensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
             draft / "model.safetensors",
         )

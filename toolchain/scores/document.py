@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.choices import Method
 from upvits.toolchain.networks.depth import DepthPath
 from upvits.toolchain.scores.stability import Stability
@@ -60,7 +61,7 @@ class Scores:
         """Write score.json, scores.safetensors and, where there are any, halves.safetensors into an existing folder."""
         for name, values in (("scores", self.values), ("halves", self.halves)):
             if values:
-                save_file(
+                save_tensors(
                     {group: tensor.contiguous() for group, tensor in values.items()}, folder / f"{name}.safetensors"
                 )
         document = {

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.tensors import save_tensors
 
 FORMAT = 1  # raise it when the file's layout changes: older files are then not continued
 
@@ -67,7 +67,7 @@ def save_state(path: Path, key: str, state: TrainState) -> None:
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(state).items()}
     with _replacing(path) as draft:
-        save_file(tensors, draft, metadata={"state": json.dumps(header)})
+        save_tensors(tensors, draft, metadata={"state": json.dumps(header)})
 
 
 def restore_state(path: Path, key: str, state: TrainState) -> bool:
