@@ -7,22 +7,36 @@ and a continued training run must see the same order again, so samples are read 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel
 
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
+from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.folders import FULL_CHECK_LIMIT, TRAIN_NAMES, VAL_NAMES, refuse_many_unreadable
+from upvits.calib_data.paths import RelativePath
 from upvits.calib_data.progress import watched
 
 _INFO_NAMES = ("_info.json", "info.json")
+
+
+class _Split(BaseModel):
+    """`filenames` of the shards, relative to their folder."""
+
+    filenames: tuple[RelativePath, ...]
+
+
+class _Info(BaseModel):
+    """What is read of the info file."""
+
+    splits: dict[str, _Split] = {}
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +102,14 @@ def _images(samples: list[_Sample]) -> Images:
     return Images([sample.label for sample in samples], read)
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    for name in _INFO_NAMES:
-        if (root / name).is_file():
-            try:
-                return dict(json.loads((root / name).read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"Cannot read {root / name}: {error}.", fix="Repair or remove the file.") from None
-    return {}
+def _read_info(root: Path) -> _Info:
+    path = next((root / name for name in _INFO_NAMES if (root / name).exists()), None)
+    return _Info() if path is None else read_document(path, _Info, fix="Repair or remove the file.")
 
 
-def _shards_of(root: Path, info: dict[str, Any], names: tuple[str, ...]) -> list[Path]:
+def _shards_of(root: Path, info: _Info, names: tuple[str, ...]) -> list[Path]:
     """Shards of a split: those listed in the info file, or else those whose path below `root` tells."""
-    splits = info.get("splits", {})
-    listed = next((splits[name]["filenames"] for name in names if name in splits), None)
+    listed = next((info.splits[name].filenames for name in names if name in info.splits), None)
     if listed is not None:
         return [root / name for name in listed]
     below = {path: path.relative_to(root).as_posix().lower() for path in sorted(root.rglob("*.tar"))}
@@ -142,7 +150,7 @@ def _unreadable(samples: list[_Sample], *, quiet: bool) -> list[_Sample]:
     ]
 
 
-def _class_names(info: dict[str, Any], samples: list[_Sample], root: Path) -> tuple[str, ...] | None:
+def _class_names(info: _Info, samples: list[_Sample], root: Path) -> tuple[str, ...] | None:
     """Names from the info file where it has them, else the numbers."""
     labels = {sample.label for sample in samples}
     if labels == {UNLABELLED}:
@@ -150,13 +158,15 @@ def _class_names(info: dict[str, Any], samples: list[_Sample], root: Path) -> tu
     if UNLABELLED in labels:
         example = next(sample for sample in samples if sample.label == UNLABELLED)
         raise UserError(f"Some samples in {root} have no .cls file, for example {example}.", fix="Label all or none.")
-    names = info.get("class_names", [str(label) for label in range(max(labels) + 1)])
+    names = info.class_names
+    if names is None:
+        names = tuple(str(label) for label in range(max(labels) + 1))
     if len(names) < 2 or max(labels) >= len(names):
         raise UserError(
             f"The labels in {root} go up to {max(labels)}, and there are {len(names)} class names.",
             fix="Use labels 0 to n-1 of at least two classes, and correct class_names in _info.json.",
         )
-    return tuple(names)
+    return names
 
 
 def _digest(root: Path, train: list[Path], val: list[Path]) -> str:

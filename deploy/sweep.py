@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Group
 
 from upvits.calib_data.errors import TargetError, UserError
+from upvits.calib_data.paths import copy_regular
 from upvits.deploy.pipeline import run_job
 from upvits.deploy.recipe.document import CUTS, IDENTITY, Recipe, make_recipe
 from upvits.deploy.recipe.request import resolve
@@ -22,7 +23,7 @@ from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter
 from upvits.deploy.report.views.page import accuracy_name, render
 from upvits.deploy.report.views.section import Cell, Section, ms, percent, short_count, times, words
 from upvits.deploy.report.views.text import terminal_sections
-from upvits.deploy.store.artifacts import atomic_write, disk_errors, open_artifact
+from upvits.deploy.store.artifacts import MANIFEST, atomic_write, disk_errors, open_artifact
 from upvits.deploy.store.run_dir import RECIPE, open_run
 
 _LOGGER = logging.getLogger(__name__)
@@ -230,10 +231,11 @@ def _share_scores(folder: Path, others: Sequence[Path]) -> None:
     if (folder / _SHARED).exists():
         return
     for other in others:
-        if other.absolute() != folder and open_artifact(other / _SHARED) is not None:
+        if other.absolute() != folder and (shared := open_artifact(other / _SHARED)) is not None:
             draft = folder / f".{_SHARED}.shared"
             shutil.rmtree(draft, ignore_errors=True)
-            shutil.copytree(other / _SHARED, draft)
+            for name in (*shared.manifest.files, MANIFEST):
+                copy_regular(shared.folder / name, draft / name)
             draft.rename(folder / _SHARED)
             return
 

@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.paths import RelativePath
 
 _SHOWN = 3  # examples in a message
 _SIZES_READ = 500  # images that are read, at most
@@ -89,7 +90,7 @@ class _Entry(BaseModel):
 
 class _Image(_Entry):
     id: int
-    file_name: str
+    file_name: RelativePath
     width: PositiveInt
     height: PositiveInt
 

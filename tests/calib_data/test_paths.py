@@ -1,5 +1,6 @@
 """What a document names stays below its folder, and written files never follow a link."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import copy_regular, path_inside, relative_path, write_new
+from upvits.calib_data.shards import open_shards
 from upvits.calib_data.tensors import save_tensors
 
 OUTSIDE = ["", ".", "..", "/etc/passwd", "../x", "a/../../x", "a/..", "a\\b", "a\nb", "a\0b", "\x1b[2J", "x" * 2000]
@@ -80,3 +82,21 @@ def test_tensors_are_readable_like_other_files(tmp_path: Path, mask: int, mode: 
         os.umask(before)
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.safetensors", "plain")}
     assert modes == {mode}
+
+
+@pytest.mark.parametrize("name", ["../shard.tar", "/shard.tar", "a/../../shard.tar", "", 7, None])
+def test_shards_that_an_info_file_names_elsewhere_are_refused(name: object, tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    root.mkdir()
+    (tmp_path / "shard.tar").write_bytes(bytes(1024))
+    splits = {split: {"filenames": [name]} for split in ("train", "validation")}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(UserError, match=r"_info.json is not valid"):
+        open_shards(f"wds:{root}", root)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"splits": []}', '{"class_names": [1, 2]}', "[" * 100_000])
+def test_info_files_that_say_something_else_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "_info.json").write_text(text)
+    with pytest.raises(UserError, match=r"_info.json is not valid"):
+        open_shards(f"wds:{tmp_path}", tmp_path)
