@@ -140,8 +140,8 @@ def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = Tru
         2
     """
     run = Path(run).resolve()
-    out = run.with_name(f"{run.name}-package") if out is None else Path(out).absolute()
     parts = _collect(run)
+    out = run.with_name(f"{run.name}-package") if out is None else Path(out).absolute()
     _refuse_foreign(out)
     with disk_errors(out.parent, "package"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -243,14 +243,9 @@ def _labels(run: Path, metadata: Mapping[str, str], config: ModelConfig, answer:
         names = json.loads(metadata["labels"]) if "labels" in metadata else config.label_names
         if names is None or len(names) != classes:
             names = [f"class {index}" for index in range(classes)]
-        return tuple(_one_line(str(name)) for name in names)
+        return tuple(" ".join(str(name).split()) for name in names)
     except (ValueError, TypeError, RecursionError) as error:
         raise _incomplete(run, f"the names of the classes in its ONNX file are no list ({error})") from error
-
-
-def _one_line(text: str) -> str:
-    """Text without line ends and other control characters, which a terminal would follow."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def _preprocess(run: Path, metadata: Mapping[str, str], image: Port) -> dict[str, Any]:

@@ -264,6 +264,8 @@ def load_report(run_dir: Path) -> Report:
     """
     path = run_dir / REPORT
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError(path)
         return Report.model_validate_json(path.read_bytes())
     except OSError:
         raise UserError(

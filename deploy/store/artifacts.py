@@ -9,8 +9,8 @@ sha256 that the manifest names. The key is the sha256 of the canonical JSON of t
 settings, and the digests of its inputs. For an engine the caller puts the library version and the device among the
 inputs. When the settings changed, the old folder stays in place until the new one is whole.
 
-Nothing of the user's is deleted: an old folder that holds a file its manifest does not list is set aside as
-`NAME.replaced-N` instead of being removed.
+Nothing of the user's is deleted: an old folder that holds a file its manifest does not list, or one with other bytes,
+is set aside as `NAME.replaced-N` instead of being removed.
 
 Work in progress lives in `.NAME.work-KEY`. A resumable stage (training with checkpoints) finds its own files there
 after a kill and goes on, because the folder's name carries the key; other stages start from an empty folder.
@@ -206,8 +206,7 @@ def open_artifact(folder: Path) -> Artifact | None:
     if manifest is None:
         return None
     for path, entry in manifest.files.items():
-        file = path_inside(folder, path)
-        if not file.is_file() or file.stat().st_size != entry.bytes or file_digest(file) != entry.sha256:
+        if not _holds(path_inside(folder, path), entry):
             return None
     return Artifact(folder, manifest, skipped=True)
 
@@ -377,12 +376,25 @@ def _free_name(final: Path) -> Path:
 
 
 def _is_ours_alone(folder: Path) -> bool:
-    """Whether every file in a replaced folder is one that its manifest lists."""
+    """Whether every file in a replaced folder is one that its manifest lists, with the bytes that it lists."""
     manifest = _read_manifest(folder)
     if manifest is None:
         return False
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    return present <= {*manifest.files, MANIFEST}
+    for path in folder.rglob("*"):
+        entry = manifest.files.get(path.relative_to(folder).as_posix())
+        if path.is_symlink() or (path != folder / MANIFEST and not path.is_dir() and not _holds(path, entry)):
+            return False
+    return True
+
+
+def _holds(path: Path, entry: FileEntry | None) -> bool:
+    """Whether a file is a regular one with these bytes."""
+    return (
+        entry is not None
+        and path.is_file()
+        and path.stat().st_size == entry.bytes
+        and file_digest(path) == entry.sha256
+    )
 
 
 @contextmanager

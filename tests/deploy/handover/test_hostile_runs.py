@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from PIL import Image
 
 from tests.deploy.handover.conftest import MakeRun, report_of
 from upvits.calib_data.errors import UserError
@@ -261,7 +264,7 @@ def test_metadata_of_the_onnx_file_is_checked(
     assert message in refused(run, outside)
 
 
-def test_labels_are_one_line_of_plain_text_each(make_run: MakeRun) -> None:
+def test_labels_are_one_line_each_and_printed_plainly(make_run: MakeRun) -> None:
     run = make_run()
     path = run / "4-export/pruned/model.onnx"
     proto = onnx.load(path)
@@ -272,9 +275,14 @@ def test_labels_are_one_line_of_plain_text_each(make_run: MakeRun) -> None:
     onnx.save(proto, path)
     resealed(run / "4-export")
     folder = package(run)
-    names = ["a b", "[2Jc", '"""', "{{ x }}", "d e", "f", "g"]
+    names = ["a b", "\x1b[2Jc", '"""', "{{ x }}", "d e", "f", "g"]
     assert json.loads((folder / "labels.json").read_text()) == names
     assert (folder / "triton/deit_tiny_onnx/labels.txt").read_text() == "".join(f"{name}\n" for name in names)
+    picture = folder / "picture.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    command: list[str | Path] = [sys.executable, folder / "run_onnxruntime.py", picture]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
     for script in folder.glob("run_*.py"):
         ast.parse(script.read_text())
 

@@ -155,6 +155,15 @@ def test_files_that_the_user_put_there_are_set_aside(tmp_path: Path) -> None:
     assert not (tmp_path / "2-prune/notes.txt").exists()
 
 
+def test_files_that_the_user_changed_are_set_aside(tmp_path: Path) -> None:
+    stage(tmp_path, Work(a="1", b="2"), ratio=0.5)
+    (tmp_path / "2-prune/a").write_text("mine")
+    (tmp_path / "2-prune/b").unlink()
+    stage(tmp_path, Work(a="1", b="2"), ratio=0.5)
+    assert (tmp_path / "2-prune.replaced-1/a").read_text() == "mine"
+    assert (tmp_path / "2-prune/a").read_text() == "1"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
