@@ -8,16 +8,31 @@ from dataclasses import dataclass
 from PIL import Image
 from torch.utils.data import Dataset
 
+from upvits.calib_data.errors import UserError
+
 UNLABELLED = -1
+
+MAX_CLASSES = 100_000
+"""A head for so many classes fits into memory; the largest public set of images has 21,841."""
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
     """Pictures by position: `images[i]` is (PIL image in RGB, label), the label -1 when there is none.
 
     `labels` are known without reading a picture; `read(i)` gives the picture.
+
+    Raises:
+        UserError: a label is below -1, or too large for any list of classes.
     """
 
     def __init__(self, labels: Sequence[int], read: Callable[[int], Image.Image]) -> None:
+        strange = next((label for label in labels if not UNLABELLED <= label < MAX_CLASSES), None)
+        if strange is not None:
+            raise UserError(
+                f"There is an image with the label {strange}.",
+                why=f"Labels number the classes from 0, and there are at most {MAX_CLASSES:,}.",
+                fix="Correct the labels.",
+            )
         self.labels = tuple(labels)
         self._read = read
 

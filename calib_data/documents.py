@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular, unusable
+from upvits.calib_data.printable import printable
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -38,7 +39,7 @@ def parse_document(text: bytes | str, name: str, kind: type[Document], *, fix: s
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise UserError(
-            f"{name} is not valid.", why=f"{_printable(where)}: {_printable(first['msg'])}.", fix=fix
+            f"{name} is not valid.", why=f"{printable(where, 300)}: {printable(first['msg'], 300)}.", fix=fix
         ) from error
 
 
@@ -48,23 +49,14 @@ def read_regular(path: Path, *, fix: str, largest: int = _LARGEST) -> bytes:
     Raises:
         UserError: it is absent, no regular file, unreadable, or larger than `largest` bytes.
     """
+    size = require_regular(path, fix=fix).st_size
+    if size > largest:
+        raise UserError(
+            f"{path} has {size / 2**20:,.0f} MiB.",
+            why=f"No file of this kind has more than {largest >> 20} MiB.",
+            fix=fix,
+        )
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no regular file.", fix=fix)
-        if status.st_size > largest:
-            raise UserError(
-                f"{path} has {status.st_size / 2**20:.0f} MiB.",
-                why=f"No document of this kind has more than {largest >> 20} MiB.",
-                fix=fix,
-            )
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path} cannot be read.", why=f"The system says: {reason}.", fix=fix) from error
-
-
-def _printable(text: str) -> str:
-    """Text from a file for a terminal: short, and without control characters."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return plain if len(plain) <= 300 else f"{plain[:300]}..."
+    except OSError as error:
+        raise unusable(path, error, fix) from error

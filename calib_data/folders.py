@@ -13,7 +13,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb, read_picture
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 
@@ -182,8 +182,8 @@ def _check(files: list[_File], *, quiet: bool) -> tuple[list[_File], dict[Path, 
 
     def inspect(file: _File) -> str | None:
         try:
-            data = file.path.read_bytes()
-        except OSError:
+            data = read_picture(file.path)
+        except UserError:  # a pipe, a device, a dead link
             return None
         return hashlib.sha256(data).hexdigest() if is_readable(data) else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel
 
-from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb
+from upvits.calib_data.datasets import MAX_CLASSES, UNLABELLED, DataSource, Images
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, LARGEST_PICTURE, is_readable, load_rgb
 from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular
 from upvits.calib_data.folders import FULL_CHECK_LIMIT, TRAIN_NAMES, VAL_NAMES, refuse_many_unreadable
 from upvits.calib_data.paths import RelativePath
 from upvits.calib_data.progress import watched
 
 _INFO_NAMES = ("_info.json", "info.json")
+_LABEL_BYTES = 64
 
 
 class _Split(BaseModel):
@@ -120,6 +123,7 @@ def _index(shard: Path) -> list[_Sample]:
     """The samples of a shard in their order, without reading pictures."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
+    require_regular(shard, fix="Give tar files, or remove this one.")
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -129,9 +133,9 @@ def _index(shard: Path) -> list[_Sample]:
                 if not member.isfile():
                     continue
                 if f".{extension.lower()}" in EXTENSIONS:
-                    images[key] = member
+                    images[key] = _picture(member)
                 elif extension == "cls" and (content := tar.extractfile(member)) is not None:
-                    labels[key] = int(content.read())
+                    labels[key] = _label(content.read(_LABEL_BYTES + 1))
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(
             f"Cannot read the shard {shard}: {error}.",
@@ -141,6 +145,20 @@ def _index(shard: Path) -> list[_Sample]:
         _Sample(shard, member.name, member.offset_data, member.size, labels.get(key, UNLABELLED))
         for key, member in images.items()
     ]
+
+
+def _picture(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    if member.size > LARGEST_PICTURE:
+        raise ValueError(f"the image {member.name} has {member.size >> 20:,} MiB")
+    return member
+
+
+def _label(content: bytes) -> int:
+    """The label in a .cls file. Raises ValueError for anything but a short number from 0 on."""
+    text = content.strip()
+    if len(content) > _LABEL_BYTES or re.fullmatch(rb"[0-9]{1,9}", text) is None or int(text) >= MAX_CLASSES:
+        raise ValueError(f"a .cls file holds {text[:20]!r} instead of a number from 0 to {MAX_CLASSES - 1}")
+    return int(text)
 
 
 def _unreadable(samples: list[_Sample], *, quiet: bool) -> list[_Sample]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+import os
 
 from upvits.calib_data.datasets import DataSource
 from upvits.calib_data.demo import demo_source
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import open_folder
 from upvits.calib_data.shards import open_shards
 from upvits.calib_data.timm_sources import open_hfds, open_torch
@@ -45,13 +46,13 @@ def open_data(spec: str, *, quiet: bool = True) -> DataSource:
         return demo_source()
     form, place = _parse(spec)
     if form == "imagefolder":
-        return open_folder(spec, Path(place).expanduser(), quiet=quiet)
+        return open_folder(spec, user_path(place), quiet=quiet)
     if form == "wds":
-        return open_shards(spec, Path(place).expanduser(), quiet=quiet)
+        return open_shards(spec, user_path(place), quiet=quiet)
     if form == "hfds":
         return open_hfds(spec, place)
     name, _, root = place.partition(":")
-    return open_torch(spec, name.lower(), Path(root).expanduser() if root else None)
+    return open_torch(spec, name.lower(), user_path(root) if root else None)
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -67,7 +68,7 @@ def _parse(spec: str) -> tuple[str, str]:
 def _unknown(spec: str) -> UserError:
     head = spec.replace("/", ":").partition(":")[0].lower()
     near = difflib.get_close_matches(head, _FORMS, n=1)
-    if Path(spec).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(spec)):
         hint = f"For the image folder write imagefolder:{spec}. "
     elif near:
         hint = f"Did you mean {_FORMS[near[0]]}? "

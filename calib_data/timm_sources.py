@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
 from upvits.calib_data.datasets import DataSource, Images
-from upvits.calib_data.decoding import to_rgb
+from upvits.calib_data.decoding import open_image, to_rgb
 from upvits.calib_data.errors import MissingDependencyError, UserError
 
 TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "image_folder")
@@ -113,10 +113,16 @@ def _of_hfds(dataset: Any, spec: str) -> Images:
 
     def read(index: int) -> Image.Image:
         stream, _ = reader[index]
-        with stream, Image.open(stream) as image:
+        with stream, open_image(stream) as image:
             return to_rgb(image)
 
-    return Images([int(label) for label in reader.dataset[reader.label_key]], read)
+    try:
+        labels = [int(label) for label in reader.dataset[reader.label_key]]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{spec} has a label that is no number ({error}).", fix="Give a data set with one class per image."
+        ) from None
+    return Images(labels, read)
 
 
 def _digest(name: str, train: Images, val: Images) -> str:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
+from upvits.calib_data.decoding import DECODING_ERRORS, open_image
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import RelativePath
 
@@ -309,10 +309,10 @@ def _require_files(images: Sequence[_Image], path: Path, folder: Path) -> None:
         )
     for image in images[:: -(-len(images) // _SIZES_READ)]:
         try:
-            with Image.open(folder / image.file_name) as opened:
+            with open_image(folder / image.file_name) as opened:
                 opened.load()
                 size, mode = opened.size, opened.mode
-        except OSError as error:
+        except DECODING_ERRORS as error:
             raise UserError(
                 f"{folder / image.file_name} cannot be read: {error}.", fix="Download it again, or remove it."
             ) from error

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.decoding import open_image
 from upvits.detection.coco import Split
 
 
@@ -72,5 +73,6 @@ def fitted(
         entries = [entry for entry in entries if (entry["height"] > entry["width"]) == upright]
     count = min(most or len(entries), len(entries))
     for entry in (entries[index * len(entries) // count] for index in range(count)):
-        with Image.open(split.images / entry["file_name"]) as image:
-            yield fit(image, entry["id"], preprocess)
+        with open_image(split.images / entry["file_name"]) as image:
+            prepared = fit(image, entry["id"], preprocess)
+        yield prepared

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from upvits.calib_data.decoding import open_image
 from upvits.deploy.report.detection import Picture
 from upvits.detection.coco import CocoData
 
@@ -37,7 +38,7 @@ def pictures(data: CocoData, detections: Mapping[str, Sequence[Mapping[str, Any]
     count = min(count, len(with_boxes))
     made = []
     for image in (with_boxes[index * len(with_boxes) // count] for index in range(count)):
-        with Image.open(data.val.images / image["file_name"]) as opened:
+        with open_image(data.val.images / image["file_name"]) as opened:
             original = opened.convert("RGB")
         panels = [_drawn(original, boxes[image["id"]], names) for boxes in (truth, *shown)]
         title = f"{image['file_name']}: annotated, {', '.join(detections)}"
