@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from timm.utils.misc import natural_key
 
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb, read_picture
@@ -161,7 +161,7 @@ def _class_names(train: list[_File], val: list[_File], root: Path) -> tuple[str,
             why="Labels are positions in the list of class folders, so both splits need the same list.",
             fix="Add the missing class folders with images, or remove the extra ones.",
         )
-    names = sorted((name for name in in_train if name is not None), key=natural_key)
+    names = sorted((name for name in in_train if name is not None), key=_natural_key)
     if len(names) == 1:
         raise UserError(
             f"Only one class folder with images in {root}: {names[0]}.",
@@ -169,6 +169,11 @@ def _class_names(train: list[_File], val: list[_File], root: Path) -> tuple[str,
             fix=f"For pictures without labels point to that folder itself. {LAYOUTS}",
         )
     return tuple(names) or None
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """timm's order, in which 2 comes before 10, also for names with signs that are digits but no numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def _shortened(names: list[str]) -> str:

@@ -13,14 +13,16 @@ _COMMANDS = re.compile(
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """The text without control characters, cut after `most` characters.
+    """The text without control characters; of a long one, about `most` characters from both of its ends.
 
     Example:
         >>> printable("red" + chr(27) + "[31m")
         'red?[31m'
     """
     plain = _COMMANDS.sub("?", text)
-    return plain if most is None or len(plain) <= most else f"{plain[:most]}..."
+    if most is None or len(plain) <= most:
+        return plain
+    return f"{plain[: 2 * most // 3]}...{plain[len(plain) - most // 3 :]}"
 
 
 def printable_json(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,18 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 MAX_STREAMS = 256
 """So many sessions at once can be measured at most."""
+
+MAX_THREADS = 1024
+"""A session can have so many threads at most."""
+
+
+def whole_number(text: str) -> int | None:
+    """The number that one to nine digits say; None where it is anything else.
+
+    >>> whole_number("32"), whole_number("-1"), whole_number("\N{SUPERSCRIPT TWO}")
+    (32, None, None)
+    """
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +58,7 @@ def parse_batch_profile(text: str) -> BatchProfile:
     >>> parse_batch_profile("1:8:32").opt
     8
     """
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    sizes = [number for part in text.split(":") if (number := whole_number(part)) is not None]
+    if len(sizes) != 3 or text.count(":") != 2:
         raise UserError(f"Batch profile {text!r} is not valid.", fix="Give it as min:opt:max, e.g. 1:8:32.")
-    smallest, tuned_for, largest = map(int, parts)
-    return BatchProfile(smallest, tuned_for, largest)
+    return BatchProfile(*sizes)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Group
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.calib_data.paths import copy_regular
 from upvits.deploy.pipeline import run_job
@@ -205,9 +206,9 @@ def _check_place(out: Path) -> None:
     page, document = out / PAGE, out / SWEEP
     try:
         if document.exists():
-            SweepReport.model_validate_json(document.read_bytes())
+            SweepReport.model_validate_json(read_regular(document, fix=""))
         foreign = page if page.exists() and not document.exists() else None
-    except (OSError, ValidationError):
+    except (UserError, ValidationError):
         foreign = document
     if foreign is not None:
         raise UserError(

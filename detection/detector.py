@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from upvits.calib_data import Preprocess
 from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular
 from upvits.calib_data.paths import share
 from upvits.calib_data.tensors import save_tensors
 from upvits.detection import openmm
@@ -136,6 +137,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there are none.
     """
+    require_regular(folder / _WEIGHTS, fix=_EXPECTED)
     try:
         return load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import options as opt
-from upvits.deploy.cli.arguments import as_options, options_of
+from upvits.deploy.cli.arguments import options_of
+from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.detect import app as detect_app
+from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_working_folder
 from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
@@ -89,9 +89,9 @@ def build(
     report = run_job(job, "report")
     assert report is not None
     if json:
-        print(report.model_dump_json(indent=2))
+        print_json(report.model_dump_json(indent=2))
     else:
-        Console(quiet=quiet).print(terminal(report))
+        console(quiet=quiet).print(terminal(report))
         _print_place(job.folder, quiet=quiet)
     require_target(report)
 
@@ -114,9 +114,9 @@ def plan(
 
     made, timed = preview(make_recipe(recipe_values(given, recipe)), quiet=quiet)
     if json:
-        _print_json({"plan": loads(made.to_json()), "latency": timed and timed.model_dump(mode="json")})
+        print_json(dumps({"plan": loads(made.to_json()), "latency": timed and timed.model_dump(mode="json")}, indent=2))
     else:
-        Console().print(plan_table(made, timed))
+        console().print(plan_table(made, timed))
 
 
 _STAGES = {
@@ -144,7 +144,7 @@ def recipe(
 ) -> None:
     """Print every setting of a run, resolved, as TOML that --recipe takes; run nothing."""
     if schema:
-        _print_json(Recipe.model_json_schema())
+        print_json(dumps(Recipe.model_json_schema(), indent=2))
         return
     from upvits.deploy.recipe.document import make_recipe
     from upvits.deploy.recipe.request import resolve
@@ -152,9 +152,9 @@ def recipe(
 
     resolved = resolve(make_recipe(recipe_values(given, recipe)), quiet=quiet).recipe
     if json:
-        print(resolved.model_dump_json(indent=2))
+        print_json(resolved.model_dump_json(indent=2))
     else:
-        print(recipe_toml(resolved.model_dump()), end="")
+        print_json(recipe_toml(resolved.model_dump()).rstrip("\n"))
 
 
 @app.command()
@@ -199,9 +199,9 @@ def bench(
         with disk_errors(output.parent, "bench"):
             atomic_write(output, compared.model_dump_json(indent=2).encode())
     if json:
-        print(compared.model_dump_json(indent=2))
+        print_json(compared.model_dump_json(indent=2))
     else:
-        Console(quiet=quiet).print(comparison_table(compared))
+        console(quiet=quiet).print(comparison_table(compared))
 
 
 @app.command()
@@ -234,17 +234,17 @@ def report(
             with disk_errors(output.parent, "report"):
                 save_comparison(output, compared)
         if json:
-            print(compared.model_dump_json(indent=2))
+            print_json(compared.model_dump_json(indent=2))
         else:
-            Console().print(comparison_terminal(compared))
+            console().print(comparison_terminal(compared))
         return
     document = load_report(runs[0])
     if json:
-        print(document.model_dump_json(indent=2))
+        print_json(document.model_dump_json(indent=2))
         return
     with disk_errors(runs[0], "report"):
         save_report(runs[0], document)
-    Console().print(terminal(document))
+    console().print(terminal(document))
 
 
 @app.command()
@@ -287,9 +287,9 @@ def sweep(
     values = recipe_values(given, recipe)
     swept = run_sweep(values, cuts, output or Path("runs") / f"{values['model']}-sweep", quiet=quiet)
     if json:
-        print(swept.model_dump_json(indent=2))
+        print_json(swept.model_dump_json(indent=2))
     else:
-        Console(quiet=quiet).print(sweep_terminal(swept))
+        console(quiet=quiet).print(sweep_terminal(swept))
     failed = [run.exit_code for run in swept.runs if run.exit_code]
     if failed:
         raise typer.Exit(failed[0])
@@ -322,9 +322,9 @@ def models(
 
     listed = list(architectures(pattern))
     if json:
-        _print_json([asdict(architecture) for architecture in listed])
+        print_json(dumps([asdict(architecture) for architecture in listed], indent=2))
     else:
-        Console().print(models_table(listed))
+        console().print(models_table(listed))
 
 
 @app.command()
@@ -335,17 +335,13 @@ def doctor(json: opt.Json = False) -> None:
 
     checks = examine()
     if json:
-        _print_json([asdict(check) for check in checks])
+        print_json(dumps([asdict(check) for check in checks], indent=2))
     else:
-        Console().print(render(checks))
-
-
-def _print_json(value: Any) -> None:
-    print(dumps(value, indent=2))
+        console().print(render(checks))
 
 
 def _print_place(folder: Path, *, quiet: bool) -> None:
-    Console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
+    console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _version(asked: bool) -> None:
@@ -366,24 +362,24 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends with a message and its exit code, not with a traceback."""
+    """Entry point: a command ends with its exit code and at most one message, not with a traceback."""
+    prepare_streams()
+    sys.exit(exit_code_of_output(_run()))
+
+
+def _run() -> int | str | None:
     try:
         with _terminated_cleanly():
+            require_working_folder()
             app()
-    except UserError as error:
-        logging.getLogger("upvits").debug("Raised here:", exc_info=True)
-        console = Console(stderr=True)
-        console.print("[bold red]Error:[/]", end=" ")
-        options = options_of(app)
-        for text in (error.what, error.why and f"  {error.why}", error.fix and f"  {error.fix}"):
-            if text:
-                console.print(as_options(text, options), soft_wrap=True, highlight=False, markup=False)
-        sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code == _INTERRUPTED:
             continues = sys.argv[1:2] and sys.argv[1] in {*_STAGES, "build", "sweep"}
             print("Interrupted. The same command continues." if continues else "Interrupted.", file=sys.stderr)
-        raise
+        return error.code
+    except Exception as error:
+        return exit_code_of(error, options_of(app))
+    return 0
 
 
 @contextmanager

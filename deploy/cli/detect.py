@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from upvits.deploy.cli import options as opt
+from upvits.deploy.cli.console import console, print_json
 from upvits.deploy.cli.settings import Values, settings_of, sides, takes
 from upvits.deploy.recipe.detect import DetectRecipe, PruneRecipe, make_detect_recipe, make_prune_recipe
 from upvits.deploy.recipe.setting import RUN
@@ -89,7 +90,7 @@ def prune(
     names = {"0-dense": "dense", "2-prune": "pruned", "3-train": "fine-tuned"}
     _print_trained({names[stage]: made for stage, made in stages.items() if stage in names}, json=json, quiet=quiet)
     if not json:
-        _print_text(Console(quiet=quiet), f"Everything is in {output}")
+        _print_text(console(quiet=quiet), f"Everything is in {output}")
 
 
 @app.command("eval")
@@ -121,12 +122,12 @@ def evaluate(
         judging.write(output, judged)
     _tell(data.notes)
     if json:
-        print(dumps(judging.figures_of(judged), indent=2))
+        print_json(dumps(judging.figures_of(judged), indent=2))
         return
-    console = Console(quiet=quiet)
-    console.print(judged_table(judged))
+    out = console(quiet=quiet)
+    out.print(judged_table(judged))
     if output is not None:
-        _print_text(console, f"Detections are in {output}")
+        _print_text(out, f"Detections are in {output}")
 
 
 @app.command()
@@ -142,7 +143,7 @@ def export(
 
     sizes = None if size is None else sides(size, "--size")
     export_folder(folder, output, parse_shape(shape), size=sizes, uint8_input=uint8_input)
-    print(output)
+    _print_text(console(), str(output))
 
 
 def _detect(run: Path, given: Values, *, engines: bool, json: bool, quiet: bool) -> None:
@@ -152,20 +153,20 @@ def _detect(run: Path, given: Values, *, engines: bool, json: bool, quiet: bool)
     detectors, comparison = detect_in_run(run, make_detect_recipe(given), engines=engines, quiet=quiet)
     if not detectors:  # one of the processes that only train
         return
-    console = Console(quiet=quiet)
+    out = console(quiet=quiet)
     if comparison is None:
         _print_trained({str(name): artifact for name, artifact in detectors.items()}, json=json, quiet=quiet)
     else:
         _tell(comparison.notes)
         if json:
-            print(comparison.model_dump_json(indent=2))
+            print_json(comparison.model_dump_json(indent=2))
         else:
-            console.print(comparison_parts(comparison))
+            out.print(comparison_parts(comparison))
     if json:
         return
-    _print_text(console, f"Everything is in {run / '7-detect'}")
+    _print_text(out, f"Everything is in {run / '7-detect'}")
     if comparison is not None and not (run / "report.json").exists():
-        _print_text(console, f"{run} has no report yet: `upvits-deploy build --recipe {run} --output {run}` writes it.")
+        _print_text(out, f"{run} has no report yet: `upvits-deploy build --recipe {run} --output {run}` writes it.")
 
 
 def _print_trained(detectors: Mapping[str, Artifact], *, json: bool, quiet: bool) -> None:
@@ -174,13 +175,13 @@ def _print_trained(detectors: Mapping[str, Artifact], *, json: bool, quiet: bool
 
     if json:
         records = {name: read_record(artifact).model_dump(mode="json") for name, artifact in detectors.items()}
-        print(dumps(records, indent=2))
+        print_json(dumps(records, indent=2))
     else:
-        Console(quiet=quiet).print(trained_table(detectors))
+        console(quiet=quiet).print(trained_table(detectors))
 
 
-def _print_text(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+def _print_text(out: Console, text: str) -> None:
+    out.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _tell(notes: Sequence[str]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from rich.console import Console
-
 from upvits.calib_data.errors import UserError
+from upvits.deploy.cli.console import console
 
 LEVEL = "UPVITS_LOG"
 """The environment variable that names the level: debug, info, warning or error."""
@@ -19,7 +18,7 @@ _STYLES = {logging.DEBUG: "dim", logging.WARNING: "yellow", logging.ERROR: "red"
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text, style = self.format(record), _STYLES.get(record.levelno)
-        Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_log() -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import whole_number
 
 Values = dict[str, Any]
 """Values of a recipe, those of its parts nested: `{"model": "pvtv2_b0", "plan": {"ratio": 0.5}}`."""
@@ -76,7 +77,7 @@ class Setting:
         """The value that was given, as the recipe takes it; ranges and names are the recipe's business.
 
         Raises:
-            UserError: it is no list of whole numbers, no size, or no `key=value`, where one is expected.
+            UserError: it is empty; it is no list of whole numbers, no size, or no `key=value`, where one is expected.
         """
         if get_origin(self.type) is dict:
             from upvits.detection.openmm import parse_option
@@ -84,6 +85,10 @@ class Setting:
             return dict(parse_option(text) for text in given)
         parsed = any(isinstance(step, BeforeValidator) for step in self.field.metadata)  # by the recipe
         if get_origin(self.type) is not tuple or parsed:
+            if isinstance(given, str) and not given.strip():
+                raise UserError(
+                    f"{self.names[0]} is empty.", fix=f"Give a value, or leave {self.names[0]} out for the default."
+                )
             return given
         if self.type == tuple[int, int]:
             return sides(given, self.names[0])
@@ -186,9 +191,10 @@ def whole_numbers(text: str, option: str, meaning: str) -> list[int]:
         UserError: one is none.
     """
     parts = split(text)
-    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
+    numbers = [number for part in parts if (number := whole_number(part))]
+    if not parts or len(numbers) < len(parts):
         raise UserError(f"{option} {text!r} is not valid.", why=meaning, fix=f"Give numbers like {option} 1,8.")
-    return [int(part) for part in parts]
+    return numbers
 
 
 def sides(text: str, option: str) -> tuple[int, int]:
@@ -197,7 +203,8 @@ def sides(text: str, option: str) -> tuple[int, int]:
     Raises:
         UserError: it is no such text.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    first, _, second = text.lower().partition("x")
+    width, height = whole_number(first), whole_number(second)
+    if not width or not height:
         raise UserError(f"{option} {text!r} is not valid.", fix=f"Give two sides in pixels, like {option} 1333x800.")
-    return int(parts[0]), int(parts[1])
+    return width, height

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.choices import whole_number
 from upvits.deploy.cli.settings import Values, split
 
 
@@ -49,6 +50,7 @@ def input_shape_of(text: str) -> tuple[str, tuple[int, ...]]:
     """
     name, equals, sizes = text.partition("=")
     parts = sizes.split("x")
-    if not equals or not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+    shape = [size for part in parts if (size := whole_number(part))]
+    if not equals or not name or len(shape) < len(parts):
         raise UserError(f"Input shape {text!r} is not valid.", fix="Give it like images=1x3x224x224.")
-    return name, tuple(int(part) for part in parts)
+    return name, tuple(shape)

@@ -13,7 +13,9 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular
 from upvits.deploy.graphs.nodes import copied
 from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error, whole_file
 
@@ -165,6 +167,7 @@ def model_digest(path: Path) -> str:
     """The sha256 of an ONNX file, and of the files with its weights where it has such: other weights, other digest."""
     digest = hashlib.sha256()
     for file in (path, *(path.parent / name for name in data_files(_parse(path)))):
+        require_regular(file, fix=_AGAIN)
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
@@ -193,9 +196,7 @@ def declared_only(model: ModelProto) -> ModelProto:
 
 def _parse(path: Path) -> ModelProto:
     try:
-        return onnx.load_model_from_string(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}", why=f"The system says: {error.strerror}.") from error
+        return onnx.load_model_from_string(read_regular(path, fix=_AGAIN, largest=2**31))
     except DecodeError as error:
         raise UserError(
             f"{path} is not an ONNX model", why="It is cut off, damaged or another format.", fix=_AGAIN

@@ -13,7 +13,7 @@ import psutil
 
 from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.progress import progress_bar
-from upvits.deploy.choices import MAX_STREAMS
+from upvits.deploy.choices import MAX_STREAMS, MAX_THREADS
 from upvits.deploy.machine.environment import environment, usable_cores
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.bench import (
@@ -70,7 +70,7 @@ def compare(
         BuildError: a runtime that was asked for by name, or every runtime, refuses an ONNX file.
         MissingDependencyError: a runtime that was asked for does not work here.
     """
-    _check(batches, streams)
+    _check(batches, streams, threads)
     settings = BenchSettings(seconds=seconds)
     models, skipped = find_targets(targets, runtimes, batches)
     # before anything is built or opened: this finds open sizes and absurd ones
@@ -103,7 +103,7 @@ def compare(
     )
 
 
-def _check(batches: Sequence[int], streams: Sequence[int]) -> None:
+def _check(batches: Sequence[int], streams: Sequence[int], threads: int | None) -> None:
     for what, values in (("batch sizes", batches), ("streams", streams)):
         if not values or min(values) < 1 or len(set(values)) < len(values):
             raise UserError(
@@ -112,6 +112,8 @@ def _check(batches: Sequence[int], streams: Sequence[int]) -> None:
             )
     if max(streams) > MAX_STREAMS:
         raise UserError(f"{max(streams)} streams cannot be measured", fix=f"Use at most {MAX_STREAMS}.")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"a session cannot have {threads} threads", fix=f"Use 1 to {MAX_THREADS}.")
 
 
 def _check_memory(models: Sequence[Target], feeds: Mapping[str, Mapping[int, Arrays]], streams: int) -> None:

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.document import Latency
 
@@ -114,8 +115,8 @@ def check_output(output: Path, targets: Sequence[Path]) -> None:
 
 def _is_comparison(file: Path) -> bool:
     try:
-        Comparison.model_validate_json(file.read_bytes())
-    except ValidationError:
+        Comparison.model_validate_json(read_regular(file, fix=""))
+    except (UserError, ValidationError):
         return False
     return True
 

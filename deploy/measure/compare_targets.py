@@ -10,6 +10,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import declared_only, load_model
 from upvits.deploy.measure.inputs import Input, inputs_of
@@ -70,6 +71,7 @@ def find_targets(paths: Sequence[Path], runtimes: str, batches: Sequence[int]) -
         MissingDependencyError: an engine that was named itself is of a runtime that does not work here.
     """
     chosen = None if runtimes.strip().lower() == "auto" else tuple(_named_runtimes(runtimes))
+    paths = [user_path(path) for path in paths]
     labels = _short_names(paths)
     targets: list[Target] = []
     skipped: list[Skipped] = []

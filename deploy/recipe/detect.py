@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
 from upvits.deploy.recipe.setting import setting
 from upvits.deploy.recipe.validation import validated
 from upvits.detection.configs import Detector, Schedule
@@ -152,7 +152,7 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
 
 def place_of(coco: str) -> str:
     """A folder by its full name, however it was spelled; `demo` as it is."""
-    return coco if coco == "demo" else str(Path(coco).expanduser().resolve())
+    return coco if coco == "demo" else str(user_path(coco).resolve())
 
 
 def size_for(scale: tuple[int, int]) -> tuple[int, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import torch
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.files import user_path
 from upvits.calib_data.scenes import demo_scenes
 from upvits.deploy.recipe.detect import DetectRecipe
 from upvits.deploy.store.artifacts import disk_errors
@@ -24,7 +24,7 @@ def open_detection_data(coco: str, detector: str = "retinanet", *, quiet: bool) 
     """
     cache = cache_folder()
     with disk_errors(cache, "data"):
-        folder = demo_scenes(cache, quiet=quiet) if coco == "demo" else Path(coco).expanduser().absolute()
+        folder = demo_scenes(cache, quiet=quiet) if coco == "demo" else user_path(coco).absolute()
         data = open_coco(folder, cache)
     if detector == "mask-rcnn":
         data.require_masks()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from upvits.calib_data.files import user_path
 from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
 from upvits.deploy.recipe.setting import BENCH, ENGINE, PLAN, REQUIRED, RUN, TRAIN, setting
@@ -233,4 +234,5 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     """Values of a recipe in TOML: a file, or the run directory that holds one."""
     from upvits.deploy.store.run_dir import read_recipe, read_toml  # not for --help
 
-    return read_recipe(path) if path.is_dir() else read_toml(path)
+    place = user_path(path)
+    return read_recipe(place) if place.is_dir() else read_toml(place)

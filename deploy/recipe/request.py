@@ -15,6 +15,7 @@ from torch import nn
 from upvits import toolchain
 from upvits.calib_data import DataSource, Preprocess, demo_weights, open_data
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.recipe.checks import check_classes, check_compensation, check_forward, check_weighing
 from upvits.deploy.recipe.detect import resolved as resolved_detection
@@ -119,7 +120,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         tables_folder()
     return Job(
         recipe=recipe,
-        folder=(out or Path("runs") / run_name(recipe)).absolute(),
+        folder=user_path(out or Path("runs") / run_name(recipe)).absolute(),
         dense=dense.to(device),
         dense_digest=weights_digest(dense),
         like=like,
@@ -146,9 +147,9 @@ def with_names(recipe: Recipe) -> Recipe:
     model = canonical_name(recipe.model)
     if plan.like is not None:
         plan = plan.model_copy(update={"like": canonical_name(plan.like)})
-    weights = recipe.weights or _default_weights(model, recipe.data)
+    weights = _default_weights(model, recipe.data) if recipe.weights is None else recipe.weights
     if weights not in ("demo", "timm", "random"):
-        weights = str(Path(weights).expanduser().absolute())
+        weights = str(user_path(weights).absolute())
     calib = recipe.precision.calib
     precision = recipe.precision.model_copy(update={"calib": calib and _absolute_data(calib)})
     named = recipe.model_copy(
@@ -224,7 +225,7 @@ def _default_weights(model: str, data: str) -> str:
 
 def _absolute_data(spec: str) -> str:
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if kind == "imagefolder" and colon else spec
+    return f"{kind}:{user_path(path).absolute()}" if kind == "imagefolder" and colon else spec
 
 
 def _coco_data(recipe: Recipe, *, quiet: bool) -> CocoData | None:

@@ -20,6 +20,7 @@ from typing import Any
 import tomli_w
 from filelock import FileLock, Timeout
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
 
@@ -31,6 +32,8 @@ else:
 RECIPE = "recipe.toml"
 _LOCK = ".lock"
 _HOLDER = ".lock.json"
+_LARGEST_RECIPE = 4 << 20
+_NO_RECIPE = "Repair or restore the file, or give another one."
 
 
 @contextmanager
@@ -101,12 +104,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_regular(path, fix=_NO_RECIPE, largest=_LARGEST_RECIPE).decode())
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, too many digits; lists in lists in lists
         raise UserError(
             f"cannot read the recipe {path}: {error}.",
             why="A recipe is a TOML file, such as the recipe.toml of a run.",
-            fix="Repair or restore the file, or give another one.",
+            fix=_NO_RECIPE,
         ) from error
 
 

@@ -83,4 +83,4 @@ def _is_supported(family: str, args: dict[str, Any]) -> bool:
 
 def _natural(name: str) -> list[int | str]:
     """Sorts numbers by their value, as timm does."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]

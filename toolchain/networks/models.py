@@ -24,6 +24,7 @@ from torch import nn
 
 from upvits.calib_data import Preprocess, demo_weights
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.files import require_regular, user_path
 from upvits.calib_data.paths import share
 from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.families import family_of, groups_of, narrow
@@ -72,11 +73,11 @@ def create_model(
         family_of(_build(architecture, None, None))  # refuses what cannot be pruned before it fills memory
     if weights in ("demo", "random", "timm"):
         model = _create_known(architecture, weights, num_classes, image_size)
-    elif Path(weights).is_dir():
-        model = _at_size(load(Path(weights)), image_size, weights)
+    elif (place := user_path(weights)).is_dir():
+        model = _at_size(load(place), image_size, weights)
         _check_architecture(model, architecture, weights)
     else:
-        model = _create_from_file(architecture, Path(weights), num_classes, image_size)
+        model = _create_from_file(architecture, place, num_classes, image_size)
     family_of(model)
     return model.eval()
 
@@ -275,6 +276,7 @@ def load(folder: Path | str) -> nn.Module:
     config = read_config(folder)
     model = hollow(config)
     path = folder / "model.safetensors"
+    require_regular(path, fix="Is the folder complete?")
     try:
         state = as_fp32(load_file(path), str(path))
     except Exception as error:

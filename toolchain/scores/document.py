@@ -11,11 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular
 from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.choices import Method
 from upvits.toolchain.networks.depth import DepthPath
 from upvits.toolchain.scores.stability import Stability
+
+_EXPECTED = "Give the folder that `Scores.save` wrote (scores.safetensors and score.json)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ class Scores:
             UserError: the folder holds no scores.
         """
         try:
-            document = json.loads((folder / "score.json").read_text())
+            document = json.loads(read_regular(folder / "score.json", fix=_EXPECTED))
+            require_regular(folder / "scores.safetensors", fix=_EXPECTED)
             values = load_file(folder / "scores.safetensors")
             halves = load_file(folder / "halves.safetensors") if (folder / "halves.safetensors").is_file() else {}
             return Scores(
@@ -100,10 +105,10 @@ class Scores:
                 stability={name: Stability(**values) for name, values in document.get("stability", {}).items()},
                 halves=halves,
             )
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
             raise UserError(
                 f"{folder} holds no readable scores ({error}).",
-                fix="Give the folder that `Scores.save` wrote (scores.safetensors and score.json).",
+                fix=_EXPECTED,
             ) from error
 
 

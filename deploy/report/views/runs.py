@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.deploy.report.document import REPORT
 from upvits.deploy.report.runs import RunChoice, RunComparison, RunLine, drawn
@@ -81,11 +82,11 @@ def _is_run(folder: Path) -> bool:
 
 def _is_comparison(file: Path) -> bool:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file, fix="").decode()
         if file.suffix == ".html":
             return _MADE_BY in text
         RunComparison.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, ValidationError):
+    except (UserError, UnicodeDecodeError, ValidationError):
         return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -9,11 +10,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upvits.calib_data.printable import printable
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import verdict
 from upvits.deploy.report.views import details, detection, results
 from upvits.deploy.report.views.section import Section, without_empty_columns
 from upvits.deploy.report.views.summary import shortcomings, subject
+
+_HTML = re.compile("<(?=[A-Za-z/!?])")
+"""Where Markdown would take HTML for what it is."""
 
 
 def sections(report: Report) -> list[Section]:
@@ -46,10 +51,11 @@ def sections(report: Report) -> list[Section]:
 
 def markdown(report: Report) -> str:
     """Return report.md."""
-    lines = [f"# {report.model}: dense and pruned", "", f"**{verdict(report)}**", "", subject(report), ""]
+    head = [f"# {report.model}: dense and pruned", "", f"**{verdict(report)}**", "", subject(report), ""]
+    lines = [_plain(line) for line in head]
     short = shortcomings(report)
     if short:
-        lines += ["## What fell short", "", *(f"- {text}" for text in short), ""]
+        lines += ["## What fell short", "", *(_plain(f"- {text}") for text in short), ""]
     return "\n".join(lines + markdown_sections(sections(report))).rstrip() + "\n"
 
 
@@ -69,7 +75,7 @@ def markdown_sections(sections: Iterable[Section]) -> list[str]:
     """Lines of Markdown."""
     lines: list[str] = []
     for section in sections:
-        lines += [f"## {section.title}", ""]
+        lines += [_plain(f"## {section.title}"), ""]
         if section.rows:
             rules = ["---" if i in section.text_columns else "---:" for i in range(len(section.header))]
             rows = [[cell.text for cell in row] for row in section.rows[: section.shown or None]]
@@ -77,8 +83,8 @@ def markdown_sections(sections: Iterable[Section]) -> list[str]:
             if len(rows) < len(section.rows):
                 lines += [f"The first {len(rows)} of {len(section.rows)}; all are in report.html and report.json.", ""]
         if section.commands:
-            lines += ["```bash", *section.commands, "```", ""]
-        lines += [f"- {remark}" for remark in section.remarks] + ([""] if section.remarks else [])
+            lines += ["```bash", *map(_plain, section.commands), "```", ""]
+        lines += [_plain(f"- {remark}") for remark in section.remarks] + ([""] if section.remarks else [])
     return lines
 
 
@@ -108,4 +114,9 @@ def _terminal_table(section: Section, columns: Sequence[int]) -> Table:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown in which names from files are no HTML and no control characters."""
+    return _HTML.sub("&lt;", printable(text.replace("\n", " ")))

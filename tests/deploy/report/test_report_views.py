@@ -427,3 +427,12 @@ def test_the_accuracy_chart_holds_every_choice_at_the_batch_of_the_verdict() -> 
     by_name = {m.choice.name: m for m in chart.marks}
     assert by_name["dense openvino fp32"].y < by_name["pruned openvino fp32"].y  # more accurate is further up
     assert by_name["dense openvino fp32"].x > by_name["pruned openvino fp32"].x
+
+
+def test_names_in_the_report_are_no_html_in_markdown() -> None:
+    payload = "a<script>alert(1)</script>\x1b[31m\n<img src=x>|"
+    made = sample_report(model=payload, notes=[payload], reproduce=[f"upvits-deploy build --recipe '{payload}'"])
+    text = markdown(made)
+    assert not re.search(r"<[a-z/!?]", text)
+    assert "\x1b" not in text
+    assert "&lt;script>alert(1)&lt;/script>?[31m &lt;img src=x>" in text
