@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Collection
 from contextlib import suppress
 from importlib import metadata
+from typing import TextIO
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.printable import printable
@@ -54,12 +55,11 @@ def exit_code_of(error: Exception, options: Collection[str]) -> int:
         options: of the command line, see `as_options`.
     """
     known = error if isinstance(error, UserError) else _of_the_machine(error)
-    with suppress(OSError):  # standard error may be full, too
+    try:
         _LOGGER.debug("Raised here:", exc_info=error)
-        if known is None:
-            _tell(_internal(error), options)
-        else:
-            _tell(known, options)
+        _tell(_internal(error) if known is None else known, options)
+    except OSError:  # standard error is full, too
+        _give_up(sys.stderr)
     return INTERNAL if known is None else known.exit_code
 
 
@@ -69,12 +69,17 @@ def exit_code_of_output(code: int | str | None) -> int | str | None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        with suppress(OSError):  # the interpreter flushes once more on its way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         if code not in (0, None):
             return code
         return 1 if isinstance(error, BrokenPipeError) else exit_code_of(error, ())
     return code
+
+
+def _give_up(stream: TextIO) -> None:
+    """Send to nowhere what a stream could not write: the interpreter tries once more on its way out."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _tell(error: UserError, options: Collection[str]) -> None:

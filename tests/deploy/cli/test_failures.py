@@ -116,6 +116,12 @@ def test_a_standard_output_that_takes_nothing(device: str) -> None:
     assert "Exception ignored" not in ended.stderr
 
 
+def test_a_standard_error_that_takes_nothing() -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-m", "upvits", "plan", "--recipe", "/nonexistent"], stderr=full)
+    assert ended.returncode == 2
+
+
 def test_a_terminal_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
