@@ -129,7 +129,7 @@ def test_a_terminal_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     console().print("\N{MINUS SIGN}0.5 caf\u00e9 \U0001f4a5", highlight=False)
     print_json(json.dumps({"name": "caf\u00e9"}, ensure_ascii=False))
     terminal.flush()
-    shown, document = terminal.buffer.getvalue().decode("ascii").splitlines()  # type: ignore[attr-defined]
+    shown, document = terminal.buffer.getvalue().decode("ascii").splitlines()
     assert shown == r"-0.5 caf\u00e9 \ud83d\udca5"
     assert json.loads(document) == {"name": "caf\u00e9"}
 
