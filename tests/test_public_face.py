@@ -50,6 +50,14 @@ def test_importing_it_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_messages_are_shown_only_where_a_program_asks_for_them() -> None:
+    code = "import logging, upvits; {}logging.getLogger('upvits.toolchain').warning('a message')"
+    for setup, shown in (("", False), ("logging.basicConfig(); ", True)):
+        command = [sys.executable, "-c", code.format(setup)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ("a message" in done.stderr) is shown
+
+
 def test_compensation_is_the_default_and_says_what_it_needs() -> None:
     assert inspect.signature(upvits.prune).parameters["compensate"].default is True
     model = upvits.create_model("pvtv2_b0", num_classes=5)

@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from upvits.calib_data.lazy import lazy_names
@@ -59,6 +60,8 @@ __all__ = [
     "save",
     "score",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program shows our messages, or does not
 
 if not TYPE_CHECKING:  # a type checker then knows which names there are
     __getattr__, __dir__ = lazy_names(

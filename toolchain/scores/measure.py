@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
-from upvits.toolchain.choices import Method
+from upvits.toolchain.choices import METHODS, Method
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.scores.divergence import output_scale
@@ -68,7 +68,7 @@ def score(
         quiet: no progress bar.
 
     Raises:
-        UserError: the model is not supported, images are missing, or outputs or scores are not finite.
+        UserError: the model or the method is not supported, images are missing, or outputs or scores are not finite.
 
     Example:
         >>> import timm, torch
@@ -78,6 +78,8 @@ def score(
         >>> scores.unit, sorted(name for name in scores.values if "attn" not in name)
         ('nats', ['blocks.0.mlp', 'embed'])
     """
+    if method not in METHODS:
+        raise UserError(f"Unknown method {method!r}.", fix=f"Choose one of: {', '.join(METHODS)}.")
     groups = groups_of(model)
     needs_images = depth or method not in ("magnitude", "random")
     if not needs_images:

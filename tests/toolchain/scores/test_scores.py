@@ -165,6 +165,12 @@ def test_images_are_needed() -> None:
         toolchain.score(make(DEIT))
 
 
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(UserError, match="Unknown method 'fischer'") as error:
+        toolchain.score(make(DEIT), pictures(DEIT), method="fischer")  # type: ignore[arg-type]
+    assert "fisher" in error.value.fix
+
+
 def test_nan_activations_are_refused() -> None:
     model, images = make(DEIT), pictures(DEIT)
     images[1] = math.nan
