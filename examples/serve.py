@@ -36,19 +36,21 @@ class Classifier:
             package / (engines or [about["onnx"]])[0], providers=["CPUExecutionProvider"]
         )
 
-    def prepare(self, picture: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """A picture as the network was trained on it: [1, 3, H, W]."""
+    def prepare(self, picture: Image.Image) -> np.ndarray[Any, np.dtype[Any]]:
+        """A picture as the network takes it: [1, 3, H, W] normalised, or [1, H, W, 3] where it normalises itself."""
         spec = self.preprocess
         size = [int(spec["resize"] * side / min(picture.size)) for side in picture.size]
         picture = picture.convert("RGB").resize((size[0], size[1]), Image.Resampling[spec["interpolation"].upper()])
         left, top = (round((side - spec["size"]) / 2) for side in picture.size)
         picture = picture.crop((left, top, left + spec["size"], top + spec["size"]))
+        if spec["dtype"] == "uint8":
+            return np.asarray(picture)[None]
         pixels = (np.asarray(picture, np.float32) / 255 - np.float32(spec["mean"])) / np.float32(spec["std"])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
 
     def classify(self, picture: Image.Image, count: int = 5) -> list[dict[str, Any]]:
         """The most likely classes with their probabilities."""
-        logits = self.session.run(["logits"], {"images": self.prepare(picture)})[0][0]
+        logits = self.session.run(["logits"], {self.preprocess["input"]: self.prepare(picture)})[0][0]
         odds = np.exp(logits - logits.max())
         best = np.argsort(-odds)[:count]
         return [{"label": self.labels[index], "probability": float(odds[index] / odds.sum())} for index in best]
