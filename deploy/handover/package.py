@@ -36,7 +36,14 @@ from upvits.deploy.report.document import REPORT, Report, load_report
 from upvits.deploy.report.views import html
 from upvits.deploy.runtimes.engine_folder import read_engine
 from upvits.deploy.runtimes.interface import Engine
-from upvits.deploy.store.artifacts import Artifact, disk_errors, file_digest, open_artifact, package_versions
+from upvits.deploy.store.artifacts import (
+    Artifact,
+    disk_errors,
+    file_digest,
+    open_artifact,
+    package_versions,
+    unwritable_error,
+)
 from upvits.deploy.store.run_dir import RECIPE, read_recipe
 from upvits.toolchain.networks.config_document import ModelConfig, PreprocessEntries, read_config
 
@@ -143,12 +150,10 @@ def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = Tru
     parts = _collect(run)
     out = run.with_name(f"{run.name}-package") if out is None else Path(out).absolute()
     _refuse_foreign(out)
-    with disk_errors(out.parent, "package"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with draft_of(out) as draft:
-            _write(draft, parts)
-            _write_sums(draft, quiet=quiet)
-            put_in_place(draft, out)
+    with disk_errors(out.parent, "package"), draft_of(out) as draft:
+        _write(draft, parts)
+        _write_sums(draft, quiet=quiet)
+        put_in_place(draft, out)
     return out
 
 
@@ -386,8 +391,11 @@ def _write_sums(folder: Path, *, quiet: bool) -> None:
 
 def _refuse_foreign(out: Path) -> None:
     """A folder may be replaced when it is empty, or holds a package in which nothing was changed or added."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or _is_untouched(out):
-        return
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())) or _is_untouched(out):
+            return
+    except OSError as error:  # the name is too long, or the folder not ours to read
+        raise unwritable_error(out, error) from error
     raise UserError(
         f"{out} exists and is not a package that was left as it was made.",
         why="Writing there could overwrite something of yours.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from upvits.calib_data.paths import share
+from upvits.deploy.store.artifacts import is_disk_full, unwritable_error
 
 _ASIDE = "-old"
 # Of Linux, from fcntl.h and linux/fs.h.
@@ -23,20 +25,33 @@ def draft_of(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` to be filled and put in place; it is gone when the context ends.
 
     What killed processes left of theirs is removed first. A process holds its draft by a lock, which ends with it.
+
+    Raises:
+        UserError: no folder can be made there.
     """
-    for left in out.parent.glob(f".{out.name}.work-*"):
-        with _held(left) as held:
-            if held and left.name.endswith(_ASIDE) and not out.exists():
-                left.rename(out)  # killed between two renames
-            elif held:
-                shutil.rmtree(left, ignore_errors=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.work-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(out)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.work-", dir=out.parent))
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise unwritable_error(out, error) from error
     with _held(draft):
         try:
             share(draft)
             yield draft
         finally:
             _remove(draft)
+
+
+def _remove_left_over(out: Path) -> None:
+    for left in out.parent.glob(f".{glob.escape(out.name)}.work-*"):
+        with _held(left) as held:
+            if held and left.name.endswith(_ASIDE) and not out.exists():
+                left.rename(out)  # killed between two renames
+            elif held:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def put_in_place(draft: Path, out: Path) -> None:

@@ -332,6 +332,14 @@ def test_files_of_a_package_can_be_read_by_others(make_run: MakeRun) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "model")} == {0o755}
 
 
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/full/x", "/", "x" * 300])
+def test_places_where_no_folder_can_be_made_are_refused(make_run: MakeRun, outside: Path, out: str) -> None:
+    run = make_run()
+    with pytest.raises(UserError):
+        package(run, outside / out)
+    assert tree(outside).keys() == {"secret.txt"}
+
+
 class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
