@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import require_regular
 
 _LONGEST = 1024
 """Characters of a path in a document."""
@@ -72,8 +72,7 @@ def copy_regular(source: Path, target: Path) -> None:
         UserError: `source` is no regular file (a pipe would wait for ever).
         FileExistsError: there is something at `target`, be it a link.
     """
-    if not stat.S_ISREG(source.stat().st_mode):
-        raise UserError(f"{source} is no regular file.", fix="Put the file itself there.")
+    require_regular(source, fix="Put the file itself there.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("xb") as written:
         shutil.copyfileobj(read, written, 1 << 20)

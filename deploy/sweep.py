@@ -234,6 +234,8 @@ def _share_scores(folder: Path, others: Sequence[Path]) -> None:
     for other in others:
         if other.absolute() != folder and (shared := open_artifact(other / _SHARED)) is not None:
             draft = folder / f".{_SHARED}.shared"
+            if draft.is_symlink():  # what it leads to is not ours
+                draft.unlink()
             shutil.rmtree(draft, ignore_errors=True)
             for name in (*shared.manifest.files, MANIFEST):
                 copy_regular(shared.folder / name, draft / name)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
 from upvits.calib_data.paths import RelativePath, copy_regular, path_inside, write_new
 from upvits.calib_data.progress import watched
 from upvits.deploy.choices import BatchProfile
@@ -146,7 +147,7 @@ def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = Tru
         ...     print(error.exit_code)
         2
     """
-    run = Path(run).resolve()
+    run = user_path(run).resolve()
     parts = _collect(run)
     out = run.with_name(f"{run.name}-package") if out is None else Path(out).absolute()
     _refuse_foreign(out)

@@ -1,6 +1,10 @@
 """What a report says of a plan."""
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from tests.contracts.variants import VARIANTS, make
 from upvits import toolchain
 from upvits.deploy.stages.steadiness import unsteady
+from upvits.deploy.stages.summary import _reproduce
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.planning import Component
 from upvits.toolchain.scores import Scores
@@ -72,3 +77,11 @@ def test_halves_are_judged_by_what_the_plan_keeps() -> None:
     found = unsteady(half, scores, model, ())
     assert found["blocks.0.mlp"].kept == len(half.keep["blocks.0.mlp"])
     assert found["blocks.0.mlp"].overlap < 0.8
+
+
+@pytest.mark.parametrize("name", ["shop", "my run", "$(touch MARKER)", 'a"; touch MARKER; "', "it's", "-o"])
+def test_commands_that_give_the_result_again_are_quoted_for_the_shell(name: str) -> None:
+    job: Any = SimpleNamespace(folder=Path("runs") / name)
+    folder = f"./{name}" if name.startswith("-") else name
+    command = ["upvits-deploy", "build", "--recipe", f"{folder}/recipe.toml", "--output", f"{folder}-again"]
+    assert shlex.split(_reproduce(job)[1]) == command

@@ -138,3 +138,15 @@ def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage"), open_run(tmp_path, RECIPE_OF_DEMO, IDENTITY):
         raise ValueError("stage")
     open_and_close(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock.json", RECIPE])
+def test_links_in_a_run_are_not_written_through(tmp_path: Path, name: str) -> None:
+    open_and_close(tmp_path / "run")
+    victim = tmp_path / "victim"
+    victim.write_bytes((tmp_path / "run" / RECIPE).read_bytes())
+    before = victim.read_bytes()
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(victim)
+    open_and_close(tmp_path / "run", epochs=9)
+    assert victim.read_bytes() == before
