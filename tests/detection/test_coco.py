@@ -1,6 +1,7 @@
 """Data sets that a detector can be trained on, and those it cannot: said before anything starts."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,4 +185,21 @@ def test_images_that_cannot_be_read(content: bytes, scenes: Path, tmp_path: Path
     path = next((folder / "train/images").iterdir())
     path.write_bytes(content or path.read_bytes()[:200])
     with pytest.raises(UserError, match="cannot be read"):
+        open_coco(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("what", ["eps", "pipe", "device"])
+def test_an_image_that_is_none_is_neither_run_nor_waited_for(what: str, scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    document = json.loads((folder / "train" / "annotations.json").read_text())
+    image = folder / "train" / "images" / document["images"][0]["file_name"]
+    image.unlink()
+    if what == "eps":
+        image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    elif what == "pipe":
+        os.mkfifo(image)
+    else:
+        image.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"cannot be read: cannot identify" if what == "eps" else "1 of 12 images"):
         open_coco(folder, tmp_path / "cache")
