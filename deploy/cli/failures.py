@@ -100,6 +100,8 @@ def _of_the_machine(error: Exception) -> UserError | None:
             why=f"The system says: {error.strerror}.",
             fix="Make room, choose another place, or change its permissions.",
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+        return UserError("Links lead in a circle.", why=f"{error}.", fix="Give another path.")
     if "surrogates not allowed" in str(error):  # Python's stand-in for bytes that are no UTF-8
         return UserError(
             "The name of a file or folder is no text in UTF-8.",

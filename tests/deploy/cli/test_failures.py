@@ -74,6 +74,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
     [
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "File name too long"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (RuntimeError("Symlink loop from '/x/l'"), "in a circle"),
         (MemoryError(), "Memory runs out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Memory runs out"),
         (ImportError("libtorch.so: failed to map segment from shared object"), "Memory runs out"),
