@@ -219,10 +219,14 @@ def _split_by_hash(files: list[_File], root: Path) -> tuple[list[_File], list[_F
         by_class.setdefault(file.class_name, []).append(file)
     val: set[_File] = set()
     for members in by_class.values():
-        ranked = sorted(members, key=lambda file: hashlib.sha256(_relative(file, root).encode(errors="surrogateescape")).digest())
+        ranked = sorted(members, key=lambda file: _hash(_relative(file, root)))
         val.update(ranked[: max(1, round(VAL_SHARE * len(ranked)))] if len(ranked) > 1 else [])
     train = [file for file in files if file not in val]
     return train, [file for file in files if file in val] or train
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _relative(file: _File, root: Path) -> str:
