@@ -178,7 +178,7 @@ def test_nothing_is_overwritten_and_nothing_half_stays(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="exists already"):
         toolchain.save(model, tmp_path / "model")
     monkeypatch.setattr(
-        "upvits.toolchain.networks.models.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "upvits.toolchain.networks.models.save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(OSError, match="No space"):
         toolchain.save(model, tmp_path / "other")
