@@ -212,6 +212,7 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="Where to write a comparison (HTML, JSON beside it).", rich_help_panel=RUN),
     ] = None,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Show the report of a run and write its pages again from report.json; or compare several runs."""
     from upvits.deploy.report.document import load_report
@@ -315,6 +316,7 @@ def package(
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of the name.")] = "",
     json: opt.Json = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """List the timm models that can be pruned."""
     from upvits.deploy.cli.models_view import models_table
@@ -328,7 +330,7 @@ def models(
 
 
 @app.command()
-def doctor(json: opt.Json = False) -> None:
+def doctor(json: opt.Json = False, verbose: opt.Verbose = False) -> None:
     """Say what is installed, what is missing for which feature, and how to get it."""
     from upvits.deploy.machine.doctor import doctor as examine
     from upvits.deploy.machine.doctor import render

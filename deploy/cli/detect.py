@@ -137,6 +137,7 @@ def export(
     shape: Annotated[str, typer.Option(help="raw, decode or decode+nms.")] = "decode",
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH. \\[default: as trained]")] = None,
     uint8_input: Annotated[bool, typer.Option("--uint8-input", help="Take raw pixels.")] = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Write a detector as ONNX: levels, decoded boxes, or boxes without overlaps."""
     from upvits.deploy.detectors.export import export_folder, parse_shape

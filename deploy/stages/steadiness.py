@@ -27,7 +27,7 @@ def unsteady(plan: PruningPlan, scores: Scores, dense: nn.Module, rotated: Colle
         return {}
     groups = groups_of(dense)
     decided = {name_before(name, plan.blocks) for name in plan.keep}
-    if "heads" in str(plan.asked.get("components", "")).split(","):  # whole heads go by scores of their own
+    if "heads" in plan.components:  # whole heads go by scores of their own
         decided |= {f"{name}.heads" for name in decided}
     turned = {name_before(name, plan.blocks) for name in rotated}
     decided -= turned | {f"{name}.{part}" for name in turned for part in ("qk", "v")}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import pydantic
 from torch import nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Component
 from upvits.toolchain.families import narrow
 from upvits.toolchain.networks.depth import after_shortening, name_after
 from upvits.toolchain.networks.models import preprocess_of
@@ -106,6 +108,12 @@ class PruningPlan:
         """`asked` without what planners derived from it."""
         derived = ("budget", "unit", "floor")
         return {name: value for name, value in self.asked.items() if name not in derived}
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """What was allowed to be cut; empty where a whole network was taken over."""
+        names = str(self.asked.get("components", "")).split(",")
+        return tuple(component for component in get_args(Component) if component in names)
 
     @property
     def changes(self) -> tuple[Change, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
@@ -123,9 +123,6 @@ def _global_rounds(
     """A falling budget, and in every round one choice over all groups that are left; floors are the dense network's."""
     unit: Literal["MACs", "parameters"] = "MACs" if final.asked["unit"] == "MACs" else "parameters"
     whole, budget = float(final.before.macs if unit == "MACs" else final.before.params), float(final.asked["budget"])
-    components = [
-        component for component in get_args(Component) if component in str(final.asked["components"]).split(",")
-    ]
     floors = floors_of(groups_of(model), floor)
     plan, network, scores = None, model, first
     for index in range(1, rounds + 1):
@@ -134,10 +131,10 @@ def _global_rounds(
             scores,
             count_costs(network, unit, input_size),
             budget if index == rounds else whole * (budget / whole) ** (index / rounds),
-            components=components,
+            components=final.components,
             align=int(final.asked["align"]),
             floors=floors if plan is None else after_shortening(floors, plan.blocks),
-            blocks=final.blocks if plan is None and "depth" not in components else None,
+            blocks=final.blocks if plan is None and "depth" not in final.components else None,
             input_size=input_size,
         )
         plan = now if plan is None else joined(plan, now.keep, now.num_heads, now.blocks)
