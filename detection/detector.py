@@ -116,19 +116,16 @@ def read_info(folder: Path) -> DetectorInfo:
     Raises:
         UserError: the folder holds no detector, or one that is more than data.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder of a detector.", fix=_EXPECTED)
     path = folder / _STRUCTURE
+    if not path.exists():
+        raise _no_detector(folder, f"there is no {_STRUCTURE}")
     document = read_document(path, DetectorDocument, fix=_EXPECTED)
     check_detector_config(document.config, str(path))
     return DetectorInfo(dict(document.config), document.classes, document.category_ids, document.scale)
 
 
-def _no_detector(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{folder} holds no detector ({error}).",
-        fix=_EXPECTED,
-    )
+def _no_detector(folder: Path, why: object) -> UserError:
+    return UserError(f"{folder} holds no detector ({why}).", fix=_EXPECTED)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

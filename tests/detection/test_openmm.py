@@ -1,6 +1,7 @@
 """mmdet that is absent or of another version is said before anything starts, with exit code 3."""
 
 import importlib.util
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.deploy.cli.app import app
-from upvits.detection import openmm
+from upvits.detection import configs, openmm
 
 GOOD = {"mmdet": "3.3.0", "mmengine": "0.10.7", "mmcv-lite": "2.1.0"}
 
@@ -53,7 +54,9 @@ def test_absent_packages_end_with_exit_code_3(monkeypatch: pytest.MonkeyPatch, t
         ["eval", str(tmp_path)],
         ["prune", str(tmp_path), "-o", "x", "--ratio", "0.5"],
     ):
-        (tmp_path / "detector.json").write_text('{"config": {}, "classes": [], "category_ids": [], "scale": [64, 64]}')
+        config = configs.retinanet({"type": "UPPVTv2", "model": {"architecture": "pvt_v2_b0"}}, [64, 160, 256], 1)
+        document = {"config": config, "classes": ["a"], "category_ids": [1], "scale": [64, 64]}
+        (tmp_path / "detector.json").write_text(dumps(document))
         with pytest.raises(UserError) as caught:
             CliRunner().invoke(app, ["detect", *command], catch_exceptions=False)
         assert caught.value.exit_code == 3, command
