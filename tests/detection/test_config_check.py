@@ -67,6 +67,7 @@ def test_values_of_other_types_are_named(entries: dict[str, Any], tmp_path: Path
     assert next(iter(entries)) in caught.value.why
 
 
+@pytest.mark.usefixtures("mmdet")
 def test_an_option_cannot_name_code_either() -> None:
     with pytest.raises(UserError, match="not the name of a part"):
         openmm.config_of({"model": dict(RETINANET)}, {"model.neck.type": "subprocess.call"})

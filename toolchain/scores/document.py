@@ -88,6 +88,8 @@ class Scores:
         Raises:
             UserError: the folder holds no scores.
         """
+        if not (folder / "score.json").exists():
+            raise UserError(f"{folder} holds no readable scores (there is no score.json).", fix=_EXPECTED)
         try:
             document = json.loads(read_regular(folder / "score.json", fix=_EXPECTED))
             require_regular(folder / "scores.safetensors", fix=_EXPECTED)
