@@ -11,13 +11,14 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 READY := $(VENV)/ready-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-detection lint smoke docs reference format constraints clean
+.PHONY: help setup demo test test-detection lint audit smoke docs reference format constraints clean
 
 help:
 	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
 	@echo "make test         set up $(VENV) and run the tests"
 	@echo "make test-detection  the same for detection, in an environment with mmdet"
 	@echo "make lint         ruff and mypy"
+	@echo "make audit        known vulnerabilities and licences of the pinned packages"
 	@echo "make smoke        a short whole build on the oldest and the newest Python, in throwaway environments"
 	@echo "make docs         build the documents as a site, in site/"
 	@echo "make reference    write docs/cli.md and docs/recipe.md again, after options changed"
@@ -41,6 +42,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In the environment that has every extra.
+audit:
+	$(MAKE) setup VENV=$(VENV)-detection EXTRAS=$(EXTRAS),detection
+	.ci/audit $(VENV)-detection/bin
 
 smoke:
 	@$(FIND_UV); UV="$$(command -v $$uv || echo $$PWD/$$uv)" .ci/smoke 3.10 3.13
