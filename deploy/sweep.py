@@ -98,7 +98,7 @@ def sweep(
         UserError: the cuts or the folder are not usable. When every run fails: the error of the first.
     """
     recipes = _recipes(base, cuts)
-    _check_place(out)
+    _check_place(out, list(recipes))
     reports: dict[str, Report] = {}
     errors: dict[str, UserError] = {}
     for number, (name, recipe) in enumerate(recipes.items()):
@@ -197,8 +197,8 @@ def _recipes(base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]]
     return recipes
 
 
-def _check_place(out: Path) -> None:
-    """Refuse a folder that is a run, or whose results are not a sweep's."""
+def _check_place(out: Path, names: Sequence[str]) -> None:
+    """Refuse a folder that is a run, holds other things, or whose results are not a sweep's."""
     if out.exists() and not out.is_dir():
         raise UserError(f"the output {out} is a file.", fix="Choose a folder with --output.")
     if (out / RECIPE).exists():
@@ -215,6 +215,13 @@ def _check_place(out: Path) -> None:
             f"{foreign} is not of a sweep.",
             why="Writing the results would overwrite something of yours.",
             fix="Choose another --output, or move this file away.",
+        )
+    ours = document.exists() or any((out / name).exists() for name in names) or any(out.glob(f"*/{RECIPE}"))
+    if out.is_dir() and not ours and any(out.iterdir()):
+        raise UserError(
+            f"the output folder {out} is not empty and is not a sweep.",
+            why=f"It holds neither {SWEEP} nor runs; results among your files would be hard to tell apart from them.",
+            fix="Choose an empty or new folder with --output.",
         )
 
 

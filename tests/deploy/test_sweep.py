@@ -124,6 +124,17 @@ def test_nothing_of_the_user_is_overwritten(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_with_other_things_is_refused_and_one_of_a_killed_sweep_is_not(tmp_path: Path) -> None:
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and is not a sweep"):
+        sweep({"model": "pvtv2_b0"}, [{"ratio": 0.5}], out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "ratio-0.5").mkdir()  # a sweep that was killed before its first run had a recipe
+    sweeping._check_place(out, ["ratio-0.5"])
+
+
 def test_runs_share_scores_and_are_not_made_twice(tmp_path: Path) -> None:
     base = {
         "model": "pvtv2_b0",
