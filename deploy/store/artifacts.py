@@ -399,7 +399,7 @@ def _holds(path: Path, entry: FileEntry | None) -> bool:
 
 @contextmanager
 def disk_errors(run_dir: Path, name: str) -> Iterator[None]:
-    """Turn a full disk and an unwritable folder into messages; leave every other error alone."""
+    """Turn a full disk, and places that cannot be written, into messages; leave every other error alone."""
     try:
         yield
     except UserError:
@@ -409,6 +409,8 @@ def disk_errors(run_dir: Path, name: str) -> Iterator[None]:
             raise disk_full_error(run_dir, f"stage {name} could not finish") from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_below(run_dir, error.filename):
             raise unwritable_error(run_dir, error) from error
+        if isinstance(error, IsADirectoryError) and _is_below(run_dir, error.filename):
+            raise folder_in_the_way(error) from error
         raise
 
 
@@ -434,6 +436,15 @@ def disk_full_error(run_dir: Path, what: str) -> UserError:
         f"no space left on the disk of {run_dir}: {what}.",
         why="Only whole artifacts are kept; the unfinished one was not put in place.",
         fix="Free some space or choose another folder with --output, then run the same command: it continues.",
+    )
+
+
+def folder_in_the_way(error: IsADirectoryError) -> UserError:
+    """The message for a folder that has the name of a file that is to be written."""
+    return UserError(
+        f"cannot write {error.filename2 or error.filename}: it is a folder.",
+        why="A file of this name is written there.",
+        fix="Move the folder away or delete it, then run the same command: it continues.",
     )
 
 

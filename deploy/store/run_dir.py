@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from filelock import FileLock, Timeout
 
 from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
-from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error
+from upvits.deploy.store.artifacts import (
+    atomic_write,
+    disk_full_error,
+    folder_in_the_way,
+    is_disk_full,
+    unwritable_error,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,7 +79,8 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
             raise _cannot_open(run_dir, error) from error
         yield run_dir
     finally:
-        (run_dir / _HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):  # absent, or a folder, which was said already
+            (run_dir / _HOLDER).unlink()
         lock.release()
 
 
@@ -168,6 +175,8 @@ def _busy(run_dir: Path) -> UserError:
 def _cannot_open(run_dir: Path, error: OSError) -> UserError:
     if is_disk_full(error):
         return disk_full_error(run_dir, "the run could not start")
+    if isinstance(error, IsADirectoryError):
+        return folder_in_the_way(error)
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         error = OSError(errno.ENOTDIR, "a part of the path is a file")
     return unwritable_error(run_dir, error)

@@ -24,6 +24,7 @@ from upvits.deploy.store.artifacts import (
     PeakMemory,
     atomic_write,
     canonical_digest,
+    disk_errors,
     file_digest,
     is_disk_full,
     open_artifact,
@@ -272,6 +273,13 @@ def test_a_full_disk_is_a_message_and_leaves_nothing(tmp_path: Path) -> None:
         stage(tmp_path, work)
     assert "--output" in error.value.fix
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_place_of_a_result_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html: it is a folder"), disk_errors(tmp_path, "report"):
+        atomic_write(tmp_path / "report.html", b"page")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_full_disk_is_recognised_through_other_libraries_errors() -> None:

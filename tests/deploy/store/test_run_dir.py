@@ -97,6 +97,20 @@ def test_a_file_in_the_way_is_a_message(tmp_path: Path, below: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("name", [RECIPE, ".lock.json"])
+def test_a_folder_in_place_of_a_file_is_a_message_and_moving_it_away_helps(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    with open_run(run, RECIPE_OF_DEMO, IDENTITY):
+        pass
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}"), open_run(run, RECIPE_OF_DEMO, IDENTITY):
+        pass
+    (run / name).rmdir()
+    with open_run(run, RECIPE_OF_DEMO, IDENTITY):
+        pass
+
+
 def test_a_folder_that_nobody_can_write_is_a_message() -> None:
     with pytest.raises(UserError, match="cannot write to the output folder"):
         open_and_close(Path("/proc/run"))
