@@ -22,7 +22,7 @@ from upvits.deploy.stages.precision import convert_graphs
 from upvits.deploy.stages.prune import choose_plan, compensation_images, prune
 from upvits.deploy.stages.score import score, scores_of
 from upvits.deploy.stages.summary import Artifacts, summarise
-from upvits.deploy.store.artifacts import disk_errors
+from upvits.deploy.store.disk import disk_errors
 from upvits.deploy.store.run_dir import open_run
 
 STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench", "report")

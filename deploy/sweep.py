@@ -24,7 +24,8 @@ from upvits.deploy.report.views.charts import Choice, Scatter, pareto, scatter
 from upvits.deploy.report.views.page import accuracy_name, render
 from upvits.deploy.report.views.section import Cell, Section, ms, percent, short_count, times, words
 from upvits.deploy.report.views.text import terminal_sections
-from upvits.deploy.store.artifacts import MANIFEST, atomic_write, disk_errors, open_artifact
+from upvits.deploy.store.artifacts import MANIFEST, atomic_write, open_artifact
+from upvits.deploy.store.disk import disk_errors
 from upvits.deploy.store.run_dir import RECIPE, open_run
 
 _LOGGER = logging.getLogger(__name__)

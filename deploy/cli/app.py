@@ -180,7 +180,8 @@ def bench(
     """Compare the latency of any models in turns: the first is what the others are held against."""
     from upvits.deploy.measure.compare import compare
     from upvits.deploy.measure.compare_result import check_output, comparison_table
-    from upvits.deploy.store.artifacts import atomic_write, disk_errors
+    from upvits.deploy.store.artifacts import atomic_write
+    from upvits.deploy.store.disk import disk_errors
 
     if output is not None:
         check_output(output, models)
@@ -219,7 +220,7 @@ def report(
     from upvits.deploy.report.runs import compare_runs
     from upvits.deploy.report.views import save_report, terminal
     from upvits.deploy.report.views.runs import check_place, comparison_terminal, save_comparison
-    from upvits.deploy.store.artifacts import disk_errors
+    from upvits.deploy.store.disk import disk_errors
 
     if output is not None and len(runs) < 2:
         raise UserError(

@@ -20,7 +20,7 @@ from upvits.deploy.graphs.files import load_model
 from upvits.deploy.recipe.detect import size_for
 from upvits.deploy.runtimes import open_model
 from upvits.deploy.stages.job import write_json
-from upvits.deploy.store.artifacts import disk_errors
+from upvits.deploy.store.disk import disk_errors
 from upvits.detection import openmm
 from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.coco import CocoData

@@ -15,7 +15,8 @@ from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.report.document import REPORT, load_report
 from upvits.deploy.report.views import save_report
 from upvits.deploy.stages.documents import ModelName
-from upvits.deploy.store.artifacts import Artifact, disk_errors, open_artifact
+from upvits.deploy.store.artifacts import Artifact, open_artifact
+from upvits.deploy.store.disk import disk_errors
 from upvits.deploy.store.run_dir import open_run, read_recipe
 from upvits.detection.training import train_along
 from upvits.toolchain.training.crew import gathered

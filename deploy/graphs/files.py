@@ -17,7 +17,8 @@ from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 from upvits.deploy.graphs.nodes import copied
-from upvits.deploy.store.artifacts import atomic_write, disk_full_error, is_disk_full, unwritable_error, whole_file
+from upvits.deploy.store.artifacts import atomic_write, whole_file
+from upvits.deploy.store.disk import disk_full_error, is_disk_full, unwritable_error
 
 MAX_FILE_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; what is left is for the graph
 _MAX_VALUES = 2**28  # in a tensor of one image: 1 GiB of fp32, a thousand times what a ViT-L has

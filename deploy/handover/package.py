@@ -37,14 +37,8 @@ from upvits.deploy.report.document import REPORT, Report, load_report
 from upvits.deploy.report.views import html
 from upvits.deploy.runtimes.engine_folder import read_engine
 from upvits.deploy.runtimes.interface import Engine
-from upvits.deploy.store.artifacts import (
-    Artifact,
-    disk_errors,
-    file_digest,
-    open_artifact,
-    package_versions,
-    unwritable_error,
-)
+from upvits.deploy.store.artifacts import Artifact, file_digest, open_artifact, package_versions
+from upvits.deploy.store.disk import disk_errors, unwritable_error
 from upvits.deploy.store.run_dir import RECIPE, read_recipe
 from upvits.toolchain.networks.config_document import ModelConfig, PreprocessEntries, read_config
 

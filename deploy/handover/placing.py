@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from upvits.calib_data.paths import share
-from upvits.deploy.store.artifacts import is_disk_full, unwritable_error
+from upvits.deploy.store.disk import is_disk_full, unwritable_error
 
 _ASIDE = "-old"
 # Of Linux, from fcntl.h and linux/fs.h.

@@ -10,8 +10,8 @@ from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.scenes import demo_scenes
 from upvits.deploy.recipe.detect import DetectRecipe
-from upvits.deploy.store.artifacts import disk_errors
 from upvits.deploy.store.cache import cache_folder
+from upvits.deploy.store.disk import disk_errors
 from upvits.detection import openmm
 from upvits.detection.coco import CocoData, open_coco
 

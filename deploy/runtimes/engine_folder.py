@@ -18,14 +18,8 @@ from upvits.calib_data.errors import BuildError, GateError, MissingDependencyErr
 from upvits.calib_data.paths import path_inside
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
 from upvits.deploy.runtimes.interface import BUILD_RECORD, BuildOptions, Built, Engine, Missing, Runtime
-from upvits.deploy.store.artifacts import (
-    atomic_write,
-    disk_full_error,
-    file_digest,
-    is_disk_full,
-    unwritable_error,
-    whole_file,
-)
+from upvits.deploy.store.artifacts import atomic_write, file_digest, whole_file
+from upvits.deploy.store.disk import disk_full_error, is_disk_full, unwritable_error
 
 _NARROW = ("fp16", "bf16", "int8", "fp8")
 _REBUILD = "Build it again with `upvits-deploy engine`."

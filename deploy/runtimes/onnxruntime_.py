@@ -44,7 +44,7 @@ from upvits.deploy.runtimes.onnxruntime_session import (
     reason,
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
-from upvits.deploy.store.artifacts import disk_full_error, is_disk_full
+from upvits.deploy.store.disk import disk_full_error, is_disk_full
 
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
 _SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."

@@ -22,13 +22,8 @@ from filelock import FileLock, Timeout
 
 from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
-from upvits.deploy.store.artifacts import (
-    atomic_write,
-    disk_full_error,
-    folder_in_the_way,
-    is_disk_full,
-    unwritable_error,
-)
+from upvits.deploy.store.artifacts import atomic_write
+from upvits.deploy.store.disk import disk_full_error, folder_in_the_way, is_disk_full, unwritable_error
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -24,13 +24,12 @@ from upvits.deploy.store.artifacts import (
     PeakMemory,
     atomic_write,
     canonical_digest,
-    disk_errors,
     file_digest,
-    is_disk_full,
     open_artifact,
     run_stage,
     stage_key,
 )
+from upvits.deploy.store.disk import disk_errors, is_disk_full
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
