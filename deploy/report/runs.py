@@ -1,12 +1,15 @@
 """Several runs side by side: which one to deploy, and what each gains and costs.
 
-Latencies of two runs can only be compared where they were measured on the same device, at the same batch size. Where
-they were not, the comparison says so and leaves out what would be wrong: the Pareto front across runs.
+Latencies of two runs can only be compared where they were measured on the same device, at the same batch size, and
+while that device was as fast: every run measures its dense network too, which is the yardstick. Latencies of a run are
+scaled by what that network took there and in the first run. Where the yardsticks lie too far apart, or the devices
+differ, the comparison says so and leaves out what would be wrong: the Pareto front across runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +21,9 @@ from upvits.deploy.report.views.page import choices
 from upvits.deploy.report.views.results import engine_bytes
 from upvits.deploy.report.views.summary import shortcomings
 
+MOST_DRIFT = 10.0
+"""Percent. Where the same dense network was measured further apart, no verdict across runs is given."""
+
 _MACHINE = ("cpu", "cores_usable", "gpus", "driver")
 
 
@@ -26,7 +32,11 @@ class _Document(BaseModel):
 
 
 class RunChoice(_Document):
-    """One model of a run in one runtime and precision; `on_front`: no other one is both faster and more accurate."""
+    """One model of a run in one runtime and precision; `on_front`: no other one is both faster and more accurate.
+
+    `measured_ms` is the latency in its own run, `ms` the one on the scale of the first run that has the same dense
+    network, in milliseconds a batch.
+    """
 
     run: str
     model: str
@@ -34,6 +44,7 @@ class RunChoice(_Document):
     precision: str
     batch: int
     ms: float
+    measured_ms: float | None = None
     accuracy: float
     on_front: bool
 
@@ -74,12 +85,26 @@ class RunWidths(_Document):
     after: dict[str, int | None]
 
 
+class DenseDrift(_Document):
+    """What one dense network took in several runs, in milliseconds a batch, and how far apart the runs are."""
+
+    runtime: str
+    precision: str
+    ms: dict[str, float]
+
+    @property
+    def percent(self) -> float:
+        """How much slower the slowest run was than the fastest."""
+        return 100 * (max(self.ms.values()) / min(self.ms.values()) - 1)
+
+
 class RunComparison(_Document):
     """Runs side by side. `not_comparable` says why latencies of different runs cannot be compared, if they cannot."""
 
-    format_version: int = 1
+    format_version: Literal[1, 2] = 2
     runs: list[RunLine]
     not_comparable: list[str]
+    drift: list[DenseDrift] = []
     choices: list[RunChoice]
     widths: list[RunWidths]
 
@@ -92,10 +117,16 @@ def compare_runs(reports: Mapping[str, Report]) -> RunComparison:
     """
     if len(reports) < 2:
         raise UserError("One run alone cannot be compared.", fix="Give two or more run directories.")
+    differences = _differences(reports)
+    drift = [] if differences else _drift(reports)
+    worst = max(drift, key=lambda found: found.percent, default=None)
+    differences += [_drifted(worst)] if worst and worst.percent > MOST_DRIFT else []
+    scale = {} if differences else _scales(drift)
     document = RunComparison(
         runs=[_line(name, report) for name, report in reports.items()],
-        not_comparable=_differences(reports),
-        choices=[choice for name, report in reports.items() for choice in _choices(name, report)],
+        not_comparable=differences,
+        drift=drift,
+        choices=[choice for name, report in reports.items() for choice in _choices(name, report, scale)],
         widths=_widths(reports),
     )
     front = [] if document.not_comparable else [choice.name for choice in pareto(drawn(document))]
@@ -157,7 +188,48 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
     return reasons
 
 
-def _choices(name: str, report: Report) -> list[RunChoice]:
+def _drift(reports: Mapping[str, Report]) -> list[DenseDrift]:
+    """What every dense network took that several runs measured, in fp32 where they have it, runtime by runtime."""
+    dense: dict[tuple[str, str], dict[str, dict[tuple[str, str], float]]] = {}
+    for name, report in reports.items():
+        best = headline(report)
+        assert best is not None  # `_differences` names runs without one
+        measured = {(c.runtime, c.precision): c.dense.median for c in comparisons(report) if c.batch == best.batch}
+        dense.setdefault((report.model, report.weights), {})[name] = measured
+    return [
+        DenseDrift(runtime=runtime, precision=precision, ms={name: ms[runtime, precision] for name, ms in runs.items()})
+        for runs in dense.values()
+        if len(runs) > 1
+        for runtime, precision in _yardsticks(list(runs.values()))
+    ]
+
+
+def _yardsticks(runs: Sequence[Mapping[tuple[str, str], float]]) -> list[tuple[str, str]]:
+    """One precision for every runtime that all runs have, fp32 if possible."""
+    common = [place for place in runs[0] if all(place in run for run in runs)]
+    chosen: dict[str, str] = {}
+    for runtime, precision in sorted(common, key=lambda place: place[1] != "fp32"):
+        chosen.setdefault(runtime, precision)
+    return list(chosen.items())
+
+
+def _drifted(drift: DenseDrift) -> str:
+    told = ", ".join(f"{ms:.3g} ms in {name}" for name, ms in drift.ms.items())
+    return (
+        f"The machine changed between the runs: the same dense network took {told} on {drift.runtime} "
+        f"{drift.precision}, {drift.percent:.0f} % apart where {MOST_DRIFT:.0f} % are allowed. The speed-up of each "
+        "run was measured within it and still holds; `upvits-deploy bench RUN RUN` measures all of them in one go."
+    )
+
+
+def _scales(drift: Sequence[DenseDrift]) -> dict[tuple[str, str], float]:
+    """What latencies of a run in a runtime are multiplied with to stand on the scale of the first run."""
+    return {
+        (name, found.runtime): next(iter(found.ms.values())) / ms for found in drift for name, ms in found.ms.items()
+    }
+
+
+def _choices(name: str, report: Report, scale: Mapping[tuple[str, str], float]) -> list[RunChoice]:
     """What could be deployed of a run, at the batch size of its verdict."""
     best = headline(report)
     if best is None:
@@ -169,7 +241,8 @@ def _choices(name: str, report: Report) -> list[RunChoice]:
             runtime=choice.series,
             precision=choice.label,
             batch=best.batch,
-            ms=choice.ms,
+            ms=choice.ms * scale.get((name, choice.series), 1.0),
+            measured_ms=choice.ms,
             accuracy=choice.accuracy,
             on_front=False,
         )
@@ -182,15 +255,10 @@ def _name(choice: RunChoice) -> str:
 
 
 def drawn(document: RunComparison) -> list[Choice]:
-    """Choices as points of a chart; a dense model that several runs measured is drawn once, for the first of them."""
+    """Choices as points of a chart, the dense network of every run among them."""
     runs = [line.run for line in document.runs]
-    first: dict[tuple[str, str], str] = {}
-    for line in document.runs:
-        first.setdefault((line.model, line.weights), line.run)
     return [
-        Choice(c.precision, _name(c), c.model, c.run, runs.index(c.run), c.ms, c.accuracy)
-        for c in document.choices
-        if c.model == "pruned" or c.run in first.values()
+        Choice(c.precision, _name(c), c.model, c.run, runs.index(c.run), c.ms, c.accuracy) for c in document.choices
     ]
 
 

@@ -93,7 +93,7 @@ def _is_comparison(file: Path) -> bool:
 
 def comparison_sections(document: RunComparison) -> list[Section]:
     """Tables of a comparison, most important first."""
-    sections = [_runs(document), _front(document), _width_table(document)]
+    sections = [_runs(document), _front(document), _drift(document), _width_table(document)]
     return [section for section in sections if section.rows or section.remarks]
 
 
@@ -166,7 +166,18 @@ def _run_row(line: RunLine) -> Row:
 def _scale(document: RunComparison) -> list[str]:
     if document.not_comparable:
         return [f"Latencies of these runs are not comparable. {reason}" for reason in document.not_comparable]
-    return [f"All measured on {document.runs[0].device} at batch {document.runs[0].batch}."]
+    remarks = [f"All measured on {document.runs[0].device} at batch {document.runs[0].batch}."]
+    if document.drift:
+        most = max(found.percent for found in document.drift)
+        remarks.append(
+            f"The same dense network took up to {most:.1f} % longer in one run than in another. Between runs, "
+            "latencies are compared on the scale of the first one."
+        )
+    if len({(line.model, line.weights) for line in document.runs}) > 1:
+        remarks.append(
+            "The runs began with different networks: between those, a change of the machine would not show here."
+        )
+    return remarks
 
 
 def _front(document: RunComparison) -> Section:
@@ -183,6 +194,21 @@ def _front(document: RunComparison) -> Section:
         text_columns=(0, 1, 2, 3),
         terminal=(0, 1, 2, 3, 4, 5),
         sortable=True,
+    )
+
+
+def _drift(document: RunComparison) -> Section:
+    """The yardstick: what the same dense network took in every run."""
+    names = [line.run for line in document.runs]
+    return Section(
+        "drift",
+        "The same dense network in every run, ms",
+        ("runtime", "precision", *names, "apart, %"),
+        tuple(
+            (words(d.runtime), words(d.precision), *(ms(d.ms.get(n)) for n in names), percent(d.percent))
+            for d in document.drift
+        ),
+        text_columns=(0, 1),
     )
 
 

@@ -12,6 +12,7 @@ from upvits.deploy.report.document import Report
 from upvits.deploy.report.runs import (
     RunComparison,
     compare_runs,
+    drawn,
 )
 from upvits.deploy.report.verdict import verdict
 from upvits.deploy.report.views import save_report
@@ -103,6 +104,59 @@ def test_what_cannot_be_compared_is_not(changes: dict[str, object], reason: str)
         assert reason in " ".join(text.split())
         assert "not comparable" in text
     assert "Pareto" not in comparison_html(document)
+
+
+def on_another_day(report: Report, slower: float) -> Report:
+    """The same run on a machine that takes `slower` times as long for everything."""
+    document = report.model_dump()
+    for model in ("dense", "pruned"):
+        for by_precision in document[model]["latency_ms"].values():
+            for by_batch in by_precision.values():
+                for latency in by_batch.values():
+                    latency["median"] *= slower
+    for best in document["best"]:
+        best["dense_ms"] *= slower
+        best["pruned_ms"] *= slower
+    return Report.model_validate(document)
+
+
+def test_a_machine_that_changed_between_runs_ends_the_verdict() -> None:
+    """The smaller network is the faster one, but was measured when everything took three times as long."""
+    document = compare_runs({"half": on_another_day(run_at(0.5, 1.0, 0.0), 3.2), "quarter": run_at(0.25, 1.5, 0.5)})
+    (reason,) = document.not_comparable
+    assert "The machine changed between the runs" in reason
+    assert "220 % apart" in reason
+    assert not any(choice.on_front for choice in document.choices)
+    for text in (comparison_html(document), printed(document)):
+        assert "upvits-deploy bench" in " ".join(text.split())
+        assert "Pareto" not in text
+    assert [round(found.percent) for found in document.drift] == [220] * len(document.drift)
+
+
+def test_a_small_drift_is_taken_out_by_the_dense_network() -> None:
+    """1.5 % faster, but measured on a machine that was 8 % slower: it still belongs to the front."""
+    plain, smaller = run_at(0.5, 1.0, 0.0), run_at(0.5, 0.985, 0.0)
+    document = compare_runs({"plain": plain, "smaller": on_another_day(smaller, 1.08)})
+    same_day = compare_runs({"plain": plain, "smaller": smaller})
+    assert document.not_comparable == []
+    assert [round(found.percent, 6) for found in document.drift] == [8.0] * len(document.drift)
+    for one, other in zip(document.choices, same_day.choices, strict=True):
+        assert one.ms == pytest.approx(other.ms)
+        assert one.on_front == other.on_front or one.model == "dense"  # of equal ones, any
+        assert one.measured_ms == pytest.approx(other.ms * (1.08 if one.run == "smaller" else 1.0))
+    assert {choice.run for choice in document.choices if choice.on_front and choice.model == "pruned"} == {"smaller"}
+    assert "took up to 8.0 % longer" in " ".join(printed(document).split())
+
+
+def test_every_run_draws_its_dense_network() -> None:
+    document = compare_runs(three_runs())
+    assert {choice.name.split()[0] for choice in drawn(document) if choice.model == "dense"} == set(three_runs())
+
+
+def test_networks_without_a_common_dense_one_are_compared_with_a_warning() -> None:
+    document = compare_runs({"run": sample_report(), "other": sample_report(model="deit_tiny_patch16_224")})
+    assert document.drift == []
+    assert "a change of the machine would not show" in " ".join(printed(document).split())
 
 
 def test_widths_stand_side_by_side_for_runs_of_one_model_only() -> None:
