@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -46,6 +47,16 @@ class Images(Dataset[tuple[Image.Image, int]]):
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         return (self[index] for index in range(len(self)))
 
+    def spread(self, most: int) -> Images:
+        """At most so many of them, evenly spread, since folders come class by class."""
+        count = min(most, len(self))
+        positions = [index * len(self) // count for index in range(count)]
+        return Images([self.labels[i] for i in positions], lambda i: self[positions[i]][0])
+
+    def renumbered(self, numbers: Sequence[int]) -> Images:
+        """The same pictures with `numbers[label]` for every label."""
+        return Images([numbers[label] if label >= 0 else label for label in self.labels], self._read)
+
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
@@ -58,6 +69,8 @@ class DataSource:
         val: pictures that accuracy is measured on.
         digest: sha256 over what the set contains; equal digests mean equal data.
         skipped: unreadable files that were left out.
+        numbered_by_name: whether labels are positions in the sorted names of the classes, because nothing else tells
+            them; whoever trained a network may have sorted in another way.
     """
 
     spec: str
@@ -66,3 +79,19 @@ class DataSource:
     val: Images
     digest: str
     skipped: tuple[str, ...] = ()
+    numbered_by_name: bool = False
+
+    def renumbered(self, names: Sequence[str]) -> DataSource:
+        """The same images with labels that are positions in `names`, which has all of its classes and perhaps more."""
+        if self.class_names is None or tuple(names) == self.class_names:
+            return self
+        position = {name: number for number, name in enumerate(names)}
+        numbers = [position[name] for name in self.class_names]
+        digest = hashlib.sha256("\n".join((self.digest, *names)).encode(errors="surrogateescape"))
+        return replace(
+            self,
+            class_names=tuple(names),
+            train=self.train.renumbered(numbers),
+            val=self.val.renumbered(numbers),
+            digest=digest.hexdigest(),
+        )

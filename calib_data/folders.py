@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from upvits.calib_data.classes import natural_order
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, is_readable, load_rgb, read_picture
 from upvits.calib_data.errors import UserError
@@ -37,8 +37,16 @@ class _File:
     class_name: str | None
 
 
-def open_folder(spec: str, root: Path, *, quiet: bool = True) -> DataSource:
-    """Opens the image folder `root`. Raises UserError when it is missing, unreadable, empty or inconsistent."""
+def open_folder(spec: str, root: Path, *, known: Collection[str] = (), quiet: bool = True) -> DataSource:
+    """Opens the image folder `root`.
+
+    Args:
+        known: names of the network's classes or of a class map; where they cover all class folders, the splits may
+            have different ones.
+
+    Raises:
+        UserError: it is missing, unreadable, empty or inconsistent.
+    """
     train, val = _find_splits(root)
     files = [*train, *val]
     unreadable, hashes = _check(files, quiet=quiet)
@@ -46,7 +54,7 @@ def open_folder(spec: str, root: Path, *, quiet: bool = True) -> DataSource:
     refuse_many_unreadable(skipped, len(files), root)
     bad = set(unreadable)
     train, val = ([file for file in split if file not in bad] for split in (train, val))
-    class_names = _class_names(train, val, root)
+    class_names = _class_names(train, val, root, known)
     if not val:
         train, val = _split_by_hash(train, root)
     label_of = {name: label for label, name in enumerate(class_names or ())}
@@ -57,6 +65,7 @@ def open_folder(spec: str, root: Path, *, quiet: bool = True) -> DataSource:
         val=_images(val, label_of),
         digest=_digest(train, val, root, hashes),
         skipped=skipped,
+        numbered_by_name=True,
     )
 
 
@@ -144,10 +153,10 @@ def _extensions() -> str:
     return " ".join(sorted(EXTENSIONS))
 
 
-def _class_names(train: list[_File], val: list[_File], root: Path) -> tuple[str, ...] | None:
-    """Class names in timm's order, the same in both splits; None without labels."""
+def _class_names(train: list[_File], val: list[_File], root: Path, known: Collection[str]) -> tuple[str, ...] | None:
+    """Class names in timm's order, the same in both splits unless all of them are known; None without labels."""
     in_train, in_val = ({file.class_name for file in split} for split in (train, val))
-    if val and in_train != in_val:
+    if val and in_train != in_val and not in_train | in_val <= set(known):
         only_train = [name or "(unlabelled)" for name in in_train - in_val]
         only_val = [name or "(unlabelled)" for name in in_val - in_train]
         raise UserError(
@@ -159,21 +168,17 @@ def _class_names(train: list[_File], val: list[_File], root: Path) -> tuple[str,
             )
             + ".",
             why="Labels are positions in the list of class folders, so both splits need the same list.",
-            fix="Add the missing class folders with images, or remove the extra ones.",
+            fix="Add the missing class folders with images, remove the extra ones, or number all classes with "
+            "`class_map=`.",
         )
-    names = sorted((name for name in in_train if name is not None), key=_natural_key)
+    names = natural_order(name for name in in_train | in_val if name is not None)
     if len(names) == 1:
         raise UserError(
             f"Only one class folder with images in {root}: {names[0]}.",
             why="With a single class every model is always right, so nothing can be measured.",
             fix=f"For pictures without labels point to that folder itself. {LAYOUTS}",
         )
-    return tuple(names) or None
-
-
-def _natural_key(name: str) -> list[int | str]:
-    """timm's order, in which 2 comes before 10, also for names with signs that are digits but no numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+    return names or None
 
 
 def _shortened(names: list[str]) -> str:

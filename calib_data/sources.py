@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
+from upvits.calib_data.choices import Order
+from upvits.calib_data.classes import read_class_map, with_class_map, with_names, with_order
 from upvits.calib_data.datasets import DataSource
 from upvits.calib_data.demo import demo_source
 from upvits.calib_data.errors import UserError
@@ -22,16 +26,31 @@ _FORMS = {
 }
 
 
-def open_data(spec: str, *, quiet: bool = True) -> DataSource:
+def open_data(
+    spec: str,
+    *,
+    class_map: Path | str | None = None,
+    class_order: Order | None = None,
+    class_names: Sequence[str] | None = None,
+    quiet: bool = True,
+) -> DataSource:
     """Opens the image set that `spec` names.
+
+    A class has the number that the class map gives it; else its place in `class_names`, where these cover all classes;
+    else the number that the data give it; else its place among the sorted names.
 
     Args:
         spec: "demo", "imagefolder:DIR", "wds:DIR", "hfds:NAME" or "torch:NAME[:DIR]"; timm's spelling with a slash
             ("hfds/NAME") works too.
+        class_map: a file with the names of the classes in the order of the network's outputs, one a line, or JSON.
+        class_order: how names are sorted: "natural" (2 before 10, as timm does; also when None) or "text" (10 before 2,
+            as torchvision does).
+        class_names: the network's own, in the order of its outputs.
         quiet: no progress bar while the images are checked.
 
     Raises:
-        UserError: unknown form; folder missing, unreadable, empty or inconsistent; more than 1 % unreadable images.
+        UserError: unknown form; folder missing, unreadable, empty or inconsistent; more than 1 % unreadable images; a
+            class map that does not fit.
         MissingDependencyError: a package or a download is missing.
 
     Example:
@@ -42,11 +61,21 @@ def open_data(spec: str, *, quiet: bool = True) -> DataSource:
         >>> image.size, source.class_names[label]
         ((64, 64), 'plain_square')
     """
+    place = None if class_map is None else user_path(class_map)
+    known = class_names or () if place is None else tuple(read_class_map(place))
+    source = _open(spec, known, quiet=quiet)
+    if place is not None:
+        return with_class_map(source, place)
+    source = with_names(source, class_names)
+    return source if class_order is None else with_order(source, class_order)
+
+
+def _open(spec: str, known: Sequence[str], *, quiet: bool) -> DataSource:
     if spec == "demo":
         return demo_source()
     form, place = _parse(spec)
     if form == "imagefolder":
-        return open_folder(spec, user_path(place), quiet=quiet)
+        return open_folder(spec, user_path(place), known=known, quiet=quiet)
     if form == "wds":
         return open_shards(spec, user_path(place), quiet=quiet)
     if form == "hfds":

@@ -15,6 +15,7 @@ from upvits.deploy.report.document import Report
 from upvits.deploy.report.views import save_report
 from upvits.deploy.speed.search import LatencyRecord
 from upvits.deploy.stages.bench import bench
+from upvits.deploy.stages.dense import judge_dense
 from upvits.deploy.stages.distill import distill
 from upvits.deploy.stages.engines import build_engines
 from upvits.deploy.stages.export import export
@@ -117,27 +118,28 @@ def preview(recipe: Recipe, *, quiet: bool = True) -> tuple[toolchain.PruningPla
 
 def run_stages(job: Job, until: str) -> Artifacts:
     """The stages in order, each run or found whole, up to the one named `until`."""
+    judged = judge_dense(job)
     scored = score(job)
     if until == "score":
-        return Artifacts(scored)
-    pruned = prune(job, scored)
+        return Artifacts(judged, scored)
+    pruned = prune(job, judged, scored)
     if until == "prune":
-        return Artifacts(scored, pruned)
-    tuned = distill(job, pruned)
+        return Artifacts(judged, scored, pruned)
+    tuned = distill(job, judged, pruned)
     if until == "distill":
-        return Artifacts(scored, pruned, tuned)
+        return Artifacts(judged, scored, pruned, tuned)
     exported = export(job, pruned, tuned)
     if until == "export":
-        return Artifacts(scored, pruned, tuned, exported)
+        return Artifacts(judged, scored, pruned, tuned, exported)
     graphs = convert_graphs(job, exported)
     if until == "precision":
-        return Artifacts(scored, pruned, tuned, exported, graphs)
+        return Artifacts(judged, scored, pruned, tuned, exported, graphs)
     engines = build_engines(job, exported, graphs)
     if until == "engine":
-        return Artifacts(scored, pruned, tuned, exported, graphs, engines)
+        return Artifacts(judged, scored, pruned, tuned, exported, graphs, engines)
     benched = bench(job, pruned, exported, engines.artifacts)
     detected = None
     if job.coco is not None and job.recipe.detect is not None:
         detectors = detectors_of(job, tuned, job.coco, job.recipe.detect)
         detected = compared(job, detectors, job.coco, job.recipe.detect)
-    return Artifacts(scored, pruned, tuned, exported, graphs, engines, benched, detected)
+    return Artifacts(judged, scored, pruned, tuned, exported, graphs, engines, benched, detected)

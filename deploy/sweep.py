@@ -32,7 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 
 SWEEP = "sweep.json"
 PAGE = "sweep.html"
-_SHARED = "1-score"
+_SHARED = ("0-dense", "1-score")
 
 
 class _Document(BaseModel):
@@ -236,19 +236,19 @@ def _run(recipe: Recipe, folder: Path, others: Sequence[Path], *, quiet: bool) -
 
 
 def _share_scores(folder: Path, others: Sequence[Path]) -> None:
-    """Take over another run's scores; where they do not answer this recipe, the stage measures them again."""
-    if (folder / _SHARED).exists():
-        return
-    for other in others:
-        if other.absolute() != folder and (shared := open_artifact(other / _SHARED)) is not None:
-            draft = folder / f".{_SHARED}.shared"
-            if draft.is_symlink():  # what it leads to is not ours
-                draft.unlink()
-            shutil.rmtree(draft, ignore_errors=True)
-            for name in (*shared.manifest.files, MANIFEST):
-                copy_regular(shared.folder / name, draft / name)
-            draft.rename(folder / _SHARED)
-            return
+    """Take over what other runs found of the dense network; what does not fit is measured again."""
+    for name in _SHARED:
+        found = (open_artifact(other / name) for other in others if other.absolute() != folder)
+        shared = next((artifact for artifact in found if artifact is not None), None)
+        if shared is None or (folder / name).exists():
+            continue
+        draft = folder / f".{name}.shared"
+        if draft.is_symlink():  # what it leads to is not ours
+            draft.unlink()
+        shutil.rmtree(draft, ignore_errors=True)
+        for file in (*shared.manifest.files, MANIFEST):
+            copy_regular(shared.folder / file, draft / file)
+        draft.rename(folder / name)
 
 
 def _points(reports: Mapping[str, Report], batch: int | None) -> list[SweepPoint]:

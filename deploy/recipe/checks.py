@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -63,15 +65,19 @@ def check_classes(model: nn.Module, source: DataSource, recipe: Recipe) -> None:
         raise UserError(
             f"The weights know {model.num_classes} classes, the data have {len(source.class_names)}.",
             why="Accuracy and labels would be meaningless.",
-            fix=f"Give weights that were trained on {recipe.data}, or with --data the data of these weights.",
+            fix=f"Give weights that were trained on {recipe.data}, or with --data the data of these weights. Where the "
+            "data hold some of the network's classes only, number those with --class-map.",
         )
     names = label_names_of(model)
-    if names is not None and names != source.class_names:
+    settled = recipe.class_map is not None or recipe.class_order is not None
+    placeholders = names is not None and all(re.fullmatch(r"(LABEL_|class )?\d+", name) for name in names)
+    if not settled and not placeholders and names is not None and names != source.class_names:
         differing = next((a, b) for a, b in zip(names, source.class_names, strict=True) if a != b)
         raise UserError(
             f"The classes of weights and data differ, e.g. {differing[0]!r} and {differing[1]!r} in the same place.",
             why="Accuracy would be measured against the wrong labels.",
-            fix="Rename the class folders, or give the data that the weights were trained on.",
+            fix="Rename the class folders, name their numbers with --class-map, or give the data that the weights were "
+            "trained on.",
         )
 
 

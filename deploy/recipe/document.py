@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from upvits.calib_data.choices import Order
 from upvits.calib_data.files import user_path
 from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
@@ -24,7 +25,7 @@ Planner = Literal["uniform", "global", "latency"]
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
 """Fields of a plan of which a run has one; a sweep has several of one."""
 
-IDENTITY = ("model", "weights", "data", "image_size", "plan")
+IDENTITY = ("model", "weights", "data", "class_map", "class_order", "image_size", "plan")
 """What makes a run this run: another value belongs into another directory."""
 
 
@@ -207,7 +208,17 @@ class Recipe(_Part):
         None, "Checkpoint file, model folder, timm (hub), random, or demo.", "--weights", shown="demo on the demo data"
     )
     data: str = setting("demo", "imagefolder:DIR, hfds:NAME, wds:DIR, torch:NAME, or demo.", "--data")
+    class_map: str | None = setting(
+        None, "Text with the name of one class a line, as the network numbers them, or JSON.", "--class-map"
+    )
+    class_order: Order | None = setting(
+        None,
+        "How class folders are numbered: 2 before 10, or after.",
+        "--class-order",
+        shown="the more accurate",
+    )
     image_size: int | None = setting(None, "Side in pixels.", "--image-size", shown="the model's", ge=16, le=4096)
+    allow_weak: bool = setting(False, "Go on with a network that is hardly better than guessing.", "--allow-weak")
     plan: PlanRecipe = PlanRecipe()
     score: ScoreRecipe = ScoreRecipe()
     compensate: CompensateRecipe = CompensateRecipe()

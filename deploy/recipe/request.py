@@ -14,6 +14,7 @@ from torch import nn
 
 from upvits import toolchain
 from upvits.calib_data import DataSource, Preprocess, demo_weights, open_data
+from upvits.calib_data.classes import with_outputs
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.deploy.machine.environment import usable_cores
@@ -22,6 +23,7 @@ from upvits.deploy.recipe.detect import resolved as resolved_detection
 from upvits.deploy.recipe.detect_data import check_detection, open_detection_data
 from upvits.deploy.recipe.document import CUTS, PlanRecipe, Recipe
 from upvits.deploy.recipe.engines import deployment_of, engines_of
+from upvits.deploy.recipe.numbering import numbered
 from upvits.deploy.runtimes import Runtime, RuntimeChoice, resolve_runtimes
 from upvits.deploy.speed.deployment import Deployment
 from upvits.deploy.speed.table import tables_folder
@@ -29,6 +31,7 @@ from upvits.detection.coco import CocoData
 from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.depth import last_blocks_first
+from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import canonical_name
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, PruningPlan, check_request
 from upvits.toolchain.structure.timm_config import num_classes_of
@@ -58,6 +61,7 @@ class Job:
         engines: runtime and precision of every engine, in the order of building.
         deployment: where a latency target is measured; None without one.
         coco: what detectors are trained on, where `--detect` asks for them.
+        notes: what was found out about the request, for the report.
     """
 
     recipe: Recipe
@@ -75,6 +79,7 @@ class Job:
     quiet: bool
     deployment: Deployment | None = None
     coco: CocoData | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -104,11 +109,14 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     coco = _coco_data(recipe, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)
     engines = engines_of(recipe, runtimes.runtimes)
-    source, calibration = _data(recipe, quiet=quiet)
-    dense = _dense_network(recipe, source)
+    dense = None if recipe.weights == "random" else _dense_network(recipe)
+    source, calibration = _data(recipe, dense, quiet=quiet)
+    if dense is None:
+        dense = _dense_network(recipe, len(source.class_names) if source.class_names else None)
     preprocess = toolchain.preprocess_of(dense)
     check_classes(dense, source, recipe)
     check_forward(dense, source, preprocess)
+    recipe, source, about_order = numbered(recipe, source, dense.to(device), preprocess, quiet=quiet)
     recipe = filled_in(recipe, dense, source, device)
     like = _like_network(recipe, dense, preprocess.input_size[1])
     may_shorten = _may_shorten(recipe, dense, like)
@@ -121,7 +129,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     return Job(
         recipe=recipe,
         folder=user_path(out or Path("runs") / run_name(recipe)).absolute(),
-        dense=dense.to(device),
+        dense=dense,
         dense_digest=weights_digest(dense),
         like=like,
         may_shorten=may_shorten,
@@ -134,6 +142,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         quiet=quiet,
         deployment=deployment,
         coco=coco,
+        notes=() if about_order is None else (about_order,),
     )
 
 
@@ -157,6 +166,7 @@ def with_names(recipe: Recipe) -> Recipe:
             "model": model,
             "weights": weights,
             "data": _absolute_data(recipe.data),
+            "class_map": recipe.class_map and str(user_path(recipe.class_map).absolute()),
             "plan": plan,
             "precision": precision,
         }
@@ -235,19 +245,23 @@ def _coco_data(recipe: Recipe, *, quiet: bool) -> CocoData | None:
     return open_detection_data(recipe.detect.coco, recipe.detect.detector, quiet=quiet)
 
 
-def _data(recipe: Recipe, *, quiet: bool) -> tuple[DataSource, DataSource]:
+def _data(recipe: Recipe, dense: nn.Module | None, *, quiet: bool) -> tuple[DataSource, DataSource]:
     """The data, and what quantization is calibrated on; unreadable images are named."""
-    source = open_data(recipe.data, quiet=quiet)
+    names = None if dense is None else label_names_of(dense)
+    source = open_data(
+        recipe.data, class_map=recipe.class_map, class_order=recipe.class_order, class_names=names, quiet=quiet
+    )
+    if recipe.class_map is not None and dense is not None:
+        source = with_outputs(source, num_classes_of(dense))
     calib = recipe.precision.calib
     calibration = source if calib is None else open_data(calib, quiet=quiet)
     if source.skipped:
-        names = ", ".join(source.skipped[:5]) + (", ..." if len(source.skipped) > 5 else "")
-        _LOGGER.warning("%d unreadable images were skipped: %s", len(source.skipped), names)
+        skipped = ", ".join(source.skipped[:5]) + (", ..." if len(source.skipped) > 5 else "")
+        _LOGGER.warning("%d unreadable images were skipped: %s", len(source.skipped), skipped)
     return source, calibration
 
 
-def _dense_network(recipe: Recipe, source: DataSource) -> nn.Module:
-    classes = len(source.class_names) if source.class_names and recipe.weights == "random" else None
+def _dense_network(recipe: Recipe, classes: int | None = None) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # decides random weights
         return toolchain.create_model(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from upvits import toolchain
 from upvits.deploy.recipe.request import Job, distill_settings
+from upvits.deploy.stages.dense import predictions_of_dense
 from upvits.deploy.stages.documents import TunedAccuracy
 from upvits.deploy.stages.job import (
     accuracy_of,
@@ -19,7 +18,7 @@ from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import write_document
 
 
-def distill(job: Job, pruned: Artifact) -> Artifact:
+def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
     """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
     settings = distill_settings(job.recipe)
     decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")}
@@ -39,9 +38,15 @@ def distill(job: Job, pruned: Artifact) -> Artifact:
             )
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
-        reference = load_file(pruned.folder / "dense_predictions.safetensors")["predictions"]
-        tuned_accuracy = accuracy_record(accuracy_of(job, tuned, reference))
+        tuned_accuracy = accuracy_record(accuracy_of(job, tuned, predictions_of_dense(judged)))
         write_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
-    return stage(job, "3-distill", decisive, {**job.inputs, "pruned": pruned.digest}, work, resumable=True)
+    return stage(
+        job,
+        "3-distill",
+        decisive,
+        {**job.inputs, "judged": judged.digest, "pruned": pruned.digest},
+        work,
+        resumable=True,
+    )

@@ -33,6 +33,15 @@ class NetworkAccuracy(BaseModel):
     images: int
 
 
+class DenseAccuracy(BaseModel):
+    """`0-dense/accuracy.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    dense: NetworkAccuracy
+
+
 class PrunedAccuracies(BaseModel):
     """`2-prune/accuracy.json`; `after_deletion` is plain deletion of the same units, None without compensation."""
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from upvits import toolchain
 from upvits.calib_data import proxy_images
-from upvits.calib_data.tensors import save_tensors
 from upvits.deploy.recipe.request import Job, plan_arguments
 from upvits.deploy.report.verdict import small_proxy
 from upvits.deploy.speed.search import FittedPlan, LatencyRecord, search
+from upvits.deploy.stages.dense import accuracy_of_dense, predictions_of_dense
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.steadiness import unsteady
@@ -36,7 +36,7 @@ Losses = Mapping[str, Curve]
 """Expected losses by group."""
 
 
-def prune(job: Job, scored: Artifact) -> Artifact:
+def prune(job: Job, judged: Artifact, scored: Artifact) -> Artifact:
     """The stage."""
 
     def work(folder: Path) -> None:
@@ -54,12 +54,11 @@ def prune(job: Job, scored: Artifact) -> Artifact:
         write_document(folder / "compensation.json", record)
         toolchain.save(compensated or deleted, folder / "model")
         _warn_of_small_proxy(job, plan, scores, record.rotated)
-        dense = accuracy_of(job, job.dense)
-        save_tensors({"predictions": dense.predictions}, folder / "dense_predictions.safetensors")
-        after_prune = accuracy_of(job, compensated or deleted, dense.predictions)
-        after_deletion = None if compensated is None else accuracy_of(job, deleted, dense.predictions)
+        reference = predictions_of_dense(judged)
+        after_prune = accuracy_of(job, compensated or deleted, reference)
+        after_deletion = None if compensated is None else accuracy_of(job, deleted, reference)
         accuracies = PrunedAccuracies(
-            dense=accuracy_record(dense),
+            dense=accuracy_of_dense(judged),
             after_prune=accuracy_record(after_prune),
             after_deletion=None if after_deletion is None else accuracy_record(after_deletion),
         )
@@ -67,7 +66,9 @@ def prune(job: Job, scored: Artifact) -> Artifact:
 
     where = {} if job.deployment is None else job.deployment.facts()  # a latency depends on the machine too
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}
-    return stage(job, "2-prune", settings, {**job.inputs, "scores": scored.digest, **where}, work)
+    return stage(
+        job, "2-prune", settings, {**job.inputs, "judged": judged.digest, "scores": scored.digest, **where}, work
+    )
 
 
 def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn.Module | None, CompensationRecord]:

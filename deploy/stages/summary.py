@@ -53,7 +53,8 @@ from upvits.toolchain.scores import Stability as Agreement
 class Artifacts:
     """What the stages of a run made, as far as it went."""
 
-    scored: Artifact
+    judged: Artifact
+    scored: Artifact | None = None
     pruned: Artifact | None = None
     tuned: Artifact | None = None
     exported: Artifact | None = None
@@ -66,6 +67,7 @@ class Artifacts:
     def all(self) -> list[Artifact]:
         """In the order of the stages."""
         artifacts = (
+            self.judged,
             self.scored,
             self.pruned,
             self.tuned,
@@ -80,6 +82,7 @@ class Artifacts:
 
 def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> Report:
     """The report of a whole run, with what is known of detectors on its networks."""
+    assert done.scored is not None
     assert done.pruned is not None
     assert done.tuned is not None
     assert done.benched is not None
@@ -128,6 +131,7 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
         environment=_environment(read_json(done.benched.folder / "environment.json")),
         reproduce=_reproduce(job),
         notes=[
+            *job.notes,
             *_skipped_images(job),
             *([] if compensated.left_out is None else [f"Compensation was left out: {compensated.left_out}"]),
             *left_out(job, done.graphs),

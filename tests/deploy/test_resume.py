@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from upvits import toolchain
 
 STAGES = (
-    "1-score", "2-prune", "3-distill", "4-export", "4-precision/int8-fp32", "5-engine/onnxruntime-fp32",
+    "0-dense", "1-score", "2-prune", "3-distill", "4-export", "4-precision/int8-fp32", "5-engine/onnxruntime-fp32",
     "5-engine/onnxruntime-int8", "6-bench",
 )  # fmt: skip
 TIMES = {

@@ -1,0 +1,150 @@
+"""0-dense: what the dense network answers, and the end of the run where that is hardly better than guessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from upvits.calib_data import Images, Preprocess, batches
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.tensors import save_tensors
+from upvits.deploy.recipe.request import Job
+from upvits.deploy.stages.documents import DenseAccuracy, NetworkAccuracy
+from upvits.deploy.stages.job import EVAL_BATCH, accuracy_of, accuracy_record, stage
+from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.documents import read_document, write_document
+from upvits.toolchain.structure.timm_config import num_classes_of
+from upvits.toolchain.training.evaluate import evaluate
+
+FEWEST = 20
+"""Validation images below which an accuracy says too little to end a run."""
+
+WEAK = 0.1
+"""Share of the way from guessing to always right below which a network counts as weak."""
+
+_TRIED = 64  # images that another preparation is tried on
+_NORMALISATIONS = {
+    "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mean and deviation 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "CLIP's mean and deviation": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "no normalisation": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+_SIZES = (32, 64, 128, 224, 384)
+
+Reason = tuple[float, str]
+"""Percent of images that would be right, and what would have to change."""
+
+
+def judge_dense(job: Job) -> Artifact:
+    """0-dense: accuracy and predictions of the dense network on all validation images.
+
+    Raises:
+        UserError: it is hardly better than guessing, its weights are not random, and the recipe does not allow it.
+    """
+
+    def work(folder: Path) -> None:
+        dense = accuracy_of(job, job.dense)
+        save_tensors({"predictions": dense.predictions}, folder / "predictions.safetensors")
+        write_document(folder / "accuracy.json", DenseAccuracy(dense=accuracy_record(dense)))
+
+    artifact = stage(job, "0-dense", {}, job.inputs, work)
+    if job.recipe.weights != "random" and not job.recipe.allow_weak:
+        _require_better_than_guessing(job, accuracy_of_dense(artifact), predictions_of_dense(artifact))
+    return artifact
+
+
+def predictions_of_dense(judged: Artifact) -> Tensor:
+    """Predictions [images] int64 of the dense network on the validation images."""
+    return load_file(judged.folder / "predictions.safetensors")["predictions"]
+
+
+def accuracy_of_dense(judged: Artifact) -> NetworkAccuracy:
+    """Its accuracy."""
+    return read_document(judged.folder / "accuracy.json", DenseAccuracy).dense
+
+
+def _require_better_than_guessing(job: Job, accuracy: NetworkAccuracy, predictions: Tensor) -> None:
+    if accuracy.top1 is None or accuracy.images < FEWEST:
+        return
+    guessing = 100 / num_classes_of(job.dense)
+    if accuracy.top1 >= guessing + WEAK * (100 - guessing):
+        return
+    labels = torch.tensor(job.source.val.labels)
+    reasons = sorted(
+        (_other_numbers(labels, predictions, job.source.class_names or ()), _normalisation(job), _size(job)),
+        key=lambda reason: -reason[0],
+    )
+    raise UserError(
+        f"The dense network is right on {accuracy.top1:.1f} % of {accuracy.images} validation images; guessing gives "
+        f"{guessing:.1f} %.",
+        why="Nothing could be told of a network that is cut from it. What may be wrong, the likeliest first: "
+        + "; ".join(f"{number}. {text}" for number, (_, text) in enumerate(reasons, 1))
+        + ".",
+        fix="Set right what is wrong: --class-order or --class-map, the normalisation that the weights were trained "
+        "with, --image-size. --allow-weak goes on as it is.",
+    )
+
+
+def _other_numbers(labels: Tensor, predictions: Tensor, names: tuple[str, ...]) -> Reason:
+    """Accuracy with every class renumbered to what its images are taken for: learnt on every other image, judged on
+    the rest.
+    """
+    order = torch.argsort(labels, stable=True)
+    learnt, judged = order[::2], order[1::2]
+    meant: dict[int, int] = {}
+    for label in sorted(set(labels.tolist())):
+        of_label = predictions[learnt][labels[learnt] == label]
+        if label >= 0 and len(of_label):
+            meant[label] = int(of_label.mode().values)
+    hits = [meant.get(label) == guess for label, guess in zip(labels[judged].tolist(), predictions[judged].tolist(),
+                                                              strict=True)]  # fmt: skip
+    top1 = 100 * sum(hits) / max(1, len(hits))
+    if len(set(meant.values())) < 0.9 * len(meant):  # many classes are taken for the same one
+        top1 = 0.0
+    moved = next(((label, other) for label, other in meant.items() if label != other), None)
+    if moved is None or top1 < 1:
+        return 0.0, "the order of classes (no other numbers help)"
+    example = f"images of {_name(names, moved[0])} are taken for {_name(names, moved[1])}"
+    return top1, f"the order of classes (with other numbers {top1:.1f} % are right: {example})"
+
+
+def _name(names: tuple[str, ...], label: int) -> str:
+    return repr(names[label]) if label < len(names) else f"class {label}"
+
+
+def _normalisation(job: Job) -> Reason:
+    present = (job.preprocess.mean, job.preprocess.std)
+    tried = {
+        name: replace(job.preprocess, mean=mean, std=std)
+        for name, (mean, std) in _NORMALISATIONS.items()
+        if (mean, std) != present
+    }
+    return _best(job, "the normalisation", tried)
+
+
+def _size(job: Job) -> Reason:
+    channels, height, width = job.preprocess.input_size
+    if getattr(job.dense.get_submodule("patch_embed"), "img_size", None) is not None:
+        return 0.0, f"the image size ({height} x {width} belongs to the weights)"
+    sizes = {
+        f"{size} pixels": replace(job.preprocess, input_size=(channels, size, size))
+        for size in _SIZES
+        if (size, size) != (height, width)
+    }
+    return _best(job, "the image size", sizes)
+
+
+def _best(job: Job, what: str, tried: Mapping[str, Preprocess]) -> Reason:
+    images = job.source.val.spread(_TRIED)
+    found = {name: _top1(job.dense, images, preprocess) for name, preprocess in tried.items()}
+    name = max(found, key=found.__getitem__)
+    return found[name], f"{what} (at best, with {name}, {found[name]:.1f} % of {len(images)} images are right)"
+
+
+def _top1(model: nn.Module, images: Images, preprocess: Preprocess) -> float:
+    return evaluate(model, batches(images, preprocess, EVAL_BATCH)).top1 or 0.0
