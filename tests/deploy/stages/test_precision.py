@@ -53,7 +53,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {
         "model": "deit_tiny", "weights": str(folder / "w.safetensors"), "data": f"imagefolder:{folder / 'photos'}",
         "image_size": 32, "plan": {"ratio": 0.5}, "score": {"method": "magnitude"}, "distill": {"epochs": 0},
-        "compensate": {"enabled": False}, "bench": {"seconds": 0.1, "batches": [1, 2]},
+        "compensate": {"enabled": False}, "bench": {"seconds": 0.1, "batches": [1, 2]}, "allow_weak": True,
     }  # fmt: skip
 
 
