@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,7 +40,7 @@ from upvits.calib_data.datasets import Images
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.progress import watched
 from upvits.deploy.runtimes import open_model
-from upvits.toolchain.networks.checkpoints import read_checkpoint, resample_position_embedding
+from upvits.toolchain.networks.weight_files import as_fp32, read_weights
 from upvits.toolchain.structure.timm_config import update_config
 from upvits.toolchain.training.evaluate import evaluate
 
@@ -134,7 +135,9 @@ def vit_with_trained_weights(state: dict[str, Tensor], source: DataSource, size:
     classes = source.class_names or ()
     model = toolchain.create_model(ARCHITECTURE, num_classes=len(classes), image_size=size)
     head = {"head.weight": torch.zeros(len(classes), 384), "head.bias": torch.zeros(len(classes))}
-    model.load_state_dict({**resample_position_embedding(state, model), **head})
+    grid = list(cast(Any, model).patch_embed.grid_size)
+    position = resample_abs_pos_embed(state["pos_embed"], new_size=grid, num_prefix_tokens=1)
+    model.load_state_dict({**state, "pos_embed": position, **head})
     update_config(model, label_names=classes)
     return model
 
@@ -208,7 +211,7 @@ def trained(model: nn.Module, source: DataSource, epochs: int, lr: float, batch_
         out = Path(folder) / "weights.safetensors"
         options = argparse.Namespace(epochs=epochs, lr=lr, batch_size=batch_size, workers=0, out=out)
         log = train_folder.train(source, model, options)
-        model.load_state_dict(read_checkpoint(out))
+        model.load_state_dict(as_fp32(read_weights(out).states[""], str(out)))
     model.eval()
     return log
 

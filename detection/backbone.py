@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.families import FAMILIES, family_of
+from upvits.toolchain.networks.building import hollow
 from upvits.toolchain.networks.config_document import config_from
-from upvits.toolchain.networks.models import hollow
 
 Source = str | Path | Mapping[str, Any]
 """A model folder, a timm name (random weights), or a structure document (weights come with the detector's)."""

@@ -32,7 +32,7 @@ from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.depth import last_blocks_first
 from upvits.toolchain.networks.models import label_names_of
-from upvits.toolchain.networks.names import canonical_name
+from upvits.toolchain.networks.names import asked_weights, canonical_name
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, PruningPlan, check_request
 from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.processes import pick_device
@@ -157,6 +157,7 @@ def with_names(recipe: Recipe) -> Recipe:
     if plan.like is not None:
         plan = plan.model_copy(update={"like": canonical_name(plan.like)})
     weights = _default_weights(model, recipe.data) if recipe.weights is None else recipe.weights
+    model, weights = asked_weights(model, weights)
     if weights not in ("demo", "timm", "random"):
         weights = str(user_path(weights).absolute())
     calib = recipe.precision.calib

@@ -1,93 +1,30 @@
-"""Reading weights that somebody else saved: safetensors or torch files, never code."""
+"""A network from the weights in a file: which reading of the tensors fits, and what follows from it."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import pickle
-import warnings
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.networks.building import build
+from upvits.toolchain.networks.explain import ambiguous, does_not_fit, doubtful_activation
+from upvits.toolchain.networks.found import Found, set_found
+from upvits.toolchain.networks.readings import Fit, Reading, fitted, preferred, readings, same_tensors
+from upvits.toolchain.networks.said import ARGUMENTS, Said, said_in
+from upvits.toolchain.networks.settle import Size, Wanted, pooling, prepare, said_arguments, size_of_weights
+from upvits.toolchain.networks.weight_files import State, Weights, as_fp32, read_weights, some
+from upvits.toolchain.structure.layers import adopt_parameters
+from upvits.toolchain.structure.timm_config import update_config
 
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, in fp32; EMA weights are preferred where a training script kept both.
-
-    Raises:
-        UserError: the file is missing or unreadable, is a pickle with code in it, or holds no tensors or NaN.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint file {path}.", fix="Give a .safetensors, .pth or .pt file.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns of unusual pickles; what matters here is whether it reads them
-            state = load_state_dict(str(path), weights_only=True)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} if _is_mapping(state) else {}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors.", fix="Expected is a state dict in safetensors or torch format.")
-    return as_fp32(tensors, str(path))
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    # torch raises UnpicklingError for a pickle with code in it; newer timm turns that into a RuntimeError
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return UserError(
-            f"{path} holds more than tensors, and is not loaded.",
-            why="Such a pickle can run code on your machine when it is opened.",
-            fix="In the environment that made it, save `model.state_dict()` with safetensors.torch.save_file.",
-        )
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return UserError(
-        f"{path} cannot be read as a checkpoint ({reason}).",
-        fix="Is the file complete? Expected is a state dict in safetensors or torch format.",
-    )
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def as_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Floating-point tensors as fp32; NaN and infinity are refused.
-
-    Raises:
-        UserError: a tensor holds NaN or infinity.
-    """
-    result = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    broken = [name for name, value in result.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise UserError(
-            f"{source} holds NaN or infinite values in {_some(broken)}.",
-            why="Nothing that is computed from them would mean anything.",
-            fix="Use an earlier checkpoint of that training.",
-        )
-    return result
+_LOGGER = logging.getLogger(__name__)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -99,65 +36,145 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def num_classes_in(state: Mapping[str, Tensor]) -> int:
-    """Rows of the classifier in a state dict in timm naming; 0 when there is none."""
-    head = state.get("head.weight")
-    return int(head.shape[0]) if head is not None and head.ndim == 2 else 0
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A reading of a file with the network that it is compared with (on the meta device), and how it fits.
+
+    Attributes:
+        arguments: timm's, for building that network.
+        size: height and width of the images that the weights are for.
+        source: where the size is known from.
+    """
+
+    reading: Reading
+    model: nn.Module
+    fit: Fit
+    arguments: Mapping[str, Any]
+    size: Size
+    source: str
 
 
-def image_size_in(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
-    """Side in pixels that a square position embedding was made for; None for models without one."""
-    if not isinstance(model, VisionTransformer) or "pos_embed" not in state:
-        return None
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    shape = state["pos_embed"].shape
-    patches = shape[1] - prefix if len(shape) == 3 else 0
-    # what cannot be a square of patches is left to the comparison of shapes
-    return math.isqrt(patches) * cast(int, model.patch_embed.patch_size[0]) if patches > 0 else None
-
-
-def resample_position_embedding(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with its position embedding at the image size of `model` (bicubic, as timm does)."""
-    if not isinstance(model, VisionTransformer) or "pos_embed" not in state or model.pos_embed is None:
-        return state
-    shape, target = state["pos_embed"].shape, model.pos_embed.shape
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    patches = shape[1] - prefix if len(shape) == 3 else 0
-    if shape == target or shape[-1:] != target[-1:] or patches <= 0 or math.isqrt(patches) ** 2 != patches:
-        return state  # what is no square of patches is left to the comparison of shapes
-    resampled = resample_abs_pos_embed(
-        state["pos_embed"], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
-    )
-    return {**state, "pos_embed": resampled}
-
-
-def check_state(state: Mapping[str, Tensor], model: nn.Module, source: str, architecture: str) -> None:
-    """Compare names and shapes with the model's.
+def network_from_file(architecture: str, path: Path, wanted: Wanted) -> nn.Module:
+    """The network of an architecture with the weights in a file, an index of shards, or a folder without config.json.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape; names the first few of each.
+        UserError: the weights are unreadable, fit in no way or in several, or hold NaN; says what they look like.
     """
-    shapes_needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in shapes_needed if name not in state]
-    extra = [name for name in state if name not in shapes_needed]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in shapes_needed.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    faults = [
-        f"missing: {_some(missing)}" if missing else "",
-        f"unknown: {_some(extra)}" if extra else "",
-        f"mis-shaped: {_some(shapes)}" if shapes else "",
-    ]
-    if any(faults):
+    weights = read_weights(path)
+    said = said_in(weights.beside)
+    chosen, notes = choose(architecture, weights, candidates(architecture, weights, said, wanted), said)
+    if chosen.reading.layout == "OpenCLIP" and "act_layer" not in chosen.arguments and "quickgelu" not in architecture:
+        raise doubtful_activation(architecture, path)
+    if wanted.num_classes is not None and chosen.reading.num_classes != wanted.num_classes:
         raise UserError(
-            f"{source} does not fit {architecture}: {'; '.join(fault for fault in faults if fault)}.",
-            why="Every tensor must agree, or the network would compute something else.",
-            fix="Check `name=`: the checkpoint must hold exactly that timm architecture, in timm's naming.",
+            f"{path} has {chosen.reading.num_classes} classes, but {wanted.num_classes} are wanted.",
+            why="Accuracy would be measured against the wrong labels.",
+            fix="Fine-tune the network on these classes first, or give the data that it was trained on.",
         )
+    state = as_fp32(chosen.fit.state, str(path))
+    model = chosen.model
+    source = chosen.source
+    if wanted.image_size is not None and wanted.image_size != chosen.size:
+        model, state = _at_other_size(architecture, chosen, state, wanted.image_size)
+        source = "the options"
+    model = adopt_parameters(model, state)
+    sources = prepare(model, architecture, said, wanted, ARGUMENTS)
+    if said.labels is not None and len(said.labels) == chosen.reading.num_classes:
+        update_config(model, label_names=said.labels)
+        notes = (*notes, f"Names of {len(said.labels)} classes are in the file.")
+    set_found(model, Found(notes, {"input_size": source, **sources}, said.accuracy))
+    return model
 
 
-def _some(items: list[str], count: int = 4) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
+def choose(
+    architecture: str, weights: Weights, tried: Sequence[Candidate], said: Said
+) -> tuple[Candidate, tuple[str, ...]]:
+    """The one reading of a file that fits an architecture, and what is to be said about it.
+
+    Raises:
+        UserError: none fits, or several do.
+    """
+    fitting = [candidate for candidate in tried if candidate.fit.exact]
+    if not fitting:
+        raise does_not_fit(architecture, weights, [(one.reading, one.fit) for one in tried])
+    first, others = fitting[0], fitting[1:]
+    rivals = [one for one in others if not same_tensors(one.reading.state, first.reading.state)]
+    if rivals:
+        best = preferred([one.reading for one in fitting])
+        if best is None:
+            raise ambiguous(weights.path, [one.reading for one in (first, *rivals)])
+        first = next(one for one in fitting if one.reading is best)
+    return first, _notes(first, fitting, architecture, said)
+
+
+def candidates(architecture: str, weights: Weights, said: Said, wanted: Wanted) -> list[Candidate]:
+    """Every reading of a file as a network of this architecture, fitting or not.
+
+    Raises:
+        UserError: nothing tells the size of the images, or arguments contradict each other.
+    """
+    told = {} if said.architecture is None else said_arguments(architecture, said)
+    with torch.device("meta"):
+        probe = build(architecture, **{**told, **wanted.model_args})
+        return [
+            _candidate(architecture, reading, weights.path, said, wanted, told)
+            for reading in readings(weights.states, probe)
+        ]
+
+
+def _candidate(
+    architecture: str, reading: Reading, path: Path, said: Said, wanted: Wanted, told: Mapping[str, Any]
+) -> Candidate:
+    weight = reading.state["patch_embed.proj.weight"]
+    channels = {} if weight.ndim != 4 or weight.shape[1] == 3 else {"in_chans": int(weight.shape[1])}
+    arguments = {**told, **channels, **wanted.model_args}
+    probe = build(architecture, num_classes=reading.num_classes, **arguments)
+    arguments |= pooling(arguments, reading.state, probe)
+    size, source = size_of_weights(reading, probe, architecture, said, wanted, path)
+    model = build(architecture, num_classes=reading.num_classes, image_size=size, **arguments)
+    return Candidate(reading, model, fitted(reading, model), arguments, size, source)
+
+
+def _at_other_size(architecture: str, chosen: Candidate, state: State, size: Size) -> tuple[nn.Module, State]:
+    """The network for images of another size, its position embedding resampled (bicubic, as timm does)."""
+    with torch.device("meta"):
+        model = build(architecture, num_classes=chosen.reading.num_classes, image_size=size, **chosen.arguments)
+    return model, resample_position_embedding(state, chosen.model, model)
+
+
+def resample_position_embedding(state: State, old: nn.Module, new: nn.Module) -> State:
+    """The weights of `old` with a position embedding for the image size of `new` (bicubic, as timm does)."""
+    if "pos_embed" not in state:
+        return state
+    embeddings: list[Any] = [network.get_submodule("patch_embed") for network in (old, new)]
+    grids = [list(embedding.grid_size) for embedding in embeddings]
+    if grids[0] == grids[1]:
+        return state
+    prefix = 0 if getattr(old, "no_embed_class", False) else int(getattr(old, "num_prefix_tokens", 1))
+    position: Tensor = resample_abs_pos_embed(
+        state["pos_embed"], new_size=grids[1], old_size=grids[0], num_prefix_tokens=prefix
+    )
+    return {**state, "pos_embed": position}
+
+
+def _notes(chosen: Candidate, fitting: list[Candidate], architecture: str, said: Said) -> tuple[str, ...]:
+    reading, notes = chosen.reading, []
+    if reading.place or reading.prefix or reading.layout != "timm":
+        naming = "" if reading.layout == "timm" else f", in the naming of {reading.layout}"
+        notes.append(f"The weights are {reading.title} of the file{naming}.")
+    unused = sorted({one.reading.title for one in fitting} - {reading.title})
+    if unused:
+        notes.append(f"The file also holds {some(unused)}, which is not used.")
+    if reading.head:
+        notes.append(f"The classifier is {reading.head!r} of the file.")
+    if chosen.fit.left_out:
+        notes.append(f"{len(chosen.fit.left_out)} tensors are left out: {some(list(chosen.fit.left_out))}.")
+    if said.architecture is not None and said.architecture.partition(".")[0] != architecture.partition(".")[0]:
+        notes.append(f"The checkpoint says that it is a {said.architecture}.")
+    arguments = {name: value for name, value in chosen.arguments.items() if name != "in_chans"}
+    if arguments:
+        spelled = ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
+        notes.append(f"Built with {spelled}.")
+    for note in notes:
+        _LOGGER.info("%s", note)
+    return tuple(notes)

@@ -31,6 +31,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=1_000)]
 _Stages = tuple[_Count, _Count, _Count, _Count]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 _Activation = Literal["gelu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu", "swish"]
 
 
@@ -93,7 +94,7 @@ class PreprocessEntries(BaseModel):
 
     input_size: tuple[_Channels, _Side, _Side] | None = None
     fixed_input_size: bool | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "random"] | None = None
+    interpolation: Interpolation | None = None
     crop_pct: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
     mean: Annotated[tuple[_Number, ...], Field(min_length=1, max_length=64)] | None = None
@@ -154,6 +155,11 @@ def read_config(folder: Path) -> ModelConfig:
     return read_document(folder / "config.json", ModelConfig, fix=_EXPECTED)
 
 
+def has_config(folder: Path) -> bool:
+    """Whether a folder says what network it holds."""
+    return (folder / "config.json").exists()
+
+
 def config_from(structure: Mapping[str, Any]) -> ModelConfig:
     """The same from values that stand in another document, such as a detector's."""
     return parse_document(json.dumps(structure), "The structure of the network", ModelConfig, fix=_EXPECTED)
@@ -165,7 +171,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: the architecture is of no family, or has no such argument.
     """
-    family = _family_name(config.architecture)
+    family = family_name(config.architecture)
     if family is None:
         raise UserError(
             f"config.json: {config.architecture[:100]!r} is none of timm's architectures that can be pruned.",
@@ -180,7 +186,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
 
 
 @cache
-def _family_name(architecture: str) -> str | None:
+def family_name(architecture: str) -> str | None:
     """The family of a timm architecture, by name; None where no family has it."""
     for family, modules in MODULES.items():
         if any(architecture in timm.list_models(module=module) for module in modules):

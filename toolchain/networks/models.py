@@ -12,33 +12,38 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from upvits.calib_data import Preprocess, demo_weights
 from upvits.calib_data.errors import MissingDependencyError, UserError
-from upvits.calib_data.files import require_regular, user_path
+from upvits.calib_data.files import user_path
 from upvits.calib_data.paths import share
 from upvits.calib_data.tensors import save_tensors
-from upvits.toolchain.families import family_of, groups_of, narrow
-from upvits.toolchain.networks.checkpoints import (
-    as_fp32,
-    check_state,
-    image_size_in,
-    num_classes_in,
-    read_checkpoint,
-    resample_position_embedding,
+from upvits.toolchain.families import family_of, groups_of
+from upvits.toolchain.networks.building import build, hollow
+from upvits.toolchain.networks.checkpoints import Candidate, choose, network_from_file
+from upvits.toolchain.networks.config_document import has_config, read_config
+from upvits.toolchain.networks.found import Found, add_sources, found_in, set_found
+from upvits.toolchain.networks.names import asked_weights
+from upvits.toolchain.networks.readings import fitted, readings
+from upvits.toolchain.networks.said import Said
+from upvits.toolchain.networks.settle import (
+    OPTIONS,
+    Size,
+    Wanted,
+    checked_arguments,
+    checked_preprocess,
+    prepare,
 )
-from upvits.toolchain.networks.config_document import ModelConfig, WidthEntries, arguments_of, read_config
-from upvits.toolchain.networks.names import canonical_name
-from upvits.toolchain.structure.groups import Widths, widths_of
+from upvits.toolchain.networks.weight_files import as_fp32, read_weights
+from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
 from upvits.toolchain.structure.timm_config import architecture_of, config_of, update_config
 
@@ -47,16 +52,26 @@ _PREPROCESS_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "c
 
 
 def create_model(
-    name: str, *, weights: str = "random", num_classes: int | None = None, image_size: int | None = None
+    name: str,
+    *,
+    weights: str = "random",
+    num_classes: int | None = None,
+    image_size: int | Size | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm network of a supported family, in eval mode.
 
     Args:
-        name: timm's name or a common spelling (`pvtv2_b0`, `deit_tiny`).
-        weights: `demo` (ships with this package), `timm` (pretrained, from the hub), `random`, a checkpoint file in
-            timm naming, or a model folder.
+        name: timm's name or a common spelling (`pvtv2_b0`, `deit_tiny`, `timm/vit_tiny_patch16_224.augreg_in21k`).
+        weights: `demo` (ships with this package), `timm` (pretrained, from the hub), `random`, a checkpoint file, an
+            index of shards, or a model folder of timm, transformers or this package.
         num_classes: classes of the head; read from the checkpoint, or the architecture's default.
-        image_size: side in pixels; read from the checkpoint, or the architecture's default.
+        image_size: side, or height and width, in pixels; read from the checkpoint, or the architecture's default.
+        model_args: timm arguments that the network was built with, where the checkpoint does not say them, such as
+            `{"global_pool": "avg"}`.
+        preprocess: of `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`, those that differ from what the
+            checkpoint says.
 
     Raises:
         UserError: unknown name, unsupported model, or weights that don't fit.
@@ -68,21 +83,31 @@ def create_model(
         >>> model.embed_dim, model.num_classes
         (192, 5)
     """
-    architecture = canonical_name(name)
+    architecture, weights = asked_weights(name, weights)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    wanted = Wanted(num_classes, size, checked_arguments(architecture, model_args or {}), dict(preprocess or {}))
     with torch.device("meta"):
-        family_of(_build(architecture, None, None))  # refuses what cannot be pruned before it fills memory
+        family_of(build(architecture))  # refuses what cannot be pruned before it fills memory
     if weights in ("demo", "random", "timm"):
-        model = _create_known(architecture, weights, num_classes, image_size)
-    elif (place := user_path(weights)).is_dir():
-        model = _at_size(load(place), image_size, weights)
-        _check_architecture(model, architecture, weights)
+        model = _create_known(architecture, weights, wanted)
+    elif (place := user_path(weights)).is_dir() and has_config(place):
+        model = _at_size(load(place), size, weights)
+        _check_folder(model, architecture, weights, wanted)
     else:
-        model = _create_from_file(architecture, place, num_classes, image_size)
+        model = network_from_file(architecture, place, wanted)
     family_of(model)
+    _note_preprocess(model, architecture, wanted)
     return model.eval()
 
 
-def _create_known(architecture: str, weights: str, num_classes: int | None, image_size: int | None) -> nn.Module:
+def _note_preprocess(model: nn.Module, architecture: str, wanted: Wanted) -> None:
+    """Set what the user said about the preprocessing, and name sources where none are named yet."""
+    if not found_in(model).sources:
+        sources = prepare(model, architecture, Said(), wanted, "")
+        add_sources(model, {**sources, "input_size": OPTIONS if wanted.image_size else sources["mean"]})
+
+
+def _create_known(architecture: str, weights: str, wanted: Wanted) -> nn.Module:
     if weights == "demo":
         folder = demo_weights(architecture)
         if folder is None:
@@ -92,11 +117,12 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
                 fix='Give your own with `weights="FILE"`, or `weights="timm"` for pretrained ones from the hub '
                 '(`weights="random"` only to look at sizes and speed). The demo covers pvtv2_b0.',
             )
-        return _at_size(load(folder), image_size, "The demo checkpoint")
+        return _at_size(load(folder), wanted.image_size, "The demo checkpoint")
+    sizes: dict[str, Any] = {"num_classes": wanted.num_classes, "image_size": wanted.image_size}
     if weights == "random":
-        return _build(architecture, num_classes, image_size)
+        return build(architecture, **sizes, **wanted.model_args)
     try:
-        return _build(architecture, num_classes, image_size, pretrained=True)
+        return build(architecture, **sizes, **wanted.model_args, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingDependencyError(
             f"The pretrained weights of {architecture} cannot be had here ({str(error).splitlines()[0][:200]}).",
@@ -106,55 +132,36 @@ def _create_known(architecture: str, weights: str, num_classes: int | None, imag
         ) from error
 
 
-def _at_size(model: nn.Module, image_size: int | None, source: str) -> nn.Module:
+def _at_size(model: nn.Module, size: Size | None, source: str) -> nn.Module:
     """A loaded network at another image size, which only networks without position embedding take as they are."""
-    if image_size is None or preprocess_of(model).input_size[1:] == (image_size, image_size):
+    if size is None or preprocess_of(model).input_size[1:] == size:
         return model
     if getattr(model.get_submodule("patch_embed"), "img_size", None) is not None:
+        height, width = preprocess_of(model).input_size[1:]
         raise UserError(
-            f"{source} holds a network for images of {preprocess_of(model).input_size[1]} pixels, not {image_size}.",
+            f"{source} holds a network for images of {height} x {width} pixels, not {size[0]} x {size[1]}.",
             why="Its position embedding belongs to that size.",
             fix="Leave `image_size=` out, or give the weights as a checkpoint file: that is resampled.",
         )
-    update_config(model, input_size=(3, image_size, image_size))
+    update_config(model, input_size=(preprocess_of(model).input_size[0], *size))
+    add_sources(model, {"input_size": OPTIONS})
     return model
 
 
-def _build(
-    architecture: str, num_classes: int | None, image_size: int | None, pretrained: bool = False, **args: Any
-) -> nn.Module:
-    if num_classes is not None:
-        args["num_classes"] = num_classes
-    if image_size is not None and "pvt" not in architecture:
-        args["img_size"] = image_size
-    model = cast(nn.Module, timm.create_model(architecture, pretrained=pretrained, **args))
-    if image_size is not None:
-        update_config(model, input_size=(3, image_size, image_size))
-    return model
-
-
-def _create_from_file(architecture: str, path: Path, num_classes: int | None, image_size: int | None) -> nn.Module:
-    state = read_checkpoint(path)
-    classes = num_classes_in(state)
-    if num_classes is not None and classes != num_classes:
-        raise UserError(
-            f"{path} has {classes} classes, but {num_classes} are wanted.",
-            why="Accuracy would be measured against the wrong labels.",
-            fix="Fine-tune the network on these classes first, or give the data that it was trained on.",
-        )
-    with torch.device("meta"):
-        probe = _build(architecture, classes, None)
-    model = _build(architecture, classes, image_size or image_size_in(state, probe))
-    state = resample_position_embedding(state, model)
-    check_state(state, model, str(path), architecture)
-    model.load_state_dict(state)
-    return model
-
-
-def _check_architecture(model: nn.Module, architecture: str, weights: str) -> None:
+def _check_folder(model: nn.Module, architecture: str, weights: str, wanted: Wanted) -> None:
     held = architecture_of(model)
     if held != architecture.partition(".")[0]:
         raise UserError(f"{weights} holds a {held}, not a {architecture}.", fix=f'Give `name="{held}"`.')
+    if wanted.model_args:
+        raise UserError(
+            f"`model_args=` does not go with {weights}.",
+            why="The folder's config.json says how the network is built.",
+            fix="Leave it out, or give the file with the weights alone.",
+        )
+    if wanted.preprocess:
+        entries = checked_preprocess(wanted.preprocess, preprocess_of(model).input_size[0])
+        update_config(model, **entries)
+        add_sources(model, dict.fromkeys(entries, OPTIONS))
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
@@ -275,50 +282,15 @@ def load(folder: Path | str) -> nn.Module:
     folder = Path(folder)
     config = read_config(folder)
     model = hollow(config)
-    path = folder / "model.safetensors"
-    require_regular(path, fix="Is the folder complete?")
-    try:
-        state = as_fp32(load_file(path), str(path))
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read ({error}).", fix="Is the file complete?") from error
-    check_state(state, model, str(path), config.architecture)
-    return adopt_parameters(model, state).eval()
-
-
-def hollow(config: ModelConfig) -> nn.Module:
-    """The network of a `config.json` on the meta device, without weights.
-
-    Raises:
-        UserError: timm cannot build it.
-    """
-    arguments = arguments_of(config)
-    try:
-        with torch.device("meta"):
-            model = _build(config.architecture, arguments.pop("num_classes", None), None, **arguments)
-            if config.upvits is not None:
-                model = _narrowed(model, config.upvits.widths)
-    except UserError:
-        raise
-    except Exception as error:  # timm checks its arguments with asserts and arithmetic of any kind
-        raise UserError(
-            f"timm cannot build the {config.architecture} of this config.json ({str(error).splitlines()[0][:200]}).",
-            why="Its arguments do not fit each other.",
-            fix="Use the folder as it was written.",
-        ) from error
-    labels = {} if config.label_names is None else {"label_names": config.label_names}
-    update_config(model, **config.pretrained_cfg.given, **labels, architecture=config.architecture)
+    weights = read_weights(folder)
+    size: Size = tuple(config_of(model)["input_size"][-2:])
+    tried = [
+        Candidate(reading, model, fitted(reading, model), config.model_args, size, "config.json")
+        for reading in readings(weights.states, model)
+    ]
+    chosen, notes = choose(config.architecture, weights, tried, Said())
+    model = adopt_parameters(model, as_fp32(chosen.fit.state, str(weights.path))).eval()
+    said = config.pretrained_cfg.given.keys() | {"input_size"}
+    default = f"timm's configuration of {config.architecture}"
+    set_found(model, Found(notes, {key: "config.json" if key in said else default for key in _PREPROCESS_KEYS}))
     return model
-
-
-def _narrowed(model: nn.Module, widths: WidthEntries) -> nn.Module:
-    sizes = {group.name: group.size for group in groups_of(model)}
-    strange = [name for name, width in widths.channels.items() if not width <= sizes.get(name, 0)]
-    if strange:
-        raise UserError(
-            f"config.json: the network has no group {strange[0][:100]!r} that could be cut to this width.",
-            why="The widths belong to another architecture, or were changed.",
-            fix="Use the folder as it was written.",
-        )
-    return narrow(model, Widths(**widths.model_dump()))

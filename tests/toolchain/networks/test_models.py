@@ -19,7 +19,7 @@ from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.catalogue import architectures
 from upvits.toolchain.networks.models import label_names_of
-from upvits.toolchain.networks.names import candidates, canonical_name
+from upvits.toolchain.networks.names import asked_weights, candidates, canonical_name
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 
@@ -33,10 +33,24 @@ DEIT, PVT = VARIANTS[0], VARIANTS[7]
         ("deit_tiny", "deit_tiny_patch16_224"),
         ("deit3_small", "deit3_small_patch16_224"),
         ("vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"),
+        ("timm/deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224.fb_in1k"),
+        ("hf_hub:timm/pvt_v2_b0.in1k", "pvt_v2_b0.in1k"),
     ],
 )
 def test_common_spellings(name: str, wanted: str) -> None:
     assert canonical_name(name) == wanted
+
+
+def test_weights_as_the_hub_spells_them() -> None:
+    assert asked_weights("deit_tiny", "hf-hub:timm/deit_tiny_patch16_224.fb_in1k") == (
+        "deit_tiny_patch16_224.fb_in1k",
+        "timm",
+    )
+    assert asked_weights("deit_tiny", "local-dir:some/folder") == ("deit_tiny_patch16_224", "some/folder")
+    with pytest.raises(UserError, match="weights of pvt_v2_b0"):
+        asked_weights("deit_tiny", "timm/pvt_v2_b0")
+    with pytest.raises(UserError, match="not read from the hub"):
+        asked_weights("deit_tiny", "hf_hub:somebody/network")
 
 
 def test_unknown_names_get_near_ones() -> None:

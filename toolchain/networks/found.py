@@ -1,0 +1,42 @@
+"""What was found out about a network when its weights were read, kept on the network for reports and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from upvits.toolchain.structure.timm_config import config_of, update_config
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How weights were read.
+
+    Attributes:
+        notes: sentences about choices that were made: prefixes, extra tensors, heads, pooling.
+        sources: for entries of the preprocessing (`input_size`, `mean`, `std`, ...), where their values come from.
+        accuracy: top-1 in percent that the checkpoint recorded, if any.
+    """
+
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    accuracy: float | None = None
+
+
+def found_in(model: nn.Module) -> Found:
+    """What was found out about this network; nothing for one that was not read from somewhere."""
+    found = config_of(model).get("upvits_found")
+    return found if isinstance(found, Found) else Found()
+
+
+def set_found(model: nn.Module, found: Found) -> None:
+    """Keep it on the network."""
+    update_config(model, upvits_found=found)
+
+
+def add_sources(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Name where further entries of the preprocessing come from."""
+    found = found_in(model)
+    set_found(model, replace(found, sources={**found.sources, **names}))

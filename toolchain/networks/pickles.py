@@ -1,0 +1,138 @@
+"""Reading torch files without running anything: tensors, plain values, and the few kinds of object that training
+scripts keep beside them (`argparse.Namespace`, configuration dictionaries, numpy scalars, paths).
+
+torch's own closed unpickler reads the file. It gets a fixed table of names; behind each of them stands a class or
+function of this file that only stores what it is given. Any other name ends the reading.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+
+class Record:
+    """Stands for an object with attributes; `vars()` gives them."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({str(name): value for name, value in state.items()})
+
+
+class _Mapping:
+    """Stands for subclasses of dict: unpickling one gives an OrderedDict."""
+
+    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _Type:
+    """Stands for numpy's dtype."""
+
+    def __init__(self, code: object = "", *_: object) -> None:
+        self.code, self.order = str(code), ""
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.order = state[1]
+
+    def read(self, data: object) -> np.ndarray[Any, Any] | None:
+        """The numbers in raw bytes; None for anything but plain numbers."""
+        if not isinstance(data, bytes) or self.code[:1] not in ("f", "i", "u", "b"):
+            return None
+        return np.frombuffer(data, np.dtype(self.order + self.code))
+
+
+class Array:
+    """Stands for a numpy array; `tensor` is None where it holds anything but numbers."""
+
+    def __init__(self, *_: object) -> None:
+        self.tensor: torch.Tensor | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _Type):
+            return
+        numbers = state[2].read(state[4])
+        if numbers is not None:
+            shaped = numbers.reshape(state[1], order="F" if state[3] else "C")
+            self.tensor = torch.from_numpy(np.ascontiguousarray(shaped.astype(shaped.dtype.newbyteorder("="))))
+
+
+def _scalar(kind: object, data: object = b"") -> float | int | bool | None:
+    numbers = kind.read(data) if isinstance(kind, _Type) else None
+    value: float | int | bool | None = None if numbers is None or numbers.size != 1 else numbers[0].item()
+    return value
+
+
+def _array(*_: object) -> Array:
+    return Array()
+
+
+def _path(*parts: object) -> str:
+    return "/".join(map(str, parts)).replace("//", "/")
+
+
+def _mapping(*_: object) -> OrderedDict[Any, Any]:
+    return OrderedDict()
+
+
+class _Kind:
+    """Stands for a class that is only mentioned, such as the default of a dictionary."""
+
+
+_RECORDS = ("argparse.Namespace", "types.SimpleNamespace", "mmengine.logging.history_buffer.HistoryBuffer")
+_MAPPINGS = (
+    "yacs.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+    "easydict.EasyDict",
+    "addict.addict.Dict",
+    "addict.Dict",
+    "mmengine.config.config.ConfigDict",
+    "mmcv.utils.config.ConfigDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
+_TABLE: dict[str, Callable[..., object]] = {
+    **dict.fromkeys(_RECORDS, Record),
+    **dict.fromkeys(_MAPPINGS, _Mapping),
+    **{f"{module}.{name}": _path for module in ("pathlib", "pathlib._local") for name in _PATHS},
+    **{f"builtins.{name}": _Kind for name in ("list", "dict", "int", "float", "str", "tuple")},
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray._reconstruct": _array for core in ("core", "_core")},
+    "collections.defaultdict": _mapping,
+    "numpy.dtype": _Type,
+    "numpy.ndarray": Array,
+}
+
+
+def read_pickle(path: Path) -> object:
+    """The object in a file of `torch.save`, on the CPU; objects of the table as their stand-ins.
+
+    Raises:
+        Exception: of any kind, where the file is damaged or holds anything else.
+    """
+    with warnings.catch_warnings(), safe_globals([(stand_in, name) for name, stand_in in _TABLE.items()]):
+        warnings.simplefilter("ignore")  # torch warns of unusual pickles; what matters is whether it reads them
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def foreign_names(path: Path) -> list[str]:
+    """Classes and functions in a torch file that are not read; empty where that cannot be told. Runs nothing."""
+    try:
+        names = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:
+        return []
+    return sorted({str(name) for name in names} - set(_TABLE))
