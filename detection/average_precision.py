@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.installation import install_line
 
 Detection = Mapping[str, Any]
 """In COCO's result format: image_id, category_id, score, and bbox [x, y, width, height] in pixels or segmentation."""
@@ -60,7 +61,7 @@ def average_precision(
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise MissingDependencyError(
-            "AP needs pycocotools.", why="It is optional.", fix="Run: pip install 'upvits-deploy[detection]'"
+            "AP needs pycocotools.", why="It is optional.", fix=f"Run: {install_line('detection')}"
         ) from error
     document = json.loads(annotations.read_text())
     known = {image["id"] for image in document["images"]}

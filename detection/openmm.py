@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.installation import install_line
 from upvits.detection.backbone import UPPVTv2
 from upvits.detection.config_check import check_names
 from upvits.detection.configs import SILENT
@@ -39,15 +40,13 @@ TESTED = {"mmdet": ("3.3.",), "mmengine": ("0.10.",), "mmcv": ("2.0.", "2.1."), 
 _ON_CPU = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
 """How processes without a GPU share a detector; mmengine's default names a GPU."""
 
-_INSTALL = "pip install 'upvits-deploy[detection]'"
-
 
 def missing() -> MissingDependencyError | None:
     """Why detectors cannot be used here (a package is absent, or its version does not fit); None where they can."""
     absent = [name for name in ("mmengine", "mmcv", "mmdet", "pycocotools") if importlib.util.find_spec(name) is None]
     if absent:
         return MissingDependencyError(
-            f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {_INSTALL}"
+            f"Detection needs {', '.join(absent)}.", why="They are optional.", fix=f"Run: {install_line('detection')}"
         )
     installed = versions()
     if {"mmcv", "mmcv-lite"} <= installed.keys():
@@ -60,7 +59,9 @@ def missing() -> MissingDependencyError | None:
     if untested:
         tested = ", ".join(f"{name} {' or '.join(f'{start}x' for start in TESTED[name])}" for name in installed)
         return MissingDependencyError(
-            f"Detection does not work with {', '.join(untested)}.", why=f"Tested are {tested}.", fix=f"Run: {_INSTALL}"
+            f"Detection does not work with {', '.join(untested)}.",
+            why=f"Tested are {tested}.",
+            fix=f"Run: {install_line('detection')}",
         )
     return None
 
@@ -98,7 +99,7 @@ def _loaded() -> Any:
             raise MissingDependencyError(
                 f"mmdet cannot be imported: {error}.",
                 why="Its versions of mmcv and mmengine have to fit.",
-                fix=f"Run: {_INSTALL}",
+                fix=f"Run: {install_line('detection')}",
             ) from error
     for backbone in (UPPVTv2, UPViT):
         registry.MODELS.register_module(name=backbone.__name__, module=backbone, force=True)

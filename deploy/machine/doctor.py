@@ -23,6 +23,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upvits.calib_data.installation import install_line
 from upvits.deploy.machine.environment import usable_cores
 
 Status = Literal["ok", "missing", "problem"]
@@ -60,7 +61,7 @@ class _Package:
     required: bool = False
 
 
-_CORE_FIX = "Reinstall: pip install --force-reinstall upvits-deploy"
+_CORE_FIX = "Install it again: " + install_line()
 _PACKAGES = (
     _Package("torch", "everything", "import torch; torch.ones(2).sum()", _CORE_FIX, required=True),
     _Package(
@@ -80,25 +81,25 @@ _PACKAGES = (
         "tensorrt-rtx",
         "engines for NVIDIA RTX GPUs, built without a GPU too",
         "import tensorrt_rtx",
-        "pip install 'upvits-deploy[tensorrt-rtx]'",
+        install_line("tensorrt-rtx"),
     ),
     _Package(
         "tensorrt",
         "TensorRT engines, built for the GPU of this machine",
         "import tensorrt",
-        "pip install 'upvits-deploy[tensorrt]' (downloads from NVIDIA's own index, which closed networks refuse)",
+        f"{install_line('tensorrt')} (downloads from NVIDIA's own index, which closed networks refuse)",
     ),
     _Package(
         "openvino",
         "engines for CPUs and Intel GPUs",
         "import openvino",
-        "pip install 'upvits-deploy[openvino]'",
+        install_line("openvino"),
     ),
     _Package(
         "mmdet",
         "detection",
         "from upvits.detection import openmm; openmm.require()",
-        "pip install 'upvits-deploy[detection]'",
+        install_line("detection"),
     ),
     _Package("nvidia-ml-py", "GPU name, clocks and driver in reports", "import pynvml", "pip install nvidia-ml-py"),
 )

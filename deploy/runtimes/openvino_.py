@@ -27,6 +27,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import inferred_graph, keeps_weights_apart, openable
 from upvits.deploy.graphs.nodes import copied, graph_inputs
@@ -89,7 +90,7 @@ class OpenVino:
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("openvino") is None:
-            return Missing("OpenVINO is not installed.", "pip install 'upvits-deploy[openvino]'")
+            return Missing("OpenVINO is not installed.", install_line("openvino"))
         try:
             devices = _core().available_devices
         except (ImportError, OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.runtimes.cuda import missing_gpu
 from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
@@ -40,7 +41,7 @@ class TensorRt:
         if importlib.util.find_spec("tensorrt") is None:
             return Missing(
                 "The package tensorrt is not installed.",
-                "pip install 'upvits-deploy[tensorrt]'  (its installer downloads from NVIDIA's own package index, "
+                f"{install_line('tensorrt')}  (its installer downloads from NVIDIA's own package index, "
                 "so the network must allow that)",
             )
         # Before the import: without a driver the library can do nothing anyway.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
 from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
@@ -43,7 +44,7 @@ class TensorRtRtx:
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt_rtx") is None:
-            return Missing("The package tensorrt-rtx is not installed.", "pip install 'upvits-deploy[tensorrt-rtx]'")
+            return Missing("The package tensorrt-rtx is not installed.", install_line("tensorrt-rtx"))
         try:
             import tensorrt_rtx  # noqa: F401
         except (ImportError, OSError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from upvits.calib_data.installation import version_line
 from upvits.deploy.measure.document import Bench
 from upvits.deploy.measure.figures import EnginePair
 from upvits.deploy.precision.half import HALVES
@@ -222,7 +223,7 @@ def _reproduce(job: Job) -> list[str]:
     # a folder named like an option stays a folder
     run = f"./{job.folder.name}" if job.folder.name.startswith("-") else job.folder.name
     return [
-        f"pip install upvits-deploy=={version}" if version else "pip install upvits-deploy",
+        version_line(version),
         shlex.join(["upvits-deploy", "build", "--recipe", f"{run}/recipe.toml", "--output", f"{run}-again"]),
     ]
 

@@ -14,6 +14,7 @@ import pytest
 from tests.deploy.conftest import Exported
 from tests.deploy.runtimes.foreign import FLOAT, computed, decibel, finish, pictures_of, quantized, two_inputs
 from upvits.calib_data.errors import GateError, UserError
+from upvits.calib_data.installation import install_line
 from upvits.deploy.precision.half import to_half
 from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, open_onnx, openvino_
 from upvits.deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU, widened
@@ -226,7 +227,7 @@ def test_without_the_library_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "openvino", None)
     missing = OPENVINO.missing_to_build()
     assert missing is not None
-    assert missing.fix == "pip install 'upvits-deploy[openvino]'"
+    assert missing.fix == install_line("openvino")
     assert "int8" in OPENVINO.precisions
 
 
