@@ -11,7 +11,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 READY := $(VENV)/ready-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-detection lint audit smoke docs reference format constraints clean
+.PHONY: help setup demo test test-detection lint audit smoke docs reference catalogue format constraints clean
 
 help:
 	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
@@ -22,6 +22,7 @@ help:
 	@echo "make smoke        a short whole build on the oldest and the newest Python, in throwaway environments"
 	@echo "make docs         build the documents as a site, in site/"
 	@echo "make reference    write docs/cli.md and docs/recipe.md again, after options changed"
+	@echo "make catalogue    count the parameters of timm's models again, after timm changed"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make constraints  resolve the newest versions into constraints.txt"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
@@ -56,6 +57,9 @@ docs: $(READY)
 
 reference: $(READY)
 	$(BIN)/python -m docs.reference
+
+catalogue: $(READY)
+	$(BIN)/python -m upvits.toolchain.networks.catalogue
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

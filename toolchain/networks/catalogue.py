@@ -3,18 +3,25 @@ its models half a minute, and reading three files no time.
 
 timm writes every architecture as a function with plain arguments (`patch_size=16, embed_dim=384, ...`). A family
 supports an architecture when no argument changes the kind of its blocks; tests hold this list against `family_of` of
-every model.
+every model. How many parameters each has is counted once, and kept in `parameters.json`: `make catalogue`, after timm
+has changed.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from upvits.toolchain.choices import Component
+
+COUNTS = Path(__file__).with_name("parameters.json")
+"""Parameters by name, with the classes and the image size that timm gives an architecture."""
 
 MODULES = {"vit": ("vision_transformer", "deit"), "pvt_v2": ("pvt_v2",)}
 """timm modules whose models a family may support; single models in them can still be refused."""
@@ -32,22 +39,30 @@ _SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of timm's architectures; PVTv2 has a width and a depth per stage."""
+    """One of timm's architectures; PVTv2 has a width and a depth per stage.
+
+    Attributes:
+        parameters: how many, as timm builds it; None of an architecture that is newer than the table.
+        components: what can be cut.
+    """
 
     name: str
     family: str
+    parameters: int | None
     embed_dim: int | tuple[int, ...]
     depth: int | tuple[int, ...]
+    components: tuple[Component, ...] = get_args(Component)
 
 
 def architectures(pattern: str = "") -> Iterator[Architecture]:
     """The architectures that can be pruned and have `pattern` in their names, in timm's order."""
+    counts = json.loads(COUNTS.read_text())
     for family, modules in MODULES.items():
         for module in modules:
             for name, args in sorted(_entries(module), key=lambda entry: _natural(entry[0])):
                 if pattern in name and _is_supported(family, args):
                     width, depth = args.get("embed_dims", args.get("embed_dim")), args.get("depths", args.get("depth"))
-                    yield Architecture(name, family, width or 768, depth or 12)
+                    yield Architecture(name, family, counts.get(name), width or 768, depth or 12)
 
 
 def _entries(module: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -84,3 +99,18 @@ def _is_supported(family: str, args: dict[str, Any]) -> bool:
 def _natural(name: str) -> list[int | str]:
     """Sorts numbers by their value, as timm does."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def count_all() -> dict[str, int]:
+    """Parameters of every architecture that can be pruned, by name, from building each without memory."""
+    import timm
+    import torch
+
+    from upvits.toolchain.structure.macs import count_params
+
+    with torch.device("meta"):
+        return {one.name: count_params(timm.create_model(one.name)) for one in architectures()}
+
+
+if __name__ == "__main__":
+    COUNTS.write_text(json.dumps(count_all(), indent=2) + "\n")

@@ -346,8 +346,21 @@ def test_tables_are_printed_as_json_too(capsys: pytest.CaptureFixture[str], monk
     code, out, _ = run(capsys, monkeypatch, *PLAN, "-r", "0.5", "--json")
     assert (code, json.loads(out)["plan"]["asked"]["ratio"]) == (0, 0.5)
     code, out, _ = run(capsys, monkeypatch, "models", "pvt_v2_b2_li", "--json")
-    listed = {"name": "pvt_v2_b2_li", "family": "pvt_v2", "embed_dim": [64, 128, 320, 512], "depth": [3, 4, 6, 3]}
-    assert (code, json.loads(out)) == (0, [listed])
+    listed = {"name": "pvt_v2_b2_li", "family": "pvt_v2", "parameters": 22_553_512}
+    cut = ["embed", "attention", "heads", "qk_v", "ffn", "depth"]
+    sizes = {"embed_dim": [64, 128, 320, 512], "depth": [3, 4, 6, 3], "components": cut}
+    assert (code, json.loads(out)) == (0, [{**listed, **sizes}])
+
+
+def test_models_are_listed_within_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, monkeypatch, "models")
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("deit_tiny_patch16_224 "))
+    assert row == ["deit_tiny_patch16_224", "vit", "5.7", "M", "192", "12"]
 
 
 def test_the_log_goes_to_stderr_at_the_level_that_was_asked_for(

@@ -20,6 +20,7 @@ from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.catalogue import architectures
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import asked_weights, candidates, canonical_name
+from upvits.toolchain.structure.macs import count_params
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 
@@ -86,6 +87,7 @@ def takes(name: str) -> bool:
     (listed,) = (architecture for architecture in architectures(name) if architecture.name == name)
     widths = tuple(stage["num_chs"] for stage in model.feature_info)
     sizes = (widths, model.depths) if listed.family == "pvt_v2" else (model.embed_dim, len(model.blocks))
+    assert listed.parameters == count_params(model)
     assert (family.__name__.rpartition(".")[2], (listed.embed_dim, listed.depth)) == (listed.family, sizes)
     return True
 
