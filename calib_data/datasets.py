@@ -71,6 +71,7 @@ class DataSource:
         skipped: unreadable files that were left out.
         numbered_by_name: whether labels are positions in the sorted names of the classes, because nothing else tells
             them; whoever trained a network may have sorted in another way.
+        notes: what was found out about the set, for the report.
     """
 
     spec: str
@@ -80,6 +81,7 @@ class DataSource:
     digest: str
     skipped: tuple[str, ...] = ()
     numbered_by_name: bool = False
+    notes: tuple[str, ...] = ()
 
     def renumbered(self, names: Sequence[str]) -> DataSource:
         """The same images with labels that are positions in `names`, which has all of its classes and perhaps more."""

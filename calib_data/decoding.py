@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,16 +19,31 @@ from PIL import Image, ImageOps
 
 from upvits.calib_data.documents import read_regular
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-)
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".avif",
+    ".heic", ".heif", ".hif",
+))  # fmt: skip
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+PICTURES = EXTENSIONS | {
+    ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+    ".exr", ".hdr", ".dcm",
+}  # fmt: skip
+"""Names of pictures, some of which are not read: those are counted and named, so that no class loses them unnoticed."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "HEIF")
 """What a picture may be by its content, whatever its name says. Pillow would start another program for some others
 (Ghostscript for EPS). MPO, in which phones keep two JPEGs, is among JPEG."""
 
 LARGEST_PICTURE = 1 << 30
 """Bytes of a picture file; what Pillow decodes at most has fewer."""
+
+_LARGE = 178_956_970
+"""Pixels above which a picture is read at reduced size: Pillow refuses it otherwise."""
+
+_REDUCED = 1 << 24
+"""Pixels of a large picture, about, once it is read."""
+
+_one_large = threading.Lock()
 
 # What Pillow raises for damaged files; a decompression bomb is no picture that anybody would train on.
 DECODING_ERRORS = (
@@ -62,8 +79,23 @@ def open_image(file: Path | bytes | IO[bytes]) -> Iterator[Image.Image]:
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of broken EXIF blocks, which do not matter here
-        with Image.open(stream, formats=_formats()) as image:
+        with _opened(stream) as image:
             yield image
+
+
+def _opened(stream: IO[bytes]) -> Image.Image:
+    """Pillow's own way, and for very large pictures the same without its limit: `_sized` has another one."""
+    try:
+        return Image.open(stream, formats=_formats())
+    except Image.DecompressionBombError:
+        stream.seek(0)
+        start = stream.read(16)
+        stream.seek(0)
+        for name in _formats():
+            factory, accept = Image.OPEN[name]
+            if accept is None or accept(start) is True:
+                return factory(stream, "")
+        raise
 
 
 def read_picture(path: Path) -> bytes:
@@ -77,20 +109,74 @@ def read_picture(path: Path) -> bytes:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The known formats that this Pillow was built with: AVIF came with 11.3, and others may be left out."""
+    """The known formats that this Pillow reads: AVIF came with 11.3, HEIF comes with the package pillow-heif."""
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB with the EXIF orientation applied. Transparency is dropped, as timm and torchvision do."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255 instead of scaling
-        sixteen = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(sixteen // 257, 0, 255).astype(np.uint8)).convert("RGB")
+    """RGB with the EXIF orientation applied. Transparency is dropped, as timm and torchvision do.
+
+    Pictures of more than 179 million pixels come at reduced size. Those of more than 8 bits are scaled by the smallest
+    of 1 (floating point), 8, 12 and 16 bits that their values fit into.
+    """
+    image = _in_eight_bits(ImageOps.exif_transpose(_sized(image)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image.convert("RGB")
+
+
+def _sized(image: Image.Image) -> Image.Image:
+    """The picture decoded, a very large one at reduced size and one at a time.
+
+    Raises:
+        DecompressionBombError: it would take more than a GiB.
+        ValueError: its colours have 12 bits in channels of 16, of which Pillow keeps the upper 8.
+    """
+    deep_colour = len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+    if image.width * image.height <= _LARGE:
+        image.load()
+    else:
+        image.draft(None, _smaller(image))  # None: in the picture's own mode
+        if image.width * image.height * _bytes_of_pixel(image) > LARGEST_PICTURE:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        with _one_large:
+            image.load()
+            box = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")
+            image = image.resize(_smaller(image), Image.Resampling.BOX if box else Image.Resampling.NEAREST)
+    if deep_colour and max(top for _, top in image.getextrema()) < 16:  # type: ignore[misc]
+        raise ValueError("colours of 12 bits in channels of 16")
+    return image
+
+
+def _smaller(image: Image.Image) -> tuple[int, int]:
+    scale = min(1.0, (_REDUCED / (image.width * image.height)) ** 0.5)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _bytes_of_pixel(image: Image.Image) -> int:
+    return 4 if image.mode in ("I", "F") else 2 if image.mode.startswith("I;16") else max(1, len(image.getbands()))
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 12 or 16 bits, which Pillow would clip at 255, scaled by its range; others as they are.
+
+    Raises:
+        ValueError: its values are of no known range.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
+    full = next((top for top in ranges if low >= 0 and high <= top), None)
+    if full is None:
+        raise ValueError(f"values from {low} to {high}")
+    return Image.fromarray((values.astype(np.float64) * 255 / full + 1e-6).astype(np.uint8))
 
 
 def load_rgb(file: Path | bytes) -> Image.Image:
@@ -104,7 +190,27 @@ def is_readable(data: bytes) -> bool:
     try:
         with open_image(data) as image:
             image.draft("RGB", (1, 1))
-            image.load()
+            _in_eight_bits(_sized(image))
         return True
     except DECODING_ERRORS:
         return False
+
+
+def advice_on_formats(names: Iterable[str]) -> str:
+    """What to do about files in formats that are not read here; nothing where all are in known ones.
+
+    >>> advice_on_formats(["a.jxl", "b.JXL", "c.jpg"])
+    'Convert the 2 files .jxl to PNG or JPEG: they are not read. '
+    """
+    counts = Counter(Path(name).suffix.lower() for name in names)
+    here = _formats()
+    lacking = {".avif": "AVIF" not in here} | dict.fromkeys((".heic", ".heif", ".hif"), "HEIF" not in here)
+    advice = ""
+    for suffix, count in sorted(counts.items()):
+        files = f"the {count} files {suffix}" if count > 1 else f"the file {suffix}"
+        if lacking.get(suffix):
+            package = "pillow" if suffix == ".avif" else "pillow-heif"
+            advice += f"To read {files}: pip install --upgrade {package}. "
+        elif suffix in PICTURES - EXTENSIONS:
+            advice += f"Convert {files} to PNG or JPEG: {'they are' if count > 1 else 'it is'} not read. "
+    return advice

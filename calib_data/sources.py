@@ -9,17 +9,21 @@ from pathlib import Path
 
 from upvits.calib_data.choices import Order
 from upvits.calib_data.classes import read_class_map, with_class_map, with_names, with_order
+from upvits.calib_data.columns import Columns
 from upvits.calib_data.datasets import DataSource
 from upvits.calib_data.demo import demo_source
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import open_folder
+from upvits.calib_data.hugging_face import open_hfds
 from upvits.calib_data.shards import open_shards
-from upvits.calib_data.timm_sources import open_hfds, open_torch
+from upvits.calib_data.tables import open_table
+from upvits.calib_data.torchvision_sets import open_torch
 
 _FORMS = {
     "demo": "demo (embedded)",
     "imagefolder": "imagefolder:DIR",
+    "csv": "csv:FILE (CSV, TSV or JSON lines of file and label)",
     "wds": "wds:DIR (local WebDataset shards)",
     "hfds": "hfds:NAME (Hugging Face datasets)",
     "torch": "torch:NAME or torch:NAME:DIR (torchvision)",
@@ -32,6 +36,9 @@ def open_data(
     class_map: Path | str | None = None,
     class_order: Order | None = None,
     class_names: Sequence[str] | None = None,
+    image_key: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     quiet: bool = True,
 ) -> DataSource:
     """Opens the image set that `spec` names.
@@ -40,12 +47,15 @@ def open_data(
     else the number that the data give it; else its place among the sorted names.
 
     Args:
-        spec: "demo", "imagefolder:DIR", "wds:DIR", "hfds:NAME" or "torch:NAME[:DIR]"; timm's spelling with a slash
-            ("hfds/NAME") works too.
+        spec: "demo", "imagefolder:DIR", "csv:FILE", "wds:DIR", "hfds:NAME" or "torch:NAME[:DIR]"; timm's spelling with
+            a slash ("hfds/NAME") works too.
         class_map: a file with the names of the classes in the order of the network's outputs, one a line, or JSON.
         class_order: how names are sorted: "natural" (2 before 10, as timm does; also when None) or "text" (10 before 2,
             as torchvision does).
         class_names: the network's own, in the order of its outputs.
+        image_key: which picture of a sample in shards, where several have one suffix: "jpg", "mask.png".
+        image_column: column of a table, or of a data set of Hugging Face, that holds images.
+        label_column: column, or entry of the JSON in shards, that is the label; "none": there are no labels.
         quiet: no progress bar while the images are checked.
 
     Raises:
@@ -63,31 +73,34 @@ def open_data(
     """
     place = None if class_map is None else user_path(class_map)
     known = class_names or () if place is None else tuple(read_class_map(place))
-    source = _open(spec, known, quiet=quiet)
+    columns = Columns(image_column, label_column)
+    source = _open(spec, known, image_key, columns, quiet=quiet)
     if place is not None:
         return with_class_map(source, place)
     source = with_names(source, class_names)
     return source if class_order is None else with_order(source, class_order)
 
 
-def _open(spec: str, known: Sequence[str], *, quiet: bool) -> DataSource:
+def _open(spec: str, known: Sequence[str], image_key: str | None, columns: Columns, *, quiet: bool) -> DataSource:
     if spec == "demo":
         return demo_source()
     form, place = _parse(spec)
     if form == "imagefolder":
         return open_folder(spec, user_path(place), known=known, quiet=quiet)
+    if form == "csv":
+        return open_table(spec, user_path(place), columns, known=known, quiet=quiet)
     if form == "wds":
-        return open_shards(spec, user_path(place), quiet=quiet)
+        return open_shards(spec, user_path(place), image_key=image_key, label_column=columns.label, quiet=quiet)
     if form == "hfds":
-        return open_hfds(spec, place)
+        return open_hfds(spec, place, columns)
     name, _, root = place.partition(":")
     return open_torch(spec, name.lower(), user_path(root) if root else None)
 
 
 def _parse(spec: str) -> tuple[str, str]:
     """Form and what follows it, for "form:place" and "form/place"."""
-    for form in ("imagefolder", "wds", "hfds", "torch"):
-        for separator in ":/" if form != "imagefolder" else ":":
+    for form in ("imagefolder", "csv", "wds", "hfds", "torch"):
+        for separator in ":" if form in ("imagefolder", "csv") else ":/":
             head, mark, place = spec.partition(separator)
             if head.lower() == form and mark and place:
                 return form, place

@@ -25,7 +25,10 @@ Planner = Literal["uniform", "global", "latency"]
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
 """Fields of a plan of which a run has one; a sweep has several of one."""
 
-IDENTITY = ("model", "weights", "data", "class_map", "class_order", "image_size", "plan")
+IDENTITY = (
+    "model", "weights", "data", "class_map", "class_order", "image_key", "image_column", "label_column", "image_size",
+    "plan",
+)  # fmt: skip
 """What makes a run this run: another value belongs into another directory."""
 
 
@@ -207,15 +210,27 @@ class Recipe(_Part):
     weights: str | None = setting(
         None, "Checkpoint file, model folder, timm (hub), random, or demo.", "--weights", shown="demo on the demo data"
     )
-    data: str = setting("demo", "imagefolder:DIR, hfds:NAME, wds:DIR, torch:NAME, or demo.", "--data")
+    data: str = setting("demo", "imagefolder:DIR, csv:FILE, hfds:NAME, wds:DIR, torch:NAME, or demo.", "--data")
     class_map: str | None = setting(
-        None, "Text with the name of one class a line, as the network numbers them, or JSON.", "--class-map"
+        None,
+        "Text with the name of one class a line, as the network numbers them, or JSON.",
+        "--class-map",
+        shown="none",
     )
     class_order: Order | None = setting(
         None,
         "How class folders are numbered: 2 before 10, or after.",
         "--class-order",
         shown="the more accurate",
+    )
+    image_key: str | None = setting(
+        None, "Which picture of a sample in shards, e.g. jpg.", "--image-key", shown="the only one"
+    )
+    image_column: str | None = setting(
+        None, "Column of a table that holds images.", "--image-column", shown="by name or type"
+    )
+    label_column: str | None = setting(
+        None, "Column, or entry of JSON, that holds labels; none: no labels.", "--label-column", shown="by name or type"
     )
     image_size: int | None = setting(None, "Side in pixels.", "--image-size", shown="the model's", ge=16, le=4096)
     allow_weak: bool = setting(False, "Go on with a network that is hardly better than guessing.", "--allow-weak")

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         quiet=quiet,
         deployment=deployment,
         coco=coco,
-        notes=() if about_order is None else (about_order,),
+        notes=(*source.notes, *(() if about_order is None else (about_order,))),
     )
 
 
@@ -236,7 +237,7 @@ def _default_weights(model: str, data: str) -> str:
 
 def _absolute_data(spec: str) -> str:
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{user_path(path).absolute()}" if kind == "imagefolder" and colon else spec
+    return f"{kind}:{user_path(path).absolute()}" if kind in ("imagefolder", "csv", "wds") and colon else spec
 
 
 def _coco_data(recipe: Recipe, *, quiet: bool) -> CocoData | None:
@@ -249,13 +250,20 @@ def _coco_data(recipe: Recipe, *, quiet: bool) -> CocoData | None:
 def _data(recipe: Recipe, dense: nn.Module | None, *, quiet: bool) -> tuple[DataSource, DataSource]:
     """The data, and what quantization is calibrated on; unreadable images are named."""
     names = None if dense is None else label_names_of(dense)
-    source = open_data(
-        recipe.data, class_map=recipe.class_map, class_order=recipe.class_order, class_names=names, quiet=quiet
+    read = partial(
+        open_data,
+        image_key=recipe.image_key,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        quiet=quiet,
     )
+    source = read(recipe.data, class_map=recipe.class_map, class_order=recipe.class_order, class_names=names)
     if recipe.class_map is not None and dense is not None:
         source = with_outputs(source, num_classes_of(dense))
     calib = recipe.precision.calib
-    calibration = source if calib is None else open_data(calib, quiet=quiet)
+    calibration = source if calib is None else read(calib)
+    for note in source.notes:
+        _LOGGER.info("%s", note)
     if source.skipped:
         skipped = ", ".join(source.skipped[:5]) + (", ..." if len(source.skipped) > 5 else "")
         _LOGGER.warning("%d unreadable images were skipped: %s", len(source.skipped), skipped)
