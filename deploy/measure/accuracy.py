@@ -10,6 +10,7 @@ import numpy as np
 
 from upvits.calib_data.errors import GateError
 from upvits.calib_data.progress import watched
+from upvits.deploy.measure.uncertainty import change_error
 from upvits.deploy.runtimes.interface import Session
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,6 +25,8 @@ class Accuracy:
         agreement: images with the reference's top-1.
         drop: points of top-1 lost against the reference; without labels, points of agreement lost.
         sqnr_db: power of the reference's outputs over the power of the difference; 200 when they are equal.
+        lost: images that only the reference has right; without labels, images with another top-1. None: not counted.
+        won: images that only the candidate has right.
     """
 
     images: int
@@ -31,6 +34,22 @@ class Accuracy:
     agreement: float
     drop: float
     sqnr_db: float
+    lost: int | None = None
+    won: int | None = None
+
+    def loses_more_than(self, limit: float) -> bool:
+        """Whether it loses more than `limit` points, by more than the standard error of that loss: one image of a
+        small set decides nothing.
+        """
+        return self.drop - self.drop_error > limit
+
+    @property
+    def drop_error(self) -> float:
+        """The standard error of `drop`, in points; 0 where images were not counted."""
+        if self.lost is None or self.won is None or not self.drop:
+            return 0.0
+        # of the labelled images, whose number follows from the drop
+        return change_error(self.lost, self.won, max(1, round(100 * (self.lost - self.won) / self.drop)))
 
 
 def outputs_of(
@@ -79,15 +98,20 @@ def accuracy(reference: Array, candidate: Array, labels: Array, name: str = "the
     predicted, expected = candidate.argmax(1), reference.argmax(1)
     labelled = int((labels >= 0).sum())
     agreeing = int((predicted == expected).sum())
-    right, right_before = (int(((answer == labels) & (labels >= 0)).sum()) for answer in (predicted, expected))
+    right, right_before = (((answer == labels) & (labels >= 0)) for answer in (predicted, expected))
+    lost, won = int((right_before & ~right).sum()), int((right & ~right_before).sum())
+    if not labelled:
+        lost, won = len(labels) - agreeing, 0
     # from counts: a difference of two percentages may miss a limit by its last bit
-    drop = 100.0 * (right_before - right) / labelled if labelled else 100.0 * (len(labels) - agreeing) / len(labels)
+    drop = 100.0 * (lost - won) / (labelled or len(labels))
     return Accuracy(
         images=len(labels),
-        top1=100.0 * right / labelled if labelled else None,
+        top1=100.0 * int(right.sum()) / labelled if labelled else None,
         agreement=100.0 * agreeing / len(labels),
         drop=drop,
         sqnr_db=sqnr_db(reference, candidate),
+        lost=lost,
+        won=won,
     )
 
 

@@ -124,7 +124,8 @@ def _best(measured: LatencyReport, pairs: Sequence[EnginePair], costs: Mapping[s
     batch = max(measured.stats[pairs[0].session("pruned")])
     pairs = sorted(pairs, key=lambda pair: _WIDE_TO_NARROW.index(pair.precision))
     drops = {pair: costs[pair.session("pruned")].drop for pair in pairs}
-    right = [pair for pair in pairs if drops[pair] <= max_drop] or [min(pairs, key=lambda pair: drops[pair])]
+    held = [pair for pair in pairs if not costs[pair.session("pruned")].loses_more_than(max_drop)]
+    right = held or [min(pairs, key=lambda pair: drops[pair])]
     best = right[0]
     for pair in right[1:]:
         current, candidate = (np.array(measured.rounds[p.session("pruned")][batch]) for p in (best, pair))

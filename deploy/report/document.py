@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import relative_path
@@ -41,15 +41,29 @@ class ModelFigures(_Document):
     latency_ms: Latencies = {}
 
 
+class PairedImages(_Document):
+    """Dense and pruned on the same labelled images: `lost` only the dense network has right, `won` only the pruned.
+
+    `largest_class` is how many of the images are of the most frequent class.
+    """
+
+    images: int = Field(ge=1)
+    lost: int = Field(ge=0)
+    won: int = Field(ge=0)
+    largest_class: int = Field(ge=0)
+
+
 class PrunedFigures(ModelFigures):
     """`top1_after_prune`: before fine-tuning. `agreement`: images with the dense model's top-1, in percent.
 
+    `paired` is what `top1` and the dense network's are made of; None in older runs and without labels.
     `top1_after_deletion` is what the same plan leaves without compensation; None when that was switched off.
     """
 
     top1_after_prune: float | None
     agreement: float | None
     top1_after_deletion: float | None = None
+    paired: PairedImages | None = None
 
 
 class Compensation(_Document):
@@ -161,6 +175,7 @@ class AccuracyFigures(_Document):
 
     `measured_on` says what ran: the engine itself, or its graph on ONNX Runtime's CPU provider. `drop` is the loss of
     top-1 against the fp32 graph (which was compared with PyTorch), in points; of agreement, without labels.
+    Of the images, `lost` were right in the fp32 graph alone and `won` in this precision alone.
     `drop_without_search` is what it was before layers were put back, `graphs_tried` how many graphs the search judged,
     on the same images.
     `worst_layer` is the quantized layer with the largest error, `worst_layer_sqnr_db` that error.
@@ -177,6 +192,8 @@ class AccuracyFigures(_Document):
     drop: float
     sqnr_db: float
     measured_on: str
+    lost: int | None = None
+    won: int | None = None
     rest: str | None = None
     in_fp32: list[str] = []
     quantized: int | None = None

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from upvits.deploy.measure.diagnosis import falls_short
 from upvits.deploy.measure.document import Best, Latency
-from upvits.deploy.report.document import AccuracyFigures, Report
+from upvits.deploy.measure.uncertainty import change_interval
+from upvits.deploy.report.document import AccuracyFigures, PairedImages, Report
 from upvits.deploy.runtimes import RUNTIMES
 
 AGAINST = "against the fp32 graph, which was held against PyTorch"
@@ -168,19 +169,33 @@ def _speed_part(best: Best | None, report: Report) -> list[str]:
     return [f"Not faster: {best.speedup:.2f}x the dense speed {where}"]
 
 
+def change_range(paired: PairedImages) -> tuple[float, float]:
+    """The 95 % interval of the change in top-1, in points."""
+    return change_interval(paired.lost, paired.won, paired.images)
+
+
+def _change_of_top1(dense: float, pruned: float, paired: PairedImages | None) -> str:
+    """A difference is spoken of only where there is one beyond chance."""
+    change = pruned - dense
+    measured = f"{dense:.2f} to {pruned:.2f} %"
+    if paired is not None:
+        low, high = change_range(paired)
+        measured += f" on {paired.images:,} images"
+        if low <= 0 <= high:
+            return f"no certain change of top-1 ({measured}, {low:+.2f} to {high:+.2f} points)"
+        measured += f", {low:+.2f} to {high:+.2f} points"
+    elif abs(change) < 0.005:
+        return f"top-1 unchanged ({pruned:.2f} %)"
+    return f"{abs(change):.2f} points of top-1 {'lost' if change < 0 else 'gained'} ({measured})"
+
+
 def _accuracy_part(report: Report) -> list[str]:
     dense, pruned = report.dense.top1, report.pruned.top1
     best = headline(report)
     cost = None if best is None else cost_of(report, best)
     parts = []
     if dense is not None and pruned is not None:
-        change = pruned - dense
-        direction = "lost" if change < 0 else "gained"
-        parts.append(
-            f"top-1 unchanged ({pruned:.2f} %)"
-            if abs(change) < 0.005
-            else f"{abs(change):.2f} points of top-1 {direction} ({dense:.2f} to {pruned:.2f} %)"
-        )
+        parts.append(_change_of_top1(dense, pruned, report.pruned.paired))
     elif report.pruned.agreement is not None:
         parts.append(f"the same top-1 as the dense model on {report.pruned.agreement:.1f} % of the unlabelled images")
     else:

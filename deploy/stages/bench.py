@@ -105,11 +105,12 @@ def _require_accuracy(job: Job, benched: Artifact) -> None:
     limit = job.recipe.precision.max_drop
     for engine in read_document(benched.folder / "accuracy.json", EngineAccuracies).engines:
         cost = engine.accuracy
-        if engine.precision in job.recipe.engine.precision and cost.drop > limit:
+        if engine.precision in job.recipe.engine.precision and cost.loses_more_than(limit):
             raise GateError(
                 f"the engine {engine.model} {engine.runtime} {engine.precision} loses {cost.drop:.2f} points, "
                 f"{limit:g} are allowed",
-                why=f"Measured on {cost.images} validation images; its graph kept the limit.",
+                why=f"Measured on {cost.images} validation images, with a standard error of {cost.drop_error:.2f} "
+                "points; its graph kept the limit.",
                 fix="Allow more with --max-drop, or leave this precision out.",
             )
 

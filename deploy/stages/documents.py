@@ -24,6 +24,9 @@ class NetworkAccuracy(BaseModel):
         top1: percent of the labelled images; None without labels.
         agreement: percent of the images on which it predicts what the dense network predicts; None for that network.
         images: how many there are.
+        labelled: how many of them have labels.
+        lost: labelled images that only the dense network has right; None for that network and in older runs.
+        won: labelled images that only this network has right.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +34,9 @@ class NetworkAccuracy(BaseModel):
     top1: float | None
     agreement: float | None
     images: int
+    labelled: int | None = None
+    lost: int | None = None
+    won: int | None = None
 
 
 class DenseAccuracy(BaseModel):

@@ -115,4 +115,11 @@ def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> 
 
 def accuracy_record(accuracy: Accuracy) -> NetworkAccuracy:
     """An accuracy as documents hold it, without the predictions."""
-    return NetworkAccuracy(top1=accuracy.top1, agreement=accuracy.agreement, images=accuracy.images)
+    return NetworkAccuracy(
+        top1=accuracy.top1,
+        agreement=accuracy.agreement,
+        images=accuracy.images,
+        labelled=accuracy.labelled,
+        lost=accuracy.lost,
+        won=accuracy.won,
+    )

@@ -98,9 +98,10 @@ def _graph(
     first = kept = cost(converted)
     judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
     errors = layer_sqnr(fp32, converted, _fed(job, judged), quiet=job.quiet)
-    if first.drop > (limit := job.recipe.precision.max_drop):
+    limit = job.recipe.precision.max_drop
+    if first.loses_more_than(limit):
         search = put_back(
-            fp32, ranges, precision, base_precision, list(errors), lambda graph: cost(graph).drop <= limit
+            fp32, ranges, precision, base_precision, list(errors), lambda graph: not cost(graph).loses_more_than(limit)
         )
         converted, kept = search.converted, cost(search.converted)
     worst = next((node for node in errors if node not in converted.kept), None)
@@ -133,7 +134,7 @@ def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
 
 def holds(artifact: Artifact, max_drop: float) -> bool:
     """Whether both networks keep their accuracy in this precision."""
-    return all(record.accuracy.drop <= max_drop for record in read_precisions(artifact).by_model.values())
+    return not any(record.accuracy.loses_more_than(max_drop) for record in read_precisions(artifact).by_model.values())
 
 
 def read_precisions(artifact: Artifact) -> Precisions:
@@ -148,11 +149,12 @@ def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, as
         GateError: a network loses more; says how much.
     """
     for name, record in read_precisions(artifact).by_model.items():
-        drop = record.accuracy.drop
-        if asked and drop > max_drop:
+        cost = record.accuracy
+        if asked and cost.loses_more_than(max_drop):
             raise GateError(
-                f"the {name} network loses {drop:.2f} points in {precision}, {max_drop:g} are allowed",
-                why=f"Measured on {record.accuracy.images} validation images against fp32.",
+                f"the {name} network loses {cost.drop:.2f} points in {precision}, {max_drop:g} are allowed",
+                why=f"Measured on {cost.images} validation images against fp32, with a standard error of "
+                f"{cost.drop_error:.2f} points.",
                 fix="Allow more with --max-drop, calibrate on more or better images (--calib, --calib-images), or "
                 "leave this precision out.",
             )

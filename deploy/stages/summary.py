@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from upvits.deploy.report.document import (
     AccuracyFigures,
     Compensation,
     ModelFigures,
+    PairedImages,
     Parity,
     PlanFigures,
     PrunedFigures,
@@ -33,6 +35,7 @@ from upvits.deploy.speed.search import ALLOWED, LatencyRecord
 from upvits.deploy.stages.documents import (
     CompensationRecord,
     EngineAccuracies,
+    NetworkAccuracy,
     Parities,
     PrecisionRecord,
     PrunedAccuracies,
@@ -109,6 +112,7 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
             top1_after_prune=before.after_prune.top1,
             top1_after_deletion=before.after_deletion.top1 if before.after_deletion is not None else None,
             agreement=after.agreement,
+            paired=_paired(after, job.source.val.labels),
         ),
         speedup=latency.speedup,
         speedup_low=latency.speedup_low,
@@ -140,6 +144,13 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
             *_left_out(job, done.engines.artifacts),
         ],
     )
+
+
+def _paired(accuracy: NetworkAccuracy, labels: Sequence[int]) -> PairedImages | None:
+    if not accuracy.labelled or accuracy.lost is None or accuracy.won is None:
+        return None
+    (_, largest), *_ = Counter(label for label in labels if label >= 0).most_common(1)
+    return PairedImages(images=accuracy.labelled, lost=accuracy.lost, won=accuracy.won, largest_class=largest)
 
 
 def _parities(done: Artifacts) -> list[Parity]:

@@ -19,6 +19,9 @@ class Accuracy:
     images: int
     agreement: float | None  # percent of all images on which the prediction equals `reference`; None: not asked
     predictions: Tensor  # [images] int64 on the CPU, in the order of the batches; [0] for a model without classes
+    labelled: int = 0  # images with a label, which `top1` is about
+    lost: int | None = None  # labelled images that `reference` has right and the model has not; None: not asked
+    won: int | None = None  # the other way round
 
 
 def evaluate(
@@ -124,9 +127,12 @@ def _accuracy(model: nn.Module, predictions: Tensor, labels: Tensor, reference: 
     top1 = None
     if labelled.any():
         top1 = 100.0 * int((predictions == labels)[labelled].sum()) / int(labelled.sum())
-    agreement = None
-    if reference is not None:
-        if len(reference) != images:
-            raise ValueError(f"{len(reference)} reference predictions for {images} images")
-        agreement = 100.0 * int((predictions == reference.cpu()).sum()) / images
-    return Accuracy(top1, images, agreement, predictions)
+    if reference is None:
+        return Accuracy(top1, images, None, predictions, int(labelled.sum()))
+    if len(reference) != images:
+        raise ValueError(f"{len(reference)} reference predictions for {images} images")
+    reference = reference.cpu()
+    agreement = 100.0 * int((predictions == reference).sum()) / images
+    right, right_before = ((answer == labels) & labelled for answer in (predictions, reference))
+    lost, won = int((right_before & ~right).sum()), int((right & ~right_before).sum())
+    return Accuracy(top1, images, agreement, predictions, int(labelled.sum()), lost, won)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from upvits.deploy.measure.document import Best, Latencies, Latency
+from upvits.deploy.measure.uncertainty import share_interval
 from upvits.deploy.report.document import Report
-from upvits.deploy.report.verdict import AGAINST, Comparison, comparisons, headline, precision_remarks
+from upvits.deploy.report.verdict import AGAINST, Comparison, change_range, comparisons, headline, precision_remarks
 from upvits.deploy.report.views.section import (
     MINUS,
     Cell,
@@ -39,6 +40,7 @@ def result(report: Report) -> Section:
         _accuracy_row("top-1 after pruning, %", dense.top1, pruned.top1_after_prune),
         _accuracy_row("top-1 after fine-tuning, %", dense.top1, pruned.top1),
     ]
+    rows += _certainty_rows(report)
     if pruned.agreement is not None:
         rows.append((words("same top-1 as dense, %"), words(""), percent(pruned.agreement), words("")))
     rows = [row for row in rows if row[1].text or row[2].text]
@@ -146,6 +148,10 @@ def accuracy(report: Report) -> Section:
     unit = "top-1" if any(a.top1 is not None for a in report.accuracy) else "agreement"
     remark = f"Change of {unit} in points, agreement, and SQNR of the logits are {AGAINST}"
     remark += f", on {images[0]} images." if len(images) == 1 else "."
+    whole = report.pruned.paired
+    if whole is not None and images and images != [whole.images]:
+        fewest = f"{images[0]:,} of the {whole.images:,} images"
+        remark += f" Graphs and engines are judged on {fewest} that PyTorch's top-1 above is of: the two differ."
     return Section(
         "accuracy",
         "Accuracy of each precision",
@@ -182,6 +188,17 @@ def precisions(best: Best) -> str:
     """What the dense and the pruned model run in, where a choice compares them."""
     same = best.precision == best.dense_precision
     return best.precision if same else f"{best.dense_precision} to {best.precision}"
+
+
+def _certainty_rows(report: Report) -> list[Row]:
+    """How far the accuracies of a network can be trusted: each by itself, and the change on the same images."""
+    paired, dense, pruned = report.pruned.paired, report.dense.top1, report.pruned.top1
+    if paired is None or dense is None or pruned is None:
+        return []
+    of_each = (words("{:.1f} to {:.1f}".format(*share_interval(value, paired.images))) for value in (dense, pruned))
+    low, high = change_range(paired)
+    name = f"95 % interval, {paired.images:,} images"
+    return [(words(name), *of_each, words(f"{signed(low)} to {signed(high)}"))]
 
 
 def _headline_rows(report: Report) -> list[Row]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from upvits.deploy.measure.bench import UNSTABLE_CV
 from upvits.deploy.report.document import BuiltFigures, Report
-from upvits.deploy.report.verdict import comparisons, cost_of, headline, on_nvidia, shortfall, small_proxy
+from upvits.deploy.report.verdict import change_range, comparisons, cost_of, headline, on_nvidia, shortfall, small_proxy
 from upvits.deploy.report.views.results import engine_bytes, measured, precisions
 from upvits.deploy.report.views.section import inline, short_count, signed, three_digits
 
@@ -43,6 +43,7 @@ def shortcomings(report: Report) -> list[str]:
     return [
         *(f"Gate failed: {p.model}, {p.candidate} against {p.reference}, top-1 agreement {p.top1_agreement:.2f} %, "
           f"largest difference {p.max_abs:.1e}." for p in report.parity if not p.passed),
+        *_guessing(report),
         *_missed_target(report),
         *_slow(report),
         *_small_proxy(report),
@@ -62,6 +63,17 @@ def planned_short(runtime: str, built: BuiltFigures) -> list[str]:
     if on_nvidia(runtime) and built.attention_fused is not None and built.attention_fused < built.attention_blocks:
         short.append(f"{built.attention_fused} of {built.attention_blocks} attention blocks fused")
     return short
+
+
+def _guessing(report: Report) -> list[str]:
+    """Whether the dense network is worse than always naming the most frequent class."""
+    paired, dense = report.pruned.paired, report.dense.top1
+    if paired is None or dense is None or dense > (share := 100 * paired.largest_class / paired.images):
+        return []
+    return [
+        f"The dense network is right on {dense:.2f} % of the images; always naming the most frequent class would be "
+        f"right on {share:.2f} %. What is said of accuracy here says nothing about your task."
+    ]
 
 
 def _missed_target(report: Report) -> list[str]:
@@ -161,8 +173,12 @@ def _accuracy(report: Report) -> Tile:
     cost = cost_of(report, head) if head else None
     lowered = [f"{cost.precision} itself: {signed(-cost.drop)} points"] if cost and cost.precision != "fp32" else []
     if dense is not None and pruned is not None:
-        change = pruned - dense
-        return Tile("points of top-1", signed(change), change, (f"{dense:.2f} to {pruned:.2f} %, fine-tuned", *lowered))
+        change, paired = pruned - dense, report.pruned.paired
+        details = [f"{dense:.2f} to {pruned:.2f} %, fine-tuned"]
+        if paired is not None:
+            low, high = change_range(paired)
+            details.append(f"{signed(low)} to {signed(high)} with 95 % certainty, {paired.images:,} images")
+        return Tile("points of top-1", signed(change), change, (*details, *lowered))
     if report.pruned.agreement is not None:
         same = report.pruned.agreement
         return Tile("same top-1 as dense", f"{same:.2f} %", same, ("on images without labels", *lowered))

@@ -37,6 +37,7 @@ def test_counts_over_batches_of_different_size() -> None:
     assert accuracy.top1 == 50.0
     assert accuracy.agreement == 75.0
     assert accuracy.images == 4
+    assert (accuracy.labelled, accuracy.lost, accuracy.won) == (4, 0, 1)
     assert accuracy.predictions.tolist() == [0, 1, 2, 4]
     assert accuracy.predictions.dtype == torch.int64
 

@@ -1,0 +1,90 @@
+"""Figures with their uncertainty: intervals by hand, differences only where there are some, gates that know noise."""
+
+import numpy as np
+import pytest
+
+from tests.deploy.report.sample_report import sample_document
+from upvits.deploy.measure.accuracy import Accuracy, accuracy
+from upvits.deploy.measure.uncertainty import change_interval, share_interval
+from upvits.deploy.report.document import Report
+from upvits.deploy.report.verdict import verdict
+from upvits.deploy.report.views import html
+from upvits.deploy.report.views.summary import shortcomings, tiles
+
+
+def report_of(dense: float, pruned: float, **paired: int) -> Report:
+    document = sample_document()
+    document["dense"]["top1"], document["pruned"]["top1"] = dense, pruned
+    return Report.model_validate({**document, "pruned": {**document["pruned"], "paired": paired}})
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "low", "high"), [(50, 100, 40.38, 59.62), (100, 20, 83.89, 100), (0, 20, 0, 16.11)]
+)
+def test_the_interval_of_a_share_is_wilsons(share: float, images: int, low: float, high: float) -> None:
+    assert share_interval(share, images) == pytest.approx((low, high), abs=0.01)
+
+
+def test_the_interval_of_a_change_is_that_of_matched_pairs() -> None:
+    # by hand: n = 102, change (20 - 5) / 102, differing (20 + 5 + 1) / 102
+    change, differing = 15 / 102, 26 / 102
+    spread = 1.96 * ((differing - change**2) / 102) ** 0.5
+    assert change_interval(lost=5, won=20, images=100) == pytest.approx(
+        (100 * (change - spread), 100 * (change + spread))
+    )
+    assert change_interval(lost=0, won=0, images=1000)[0] < 0 < change_interval(lost=0, won=0, images=1000)[1]
+
+
+def test_a_change_within_chance_is_no_gain() -> None:
+    """1.17 points on 341 images, which has a standard error of about 1.3 points."""
+    told = verdict(report_of(95.31, 96.48, images=341, lost=8, won=12, largest_class=40))
+    assert "no certain change of top-1 (95.31 to 96.48 % on 341 images" in told
+    assert "gained" not in told
+
+
+def test_a_change_beyond_chance_is_spoken_of_with_its_range() -> None:
+    told = verdict(report_of(98.0, 90.0, images=1000, lost=85, won=5, largest_class=100))
+    low, high = change_interval(lost=85, won=5, images=1000)
+    assert f"8.00 points of top-1 lost (98.00 to 90.00 % on 1,000 images, {low:+.2f} to {high:+.2f} points)" in told
+    report = report_of(98.0, 90.0, images=1000, lost=85, won=5, largest_class=100)
+    (tile,) = (tile for tile in tiles(report) if tile.name == "points of top-1")
+    assert any("with 95 % certainty, 1,000 images" in detail for detail in tile.details)
+    assert "95 % interval, 1,000 images" in html(report).replace("<wbr>", "")
+
+
+def test_a_network_below_the_largest_class_is_warned_of_first() -> None:
+    report = report_of(30.0, 31.0, images=100, lost=5, won=6, largest_class=40)
+    assert "always naming the most frequent class would be right on 40.00 %" in shortcomings(report)[0]
+    assert "most frequent" not in " ".join(
+        shortcomings(report_of(60.0, 60.0, images=100, lost=0, won=0, largest_class=40))
+    )
+
+
+def test_graphs_on_fewer_images_than_pytorch_are_said_to_be() -> None:
+    assert "1,200 of the 5,000 images" in html(report_of(98.0, 97.0, images=5000, lost=80, won=30, largest_class=500))
+
+
+def logits(answers: list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.eye(4, dtype=np.float32)[answers]
+
+
+def test_one_image_of_a_small_set_does_not_start_a_search() -> None:
+    labels = np.zeros(120, np.int64)
+    right, one_wrong, five_wrong = ([0] * 120, [1] + [0] * 119, [1] * 5 + [0] * 115)
+    one = accuracy(logits(right), logits(one_wrong), labels)
+    assert one.drop == pytest.approx(100 / 120)
+    assert one.drop_error == pytest.approx(100 * (1 / 120 * (1 - 1 / 120) / 120) ** 0.5)
+    assert not one.loses_more_than(0.5)
+    assert accuracy(logits(right), logits(five_wrong), labels).loses_more_than(0.5)
+
+
+def test_gains_and_losses_are_counted_apart_and_without_labels_too() -> None:
+    labels = np.array([0, 0, 0, 1])
+    found = accuracy(logits([0, 0, 1, 1]), logits([1, 0, 0, 1]), labels)
+    assert (found.lost, found.won, found.drop) == (1, 1, 0.0)
+    unlabelled = accuracy(logits([0, 0, 1, 1]), logits([1, 0, 0, 1]), np.full(4, -1))
+    assert (unlabelled.lost, unlabelled.won, unlabelled.drop) == (2, 0, 50.0)
+
+
+def test_older_records_without_counts_are_judged_by_the_loss_alone() -> None:
+    assert Accuracy(120, 90.0, 99.0, 0.83, 40.0).loses_more_than(0.5)
