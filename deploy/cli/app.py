@@ -19,7 +19,7 @@ from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.arguments import options_of
 from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.detect import app as detect_app
-from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_working_folder
+from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_address_space, require_working_folder
 from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
@@ -374,6 +374,7 @@ def _run() -> int | str | None:
     try:
         with _terminated_cleanly():
             require_working_folder()
+            require_address_space()
             app()
     except SystemExit as error:
         if error.code == _INTERRUPTED:

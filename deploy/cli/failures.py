@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import platform
+import resource
 import shlex
 import sys
 import tempfile
@@ -31,6 +32,7 @@ _OF_THE_SYSTEM = (
 )  # fmt: skip
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment", "bad_alloc",
               "could not create a primitive")  # fmt: skip
+_ADDRESS_SPACE = 8_000_000_000  # bytes; with 4 GB, a build ended in a segmentation fault inside a library
 _PACKAGES = ("upvits-deploy", "torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "pillow",
              "pydantic", "typer", "mmdet")  # fmt: skip
 
@@ -45,6 +47,21 @@ def require_working_folder() -> None:
         os.getcwd()
     except OSError as error:
         raise UserError("The working folder does not exist any more.", fix="Change to another folder.") from error
+
+
+def require_address_space() -> None:
+    """Refuse to start where libraries would fail to load, some of them by a crash.
+
+    Raises:
+        UserError: the address space is limited to less than what every command is known to run in.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
+        raise UserError(
+            f"The address space of this process is limited to {limit / 1e9:.1f} GB.",
+            why=f"Libraries are mapped into it before they are used: {_ADDRESS_SPACE / 1e9:.0f} GB are needed.",
+            fix="Lift the limit: `ulimit -v unlimited`.",
+        )
 
 
 def exit_code_of(error: Exception, options: Collection[str]) -> int:
@@ -102,11 +119,18 @@ def _of_the_machine(error: Exception) -> UserError | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
         return UserError("Links lead in a circle.", why=f"{error}.", fix="Give another path.")
-    if "surrogates not allowed" in str(error):  # Python's stand-in for bytes that are no UTF-8
+    if "surrogates not allowed" in str(error) or any("\ud800" <= letter <= "\udfff" for letter in str(error)):
+        # Python's stand-ins for bytes that are no UTF-8: some libraries take no such path
         return UserError(
             "The name of a file or folder is no text in UTF-8.",
-            why="It would have to be written into documents.",
+            why="Documents and some libraries take no other names.",
             fix="Rename it, or reach it by a link with another name.",
+        )
+    if "file too large" in str(error).lower():  # EFBIG that a library wrapped
+        return UserError(
+            "A file would become larger than is allowed here.",
+            why=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}.",
+            fix="Lift the limit (ulimit -f), or write to another disk.",
         )
     if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY):
         return UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from upvits.deploy.stages.job import (
 )
 from upvits.deploy.stages.precision import graph_name, holds
 from upvits.deploy.store.artifacts import Artifact
+from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.documents import read_document, write_document
 
 
@@ -102,8 +102,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
 
 def timing_cache(builder: Mapping[str, str]) -> Path:
     """Where a builder's timings are kept between runs: they hold for one library version and one device."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upvits-deploy"
-    return home / f"{hashlib.sha256(json.dumps(builder, sort_keys=True).encode()).hexdigest()[:16]}.timing"
+    return cache_folder() / f"{hashlib.sha256(json.dumps(builder, sort_keys=True).encode()).hexdigest()[:16]}.timing"
 
 
 def _parity(

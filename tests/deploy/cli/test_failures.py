@@ -18,6 +18,7 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import app as cli
 from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.failures import INTERNAL, exit_code_of
+from upvits.deploy.store.cache import cache_folder
 
 PLAN = ("plan", "--model", "pvtv2_b0", "--ratio", "0.5")
 
@@ -79,6 +80,8 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Memory runs out"),
         (ImportError("libtorch.so: failed to map segment from shared object"), "Memory runs out"),
         (UnicodeEncodeError("utf-8", "ph\udce9tos", 2, 3, "surrogates not allowed"), "UTF-8"),
+        (TypeError("InferenceSession(arg0: '/ph\udce9tos/model.onnx')"), "UTF-8"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "ulimit -f"),
         (UserError("mine", why="because"), "because"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -88,6 +91,29 @@ def test_what_the_machine_or_its_user_can_mend_is_no_error_of_the_tool(
 ) -> None:
     assert exit_code_of(error, ()) == 2
     assert words in capsys.readouterr().err
+
+
+def test_too_little_address_space_is_said_before_libraries_crash() -> None:
+    command = f"ulimit -v 4000000; exec {sys.executable} -m upvits --help"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "ulimit -v unlimited" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "UPVITS_DEPLOY_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(UserError, match="no home folder"):
+        cache_folder()
+    monkeypatch.setenv("UPVITS_DEPLOY_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+
+
+def nobody() -> Path:
+    """What pathlib says of a user that the system does not know."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_deleted_working_folder(
