@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from upvits.calib_data.decoding import DECODING_ERRORS, open_image
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import RelativePath
+from upvits.detection.coco_layout import annotation_files, images_folder
 
 _SHOWN = 3  # examples in a message
 _SIZES_READ = 500  # images that are read, at most
@@ -88,9 +89,14 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+def _with_slashes(name: object) -> object:
+    """Tools on Windows write backslashes."""
+    return name.replace("\\", "/") if isinstance(name, str) else name
+
+
 class _Image(_Entry):
     id: int
-    file_name: RelativePath
+    file_name: Annotated[RelativePath, BeforeValidator(_with_slashes)]
     width: PositiveInt
     height: PositiveInt
 
@@ -115,58 +121,45 @@ class _Document(_Entry):
     categories: list[_Category]
 
 
-def open_coco(folder: Path, cache: Path) -> CocoData:
+def open_coco(place: Path | tuple[Path, Path], cache: Path) -> CocoData:
     """Find and check a data set.
 
-    Three layouts are known: the official one (`annotations/instances_train2017.json`, `train2017/`, the same with
-    `val2017`), one folder per split (`train/annotations.json`, `train/images/`), and a single set
-    (`annotations.json`, `images/`), which is then validated on the images that it is trained on.
+    Where annotations and images lie is found by looking, see `detection/coco_layout.py`. A data set with one file of
+    annotations is validated on the images that it is trained on.
 
     Args:
-        folder: of the data set; nothing is written there.
+        place: folder of the data set, or the two files of annotations, for training and validation; nothing is written
+            there.
         cache: folder for the copies of the annotations.
 
     Raises:
         UserError: there is no such data set here, or nothing can be learnt or judged from it.
     """
-    places = _places(folder)
-    documents = {name: _read(source) for name, (source, _) in places.items()}
-    categories = _categories(documents["train"], places["train"][0])
-    if _categories(documents["val"], places["val"][0]) != categories:
+    sources = place if isinstance(place, tuple) else annotation_files(place)
+    files = dict(zip(("train", "val"), sources, strict=True))
+    documents = {name: _read(source) for name, source in files.items()}
+    categories = _categories(documents["train"], files["train"])
+    if _categories(documents["val"], files["val"]) != categories:
         raise UserError(
-            f"The splits of {folder} have different categories.",
+            f"{files['train']} and {files['val']} have different categories.",
             why="A detector is judged on the categories that it was trained on, by the same ids.",
             fix="Give both annotation files the same list of categories.",
         )
-    splits = {name: _checked(documents[name], *places[name], cache) for name in places}
+    splits = {}
+    for name, source in files.items():
+        root = _root_of(source) if isinstance(place, tuple) else place
+        images = images_folder([image.file_name for image in documents[name].images], source, root)
+        splits[name] = _checked(documents[name], source, images, cache)
     notes = [f"{name}: {note}" for name, split in splits.items() for note in split.notes]
-    if places["train"] == places["val"]:
+    if files["train"] == files["val"]:
         notes = [*splits["train"].notes, "training and validation use the same images: AP says nothing about others"]
     ids, classes = zip(*categories, strict=True)
     return CocoData(splits["train"], splits["val"], classes, ids, tuple(notes))
 
 
-def _places(folder: Path) -> dict[str, tuple[Path, Path]]:
-    official = {
-        name: (folder / "annotations" / f"instances_{name}2017.json", folder / f"{name}2017")
-        for name in ("train", "val")
-    }
-    apart = {name: (folder / name / "annotations.json", folder / name / "images") for name in ("train", "val")}
-    single = dict.fromkeys(("train", "val"), (folder / "annotations.json", folder / "images"))
-    for layout in (official, apart, single):
-        if layout["train"][0].is_file():
-            missing = [str(path) for place in layout.values() for path in place if not path.exists()]
-            if missing:
-                raise UserError(
-                    f"{folder} is not complete: {', '.join(missing)} not found.",
-                    fix="Download or link what is missing.",
-                )
-            return layout
-    raise UserError(
-        f"{folder} holds no data set in COCO's format.",
-        why="Looked for annotations/instances_train2017.json, train/annotations.json and annotations.json.",
-        fix="Give the folder that holds train2017, val2017 and annotations.",
-    )
+def _root_of(annotations: Path) -> Path:
+    """The folder of a data set that a file of annotations belongs to."""
+    return annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
 
 
 def _read(path: Path) -> _Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,7 +29,7 @@ class DetectRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    coco: str = setting("demo", "Folder in COCO's layout, or demo.", "--coco")
+    coco: str = setting("demo", "Folder in COCO's format, TRAIN.json,VAL.json, or demo.", "--coco")
     detector: Detector = setting("retinanet", "What is built on the network.", "--detector")
     backbones: Backbones = setting("both", "Networks that get a detector.", "--backbones")
     epochs: int | None = setting(
@@ -151,8 +152,15 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
 
 
 def place_of(coco: str) -> str:
-    """A folder by its full name, however it was spelled; `demo` as it is."""
-    return coco if coco == "demo" else str(user_path(coco).resolve())
+    """A folder, or one or two files of annotations, by their full names, however spelled; `demo` as it is."""
+    return coco if coco == "demo" else ",".join(str(place) for place in places_of(coco))
+
+
+def places_of(coco: str) -> list[Path]:
+    """The folder of a data set, or the files `TRAIN.json,VAL.json`; a folder may have a comma in its name."""
+    parts = coco.split(",")
+    files = len(parts) <= 2 and all(part.lower().endswith(".json") for part in parts)
+    return [user_path(part).resolve() for part in (parts if files else [coco])]
 
 
 def size_for(scale: tuple[int, int]) -> tuple[int, int]:

@@ -7,9 +7,8 @@ import importlib.util
 import torch
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
-from upvits.calib_data.files import user_path
 from upvits.calib_data.scenes import demo_scenes
-from upvits.deploy.recipe.detect import DetectRecipe
+from upvits.deploy.recipe.detect import DetectRecipe, places_of
 from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.disk import disk_errors
 from upvits.detection import openmm
@@ -17,15 +16,16 @@ from upvits.detection.coco import CocoData, open_coco
 
 
 def open_detection_data(coco: str, detector: str = "retinanet", *, quiet: bool) -> CocoData:
-    """The data set that a spec names: a folder, or `demo`.
+    """The data set that a spec names: a folder, one or two files of annotations, or `demo`.
 
     Raises:
         UserError: the folder holds no data set, or its boxes lack the masks that the detector learns.
     """
     cache = cache_folder()
     with disk_errors(cache, "data"):
-        folder = demo_scenes(cache, quiet=quiet) if coco == "demo" else user_path(coco).absolute()
-        data = open_coco(folder, cache)
+        places = [demo_scenes(cache, quiet=quiet)] if coco == "demo" else places_of(coco)
+        files = places[0].suffix.lower() == ".json" and not places[0].is_dir()
+        data = open_coco((places[0], places[-1]) if files else places[0], cache)
     if detector == "mask-rcnn":
         data.require_masks()
     return data

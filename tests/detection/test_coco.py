@@ -13,6 +13,7 @@ from PIL import Image
 from tests.detection.conftest import Document, changed
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
+from upvits.deploy.recipe.detect_data import open_detection_data
 from upvits.detection.average_precision import average_precision
 from upvits.detection.coco import open_coco
 from upvits.detection.pictures import fitted
@@ -32,7 +33,7 @@ def test_the_official_layout(scenes: Path, tmp_path: Path) -> None:
         shutil.copy(scenes / split / "annotations.json", tmp_path / "annotations" / f"instances_{split}2017.json")
     assert open_coco(tmp_path, tmp_path / "cache").train.images == tmp_path / "train2017"
     shutil.rmtree(tmp_path / "val2017")
-    with pytest.raises(UserError, match=r"not complete: .*val2017 not found"):
+    with pytest.raises(UserError, match=r"instances_val2017\.json are not there"):
         open_coco(tmp_path, tmp_path / "cache")
 
 
@@ -203,3 +204,92 @@ def test_an_image_that_is_none_is_neither_run_nor_waited_for(what: str, scenes: 
         image.symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"cannot be read: cannot identify" if what == "eps" else "1 of 12 images"):
         open_coco(folder, tmp_path / "cache")
+
+
+def laid_out(scenes: Path, root: Path, annotations: str, images: str, prefix: str = "") -> Path:
+    """The drawn scenes in another layout; SPLIT, or another word for it, stands where the split is named."""
+    words = {"train": ("train", "train", "Train"), "val": ("val", "valid", "Validation")}
+    for split, (plain, roboflow, cvat) in words.items():
+
+        def place(text: str, plain: str = plain, roboflow: str = roboflow, cvat: str = cvat) -> Path:
+            return root / text.replace("SPLIT", plain).replace("ROBOFLOW", roboflow).replace("CVAT", cvat)
+
+        shutil.copytree(scenes / split / "images", place(images), dirs_exist_ok=True)
+        document = json.loads((scenes / split / "annotations.json").read_text())
+        for image in document["images"]:
+            image["file_name"] = prefix.replace("SPLIT", plain) + image["file_name"]
+        place(annotations).parent.mkdir(parents=True, exist_ok=True)
+        place(annotations).write_text(json.dumps(document))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images", "prefix"),
+    [
+        ("ROBOFLOW/_annotations.coco.json", "ROBOFLOW", ""),
+        ("annotations/instances_SPLIT2014.json", "SPLIT2014", ""),
+        ("annotations/instances_CVAT.json", "images/CVAT", ""),
+        ("annotations/SPLIT.json", "images", ""),
+        ("annotations/SPLIT.json", "SPLIT", "SPLIT/"),
+        ("SPLIT.json", "data/SPLIT", ""),
+        ("SPLIT/annotation_coco.json", "SPLIT", ""),
+        ("deep/set/annotations/SPLIT.json", "deep/set/images/SPLIT", "SPLIT\\"),
+        ("SPLIT/labels.json", "SPLIT/data", ""),
+    ],
+)
+def test_layouts_are_found_by_looking(annotations: str, images: str, prefix: str, scenes: Path, tmp_path: Path) -> None:
+    root = laid_out(scenes, tmp_path / "set", annotations, images, prefix)
+    if images == "images":  # both splits in one folder: names differ there
+        for index, file in enumerate(sorted((scenes / "train" / "images").iterdir())):
+            shutil.copy(file, root / "images" / f"t{index}{file.suffix}")
+        document = json.loads((root / "annotations/train.json").read_text())
+        for index, image in enumerate(sorted(document["images"], key=lambda image: image["file_name"])):
+            image["file_name"] = f"t{index}{Path(image['file_name']).suffix}"
+        (root / "annotations/train.json").write_text(json.dumps(document))
+    (root / "notes.json").write_text('{"by": "somebody"}')
+    data, plain = (open_coco(place, tmp_path / "cache") for place in (root, scenes))
+    assert (data.train.count, data.val.count) == (12, 4)
+    assert (data.train.boxes, data.val.boxes) == (plain.train.boxes, plain.val.boxes)
+    assert data.train.source != data.val.source
+
+
+@pytest.mark.parametrize("name", ["result.json", "annotations/instances_default.json", "labels_my-project.json"])
+def test_one_set_in_other_layouts(name: str, scenes: Path, tmp_path: Path) -> None:
+    document = json.loads((scenes / "train" / "annotations.json").read_text())
+    for image in document["images"]:
+        image["file_name"] = f"images/{image['file_name']}" if name == "result.json" else image["file_name"]
+    (tmp_path / "set" / name).parent.mkdir(parents=True)
+    (tmp_path / "set" / name).write_text(json.dumps(document))
+    shutil.copytree(scenes / "train" / "images", tmp_path / "set" / "images")
+    data = open_coco(tmp_path / "set", tmp_path / "cache")
+    assert (data.train.count, data.val.count) == (12, 12)
+    assert any("same images" in note for note in data.notes)
+
+
+def test_other_tasks_beside_instances_are_left_out(scenes: Path, tmp_path: Path) -> None:
+    root = laid_out(scenes, tmp_path, "annotations/instances_SPLIT2017.json", "SPLIT2017")
+    for split in ("train", "val"):
+        source = root / "annotations" / f"instances_{split}2017.json"
+        shutil.copy(source, root / "annotations" / f"person_keypoints_{split}2017.json")
+        (root / "annotations" / f"captions_{split}2017.json").write_text('{"images": [], "annotations": ["caption"]}')
+    (root / "annotations" / "image_info_test2017.json").write_text('{"images": [], "categories": []}')
+    assert open_coco(root, tmp_path / "cache").val.source.name == "instances_val2017.json"
+
+
+def test_several_that_fit_are_named(scenes: Path, tmp_path: Path) -> None:
+    root = laid_out(scenes, tmp_path / "set", "annotations/SPLIT.json", "SPLIT")
+    shutil.copy(root / "annotations/train.json", root / "annotations/train_small.json")
+    with pytest.raises(UserError, match=r"annotations/train\.json, annotations/train_small\.json") as caught:
+        open_coco(root, tmp_path / "cache")
+    assert f'coco="{root}/annotations/train.json,{root}/annotations/val.json"' in caught.value.fix
+    files = (root / "annotations/train_small.json", root / "annotations/val.json")
+    assert open_coco(files, tmp_path / "cache").train.source == files[0]
+    given = open_detection_data(",".join(map(str, files)), quiet=True)
+    assert (given.train.source, given.val.source) == files
+
+
+def test_images_that_may_be_in_two_folders_are_asked_for(scenes: Path, tmp_path: Path) -> None:
+    root = laid_out(scenes, tmp_path / "set", "annotations/SPLIT.json", "a")
+    shutil.copytree(root / "a", root / "b")
+    with pytest.raises(UserError, match=r"may be in a, b"):
+        open_coco(root, tmp_path / "cache")
