@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.robustness import documents, options
+from benchmarks.robustness import documents, graphs, models, options, pictures
 from benchmarks.robustness.case import Case, Ground, Outcome, prepare
 from benchmarks.robustness.driver import import_everything, judged, outcome_of
 
@@ -39,6 +39,12 @@ PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "recipes": documents.recipes,
     "reports": documents.reports,
     "documents of runs": documents.cases,
+    "model folders": models.cases,
+    "safetensors": models.safetensors,
+    "pickles": models.pickles,
+    "graphs": graphs.cases,
+    "pictures": pictures.cases,
+    "shards": pictures.shards,
 }
 
 

@@ -107,6 +107,11 @@ def no_documents(text: bytes) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a text can be the name of a file."""
+    return text.strip(". ") != "" and not {"/", "\0"} & set(text) and len(text.encode()) < 200
+
+
 def shown(value: object) -> str:
     """A value in a case's name: short and in ASCII."""
     text = ascii(value)

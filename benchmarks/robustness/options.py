@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
@@ -30,23 +31,22 @@ _NO_WHOLE_NUMBERS = (
 )
 _NO_NUMBERS = ("abc", "", "nan", "inf", "-inf", "1e309", "1,5", "[/]", "\u00b2", "\x1b]0;x\x07")
 _STRANGE_NUMBERS = ("-1", "0", "1", "10" * 15, str(2**63))
-_OPEN_ENDED = ("seconds", "bench_seconds")  # measured for so long: "1" is harmless, a day is what was asked for
+_OPEN_ENDED = ("--seconds", "--bench-seconds")  # measured for so long: "1" is harmless, a day is what was asked for
 _EACH = 14
 """Values per option."""
 
 
 def cases(ground: Ground, random: Random) -> Iterator[Case]:
     """Each option of each command with values drawn for its type; then what no type says."""
-    commands = dict(_commands(typer.main.get_command(app)))
+    commands = dict(_commands(app))
     users: dict[str, list[str]] = {}
-    parameters: dict[str, Any] = {}
-    for command, found in commands.items():
-        for parameter in found.params:
-            if parameter.param_type_name == "option" and not parameter.is_flag:
-                users.setdefault(parameter.opts[0], []).append(command)
-                parameters[parameter.opts[0]] = parameter
-    for option, parameter in parameters.items():
-        for value, refused in _values(parameter, random):
+    kinds: dict[str, type] = {}
+    for command, callback in commands.items():
+        for option, kind in _options(callback):
+            users.setdefault(option, []).append(command)
+            kinds[option] = kind
+    for option, kind in kinds.items():
+        for value, refused in _values(option, kind, random):
             command = random.choice(users[option])
             arrange = functools.partial(_arrange, ground, command, option, value)
             yield Case(f"{command} {option} {shown(value)}", arrange, "refused" if refused else "any")
@@ -54,27 +54,38 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
     yield from _arguments(ground, list(commands), random)
 
 
-def _commands(command: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Commands by their names, as click or typer's own copy of it holds them."""
-    if hasattr(command, "commands"):
-        for name, part in command.commands.items():
-            yield from _commands(part, f"{before} {name}".strip())
-    else:
-        yield before, command
+def _commands(group: typer.Typer, before: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    for info in group.registered_commands:
+        if info.callback is not None:
+            yield before + (info.name or info.callback.__name__), info.callback
+    for part in group.registered_groups:
+        if part.typer_instance is not None:
+            yield from _commands(part.typer_instance, f"{part.name} ")
 
 
-def _values(parameter: Any, random: Random) -> Iterator[tuple[str | bytes, bool]]:
+def _options(callback: Callable[..., Any]) -> Iterator[tuple[str, type]]:
+    """The options of a command that take a value, and the type of it."""
+    for parameter in inspect.signature(callback, eval_str=True).parameters.values():
+        kind, *more = get_args(parameter.annotation)
+        named = [info for info in more if isinstance(info, typer.models.OptionInfo)]
+        kinds = {int, float} & {kind, *get_args(kind)}
+        if named and bool not in (kind, *get_args(kind)):
+            names = [name for name in named[0].param_decls or () if name.startswith("--")]
+            yield next(iter(names), f"--{parameter.name.replace('_', '-')}"), next(iter(kinds), str)
+
+
+def _values(option: str, kind: type, random: Random) -> Iterator[tuple[str | bytes, bool]]:
     """Values and whether they have to be refused, whatever the command."""
-    if parameter.type.name.startswith("integer"):
+    if kind is int:
         yield from ((value, True) for value in _NO_WHOLE_NUMBERS)
         yield from ((value, False) for value in _STRANGE_NUMBERS)
-    elif parameter.type.name.startswith("float"):
+    elif kind is float:
         yield from ((value, True) for value in _NO_NUMBERS)
-        if parameter.name not in _OPEN_ENDED:
+        if option not in _OPEN_ENDED:
             yield from ((value, False) for value in (*_STRANGE_NUMBERS, "1e-320", "1e300", "1.0000001"))
     else:
         texts = [text for text in TEXTS if "\0" not in text]  # no argument of a process has one
-        if parameter.name == "output":  # these name places where somebody may well want the output
+        if option == "--output":  # these name places where somebody may well want the output
             texts = [text for text in texts if not text.startswith(("../../", "/escaped"))]
         yield from ((value, False) for value in random.sample(texts, _EACH))
         yield b"\xff\xfe", False
