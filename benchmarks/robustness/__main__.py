@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.robustness import documents, graphs, models, options, pictures
+from benchmarks.robustness import documents, graphs, models, options, payloads, pictures, surroundings
 from benchmarks.robustness.case import Case, Ground, Outcome, prepare
 from benchmarks.robustness.driver import import_everything, judged, outcome_of
+from benchmarks.robustness.kills import kills
 
 PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "options": options.cases,
@@ -45,15 +46,19 @@ PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "graphs": graphs.cases,
     "pictures": pictures.cases,
     "shards": pictures.shards,
+    "payloads": payloads.cases,
+    "surroundings": surroundings.cases,
 }
+KILLS = "kills"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.robustness", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seed", type=int, default=0, help="decides which cases are drawn")
-    parser.add_argument("--only", default="", help=f"parts, from: {', '.join(PARTS)}")
+    parser.add_argument("--only", default="", help=f"parts, from: {', '.join([*PARTS, KILLS])}")
     parser.add_argument("--match", default="", help="only cases whose name fits this regular expression")
     parser.add_argument("--share", type=float, default=1.0, help="share of the cases of every part")
+    parser.add_argument("--kills", type=int, default=60, help="of a run; package, report and sweep get a third of it")
     parser.add_argument("--work", type=Path, help="folder to work in; by default one for temporary files")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "robustness.json")
     given = parser.parse_args()
@@ -62,7 +67,12 @@ def main() -> None:
             rows = _campaign(given, Ground(Path(folder)))
     else:
         rows = _campaign(given, Ground(given.work.absolute()))
-    settings = {"seed": given.seed, "share": given.share, "detection": find_spec("mmdet") is not None}
+    settings = {
+        "seed": given.seed,
+        "share": given.share,
+        "kills": given.kills,
+        "detection": find_spec("mmdet") is not None,
+    }
     record.write(given.out, record.document(settings, rows))
     sys.exit(int(any(row["wrong"] for row in rows)))
 
@@ -80,6 +90,8 @@ def _campaign(given: argparse.Namespace, ground: Ground) -> list[dict[str, Any]]
         if given.share < 1:
             cases = random.sample(cases, max(1, round(given.share * len(cases))))
         rows.append(_part(name, cases, ground))
+    if given.kills and (not given.only or KILLS in given.only.split(",")):
+        rows.append(_kills(ground, Random(f"{given.seed} {KILLS}"), given.kills))
     _show(rows)
     return rows
 
@@ -89,11 +101,28 @@ def _part(name: str, cases: list[Case], ground: Ground) -> dict[str, Any]:
     for case in cases:
         outcome = outcome_of(case, ground)
         if found := judged(case, outcome, ground):
-            wrong.append({"case": case.name, "wrong": found})
-            print(f"WRONG {name}: {case.name}: {'; '.join(found)}\n    {outcome.code}: {_end_of(outcome)}", flush=True)
-    seconds = time.monotonic() - started
-    print(f"{name}: {len(cases)} tried, {len(wrong)} wrong, {seconds:.0f} s", flush=True)
-    return {"part": name, "tried": len(cases), "wrong": len(wrong), "seconds": round(seconds), "cases": wrong}
+            wrong.append(_noted(name, case.name, found, outcome))
+    return _row(name, len(cases), wrong, started)
+
+
+def _kills(ground: Ground, random: Random, number: int) -> dict[str, Any]:
+    started, wrong, tried = time.monotonic(), [], 0
+    for name, killed, found, outcome in kills(ground, random, number):
+        tried += killed
+        if found:
+            wrong.append(_noted(KILLS, name, found, outcome))
+    return _row(KILLS, tried, wrong, started)
+
+
+def _noted(part: str, name: str, found: list[str], outcome: Outcome) -> dict[str, Any]:
+    print(f"WRONG {part}: {name}: {'; '.join(found)}\n    {outcome.code}: {_end_of(outcome)}", flush=True)
+    return {"case": name, "wrong": found}
+
+
+def _row(part: str, tried: int, wrong: list[dict[str, Any]], started: float) -> dict[str, Any]:
+    seconds = round(time.monotonic() - started)
+    print(f"{part}: {tried} tried, {len(wrong)} wrong, {seconds} s", flush=True)
+    return {"part": part, "tried": tried, "wrong": len(wrong), "seconds": seconds, "cases": wrong}
 
 
 def _run_of(ground: Ground) -> None:
