@@ -24,9 +24,6 @@ _MEASURED = re.compile(
 )
 """Entries of a report that are other ones every time: what was timed, and what follows from it."""
 
-_SHORT = 20
-"""Kills of `package`, `report` and `sweep` for 60 of `build`."""
-
 
 def kill_at_change(number: int) -> None:
     """Let this process be killed just before it changes the file system for the n-th time."""
@@ -67,7 +64,8 @@ def kills(ground: Ground, random: Random, number: int) -> Iterator[tuple[str, in
         wrong = [f"{place} differs" for place in _differing(reference, _results(_place(ground) / "run"))]
         yield f"build, {name}", killed, _judged(ground, outcome, wrong), outcome
     for command, count in (("package", number // 6), ("report", number // 12), ("sweep", number // 12)):
-        yield from _others(ground, random, command, count)
+        if count:
+            yield from _others(ground, random, command, count)
 
 
 def _others(ground: Ground, random: Random, command: str, number: int) -> Iterator[tuple[str, int, list[str], Outcome]]:

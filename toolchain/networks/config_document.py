@@ -95,7 +95,7 @@ class PreprocessEntries(BaseModel):
     input_size: tuple[_Channels, _Side, _Side] | None = None
     fixed_input_size: bool | None = None
     interpolation: Interpolation | None = None
-    crop_pct: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] | None = None
+    crop_pct: Annotated[float, Field(ge=0.1, le=4, allow_inf_nan=False)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
     mean: Annotated[tuple[_Number, ...], Field(min_length=1, max_length=64)] | None = None
     std: Annotated[tuple[_Spread, ...], Field(min_length=1, max_length=64)] | None = None

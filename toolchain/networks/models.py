@@ -165,8 +165,19 @@ def _check_folder(model: nn.Module, architecture: str, weights: str, wanted: Wan
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
-    """How images are prepared for this network: timm's data configuration, at the size that it was built for."""
+    """How images are prepared for this network: timm's data configuration, at the size that it was built for.
+
+    Raises:
+        UserError: it takes pictures of other than three channels.
+    """
     config = resolve_model_data_config(model)
+    channels = (config["input_size"][0], len(config["mean"]), len(config["std"]))
+    if channels != (3, 3, 3):
+        raise UserError(
+            "The network takes no RGB pictures.",
+            why="Its configuration has input_size[0], mean and std for {}, {} and {} channels.".format(*channels),
+            fix="Take a network for RGB, or put `pretrained_cfg` of its config.json right.",
+        )
     built_for = getattr(model.get_submodule("patch_embed"), "img_size", None)
     if built_for is not None and not getattr(model, "dynamic_img_size", False):
         config["input_size"] = (config["input_size"][0], *built_for)

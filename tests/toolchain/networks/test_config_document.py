@@ -55,6 +55,8 @@ def change(folder: Path, **entries: Any) -> None:
         {"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}},
         {"pretrained_cfg": {"std": [0.0, 0.1, 0.1]}},
         {"pretrained_cfg": {"interpolation": "sinc"}},
+        {"pretrained_cfg": {"interpolation": "random"}},  # timm knows it for training only
+        {"pretrained_cfg": {"crop_pct": 1e-9}},
         {"label_names": ["a", 5]},
         {"upvits": {"format": 2, "widths": {"channels": {}}}},
         {"upvits": {"format": 1, "widths": {"channels": {"stages.0": -4}}}},
@@ -67,6 +69,16 @@ def test_what_is_no_plain_network_is_refused_in_one_message(folder: Path, entrie
     with pytest.raises(UserError) as caught:
         toolchain.load(folder)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("entries", [{"mean": [0.5, 0.5]}, {"std": [0.5]}, {"input_size": [1, 64, 64]}], ids=str)
+def test_a_network_that_takes_no_rgb_is_refused_where_pictures_are_prepared(
+    folder: Path, entries: dict[str, Any]
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(folder, pretrained_cfg={**config["pretrained_cfg"], **entries})
+    with pytest.raises(UserError, match="no RGB pictures"):
+        toolchain.preprocess_of(toolchain.load(folder))
 
 
 @pytest.mark.parametrize("key", ["file", "url", "hf_hub_id", "custom_load", "state_dict"])
