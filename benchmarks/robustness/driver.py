@@ -152,7 +152,7 @@ def judged(case: Case, outcome: Outcome, ground: Ground) -> list[str]:
         wrong += case.check(ground.case, outcome)
     except Exception as error:
         wrong.append(f"cannot be checked: {type(error).__name__}: {error}")
-    return wrong + touched(ground)
+    return wrong + touched(ground, ended=not outcome.stopped and outcome.code >= 0)
 
 
 def _ending(case: Case, outcome: Outcome) -> list[str]:
@@ -167,8 +167,8 @@ def _ending(case: Case, outcome: Outcome) -> list[str]:
     return []
 
 
-def touched(ground: Ground) -> list[str]:
-    """What a command did where it has no business; put right again for the next one."""
+def touched(ground: Ground, *, ended: bool = True) -> list[str]:
+    """What a command did where it has no business; put right again. One that was killed may leave temporary files."""
     wrong = []
     if any(ground.work.rglob(ground.marker.name)):
         wrong.append("A PAYLOAD RAN")
@@ -185,7 +185,7 @@ def touched(ground: Ground) -> list[str]:
         wrong.append(f"made outside of its folder: {new}")
         for name in new:
             _remove(ground.work / name)
-    if left := sorted(path.name for path in ground.temporary.iterdir() if "error-" not in path.name):
+    if ended and (left := sorted(path.name for path in ground.temporary.iterdir() if "error-" not in path.name)):
         wrong.append(f"left in TMPDIR: {left[:3]}")
     return wrong
 

@@ -23,12 +23,12 @@ _GRAPH = "4-export/pruned/model.onnx"
 
 def cases(ground: Ground, random: Random) -> Iterator[Case]:
     """`bench` of each file with ONNX Runtime; of a few with every runtime that is installed."""
-    files = {**_references(), **_tensors(), **_structures(), **_shapes(), **_endless(), **_bytes(ground, random)}
+    files = {**references(), **_tensors(), **structures(), **_shapes(), **endless(), **_bytes(ground, random)}
     for what, raw in files.items():
         yield Case(f"ONNX: {what}", functools.partial(_bench, raw, "m.onnx", ("--runtime", "onnxruntime")))
-    for what in (*random.sample(sorted(files), 12), *_endless()):
+    for what in (*random.sample(sorted(files), 12), *endless()):
         yield Case(f"ONNX, all runtimes: {what}", functools.partial(_bench, files[what], "m.onnx", ()))
-    plain = _model().SerializeToString()
+    plain = model_of().SerializeToString()
     for text in random.sample([text for text in TEXTS if is_file_name(text)], 12):
         yield Case(f"ONNX, file name {shown(text)}", functools.partial(_bench, plain, f"{text}.onnx", ()))
     for key in ("labels", "upvits", "mean", "std", "preprocess", "producer", "description"):
@@ -73,11 +73,11 @@ def _in_run(ground: Ground, key: str, text: str, here: Path) -> Arguments:
     return ["package", run, "-o", here / "package", "--quiet"]
 
 
-def _value(name: str = "x", shape: Sequence[int | str] | None = ("N", 4), kind: int = TensorProto.FLOAT) -> Any:
+def value(name: str = "x", shape: Sequence[int | str] | None = ("N", 4), kind: int = TensorProto.FLOAT) -> Any:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _model(
+def model_of(
     nodes: Sequence[Node] | None = None,
     inputs: Sequence[Any] | None = None,
     tensors: Sequence[TensorProto] = (),
@@ -87,16 +87,16 @@ def _model(
 ) -> onnx.ModelProto:
     """A model from x to y; one Relu unless more is said."""
     graph = helper.make_graph(
-        [_node("Relu", "x", "y")] if nodes is None else nodes,
+        [node("Relu", "x", "y")] if nodes is None else nodes,
         "g",
-        [_value()] if inputs is None else inputs,
-        [_value("y", None)] if outputs is None else outputs,
+        [value()] if inputs is None else inputs,
+        [value("y", None)] if outputs is None else outputs,
         list(tensors),
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
 
 
-def _node(kind: str, inputs: str, outputs: str, **attributes: Any) -> Node:
+def node(kind: str, inputs: str, outputs: str, **attributes: Any) -> Node:
     return helper.make_node(kind, inputs.split(" ") if inputs else [], outputs.split(" "), **attributes)
 
 
@@ -106,10 +106,10 @@ def _constant(name: str, value: Any) -> TensorProto:
 
 def _added(tensor: TensorProto) -> bytes:
     tensor.name = "w"
-    return bytes(_model([_node("Add", "x w", "y")], tensors=[tensor]).SerializeToString())
+    return bytes(model_of([node("Add", "x w", "y")], tensors=[tensor]).SerializeToString())
 
 
-def _references() -> dict[str, bytes]:
+def references() -> dict[str, bytes]:
     """Weights in files of their own that are elsewhere, no files, or shorter than they are said to be."""
     places = (
         "../../../../../../etc/passwd",
@@ -163,68 +163,68 @@ def _tensors() -> dict[str, bytes]:
     }
 
 
-def _structures() -> dict[str, bytes]:
+def structures() -> dict[str, bytes]:
     models = {
-        "a cycle": _model([_node("Add", "x b", "a"), _node("Relu", "a", "b"), _node("Relu", "a", "y")]),
-        "a node that reads itself": _model([_node("Add", "x y", "y")]),
-        "an unknown operator": _model([_node("Evil", "x", "y")]),
-        "an unknown domain": _model([_node("Evil", "x", "y", domain="com.evil")]),
-        "operator set 9999": _model(opset=9999),
-        "operator set 0": _model(opset=0),
-        "operator set -1": _model(opset=-1),
-        "no nodes": _model([]),
-        "an input from nowhere": _model([_node("Relu", "nope", "y")]),
-        "an output from nowhere": _model([_node("Relu", "x", "z")]),
-        "no outputs": _model(outputs=[]),
-        "an output twice": _model([_node("Relu", "x", "y"), _node("Relu", "x", "y")]),
-        "no inputs": _model([_node("Constant", "", "y", value=_constant("c", np.ones(3, np.float32)))], []),
-        "20,000 nodes": _model(
-            [*(_node("Relu", f"t{i}" if i else "x", f"t{i + 1}") for i in range(20_000)), _node("Relu", "t20000", "y")]
+        "a cycle": model_of([node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "a", "y")]),
+        "a node that reads itself": model_of([node("Add", "x y", "y")]),
+        "an unknown operator": model_of([node("Evil", "x", "y")]),
+        "an unknown domain": model_of([node("Evil", "x", "y", domain="com.evil")]),
+        "operator set 9999": model_of(opset=9999),
+        "operator set 0": model_of(opset=0),
+        "operator set -1": model_of(opset=-1),
+        "no nodes": model_of([]),
+        "an input from nowhere": model_of([node("Relu", "nope", "y")]),
+        "an output from nowhere": model_of([node("Relu", "x", "z")]),
+        "no outputs": model_of(outputs=[]),
+        "an output twice": model_of([node("Relu", "x", "y"), node("Relu", "x", "y")]),
+        "no inputs": model_of([node("Constant", "", "y", value=_constant("c", np.ones(3, np.float32)))], []),
+        "20,000 nodes": model_of(
+            [*(node("Relu", f"t{i}" if i else "x", f"t{i + 1}") for i in range(20_000)), node("Relu", "t20000", "y")]
         ),
-        "names with commands": _model(
-            [_node("Relu", "x", "\x1b[31m[/]", name="\x1b[31m[/]"), _node("Relu", "\x1b[31m[/]", "y")]
+        "names with commands": model_of(
+            [node("Relu", "x", "\x1b[31m[/]", name="\x1b[31m[/]"), node("Relu", "\x1b[31m[/]", "y")]
         ),
-        "an input with commands": _model([_node("Relu", "\x1b[31m[/]", "y")], [_value("\x1b[31m[/]", [3, 4])]),
-        "an index out of range": _model([_node("Gather", "x i", "y", axis=1)], tensors=[_constant("i", [99])]),
-        "a division by zero": _model(
+        "an input with commands": model_of([node("Relu", "\x1b[31m[/]", "y")], [value("\x1b[31m[/]", [3, 4])]),
+        "an index out of range": model_of([node("Gather", "x i", "y", axis=1)], tensors=[_constant("i", [99])]),
+        "a division by zero": model_of(
             [
-                _node("Cast", "x", "i", to=6),
-                _node("Sub", "i i", "z"),
-                _node("Div", "i z", "q"),
-                _node("Cast", "q", "y", to=1),
+                node("Cast", "x", "i", to=6),
+                node("Sub", "i i", "z"),
+                node("Div", "i z", "q"),
+                node("Cast", "q", "y", to=1),
             ]
         ),
         "a function that calls itself": _recursive(),
-        "another producer": _model(),
-        "attributes of other types": _model([_node("Cast", "x", "y", to="os.system")]),
+        "another producer": model_of(),
+        "attributes of other types": model_of([node("Cast", "x", "y", to="os.system")]),
     }
     models["another producer"].producer_name = "\x1b[31m" + MARKUP
     return {what: model.SerializeToString() for what, model in models.items()}
 
 
 def _recursive() -> onnx.ModelProto:
-    model = _model([_node("F", "x", "y", domain="d")])
+    model = model_of([node("F", "x", "y", domain="d")])
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
     model.opset_import.append(opsets[1])
-    model.functions.append(helper.make_function("d", "F", ["a"], ["b"], [_node("F", "a", "b", domain="d")], opsets))
+    model.functions.append(helper.make_function("d", "F", ["a"], ["b"], [node("F", "a", "b", domain="d")], opsets))
     return model
 
 
 def _shapes() -> dict[str, bytes]:
     """Inputs of strange shapes and types, and results that no memory holds."""
     inputs: dict[str, Any] = {
-        "a scalar": _value("x", []),
-        "of no rank": _value("x", None),
-        "with nothing in it": _value("x", ["N", 0]),
-        "-4 wide": _value("x", ["N", -4]),
-        "2**40 wide": _value("x", ["N", 2**40]),
-        "2**124 large": _value("x", [2**62, 2**62]),
-        "of 4 GB": _value("x", ["N", 10**9]),
-        "of open sides": _value("x", ["N", "H", "W"]),
-        "of 64 ranks": _value("x", [1] * 64),
-        "of one name": _value("x", ["N", "N"]),
+        "a scalar": value("x", []),
+        "of no rank": value("x", None),
+        "with nothing in it": value("x", ["N", 0]),
+        "-4 wide": value("x", ["N", -4]),
+        "2**40 wide": value("x", ["N", 2**40]),
+        "2**124 large": value("x", [2**62, 2**62]),
+        "of 4 GB": value("x", ["N", 10**9]),
+        "of open sides": value("x", ["N", "H", "W"]),
+        "of 64 ranks": value("x", [1] * 64),
+        "of one name": value("x", ["N", "N"]),
     }
-    made = {f"an input {what}": _model(inputs=[value]) for what, value in inputs.items()}
+    made = {f"an input {what}": model_of(inputs=[given]) for what, given in inputs.items()}
     for kind in (
         TensorProto.STRING,
         TensorProto.COMPLEX64,
@@ -233,30 +233,30 @@ def _shapes() -> dict[str, bytes]:
         TensorProto.BOOL,
         99,
     ):
-        made[f"an input of type {kind}"] = _model(
-            [_node("Identity", "x", "y")], [_value("x", ["N"], kind)], outputs=[_value("y", None, kind)]
+        made[f"an input of type {kind}"] = model_of(
+            [node("Identity", "x", "y")], [value("x", ["N"], kind)], outputs=[value("y", None, kind)]
         )
     sequence = [helper.make_tensor_sequence_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
-    made["a sequence as input"] = _model([_node("Identity", "x", "y")], sequence[:1], outputs=sequence[1:])
-    made["a constant of 4 TB"] = _model(
-        [_node("ConstantOfShape", "s", "z"), _node("ReduceSum", "z", "q", keepdims=0), _node("Add", "x q", "y")],
+    made["a sequence as input"] = model_of([node("Identity", "x", "y")], sequence[:1], outputs=sequence[1:])
+    made["a constant of 4 TB"] = model_of(
+        [node("ConstantOfShape", "s", "z"), node("ReduceSum", "z", "q", keepdims=0), node("Add", "x q", "y")],
         tensors=[_constant("s", [10**6, 10**6])],
     )  # fmt: skip
-    made["a picture of 40 TB"] = _model(
-        [_node("Resize", "x  s", "y", mode="nearest")], [_value("x", ["N", 1, 8, 8])],
+    made["a picture of 40 TB"] = model_of(
+        [node("Resize", "x  s", "y", mode="nearest")], [value("x", ["N", 1, 8, 8])],
         [_constant("s", np.array([1, 1, 1e5, 1e5], np.float32))],
     )  # fmt: skip
-    made["tiles of 4 TB"] = _model([_node("Tile", "x r", "y")], tensors=[_constant("r", [10**6, 10**6])])
+    made["tiles of 4 TB"] = model_of([node("Tile", "x r", "y")], tensors=[_constant("r", [10**6, 10**6])])
     return {what: model.SerializeToString() for what, model in made.items()}
 
 
-def _endless() -> dict[str, bytes]:
+def endless() -> dict[str, bytes]:
     body = helper.make_graph(
-        [_node("Identity", "c", "d"), _node("Identity", "v", "w")], "b",
-        [_value("i", [], TensorProto.INT64), _value("c", [], TensorProto.BOOL), _value("v", None)],
-        [_value("d", [], TensorProto.BOOL), _value("w", None)],
+        [node("Identity", "c", "d"), node("Identity", "v", "w")], "b",
+        [value("i", [], TensorProto.INT64), value("c", [], TensorProto.BOOL), value("v", None)],
+        [value("d", [], TensorProto.BOOL), value("w", None)],
     )  # fmt: skip
-    loop = _model([_node("Loop", "m c0 x", "y", body=body)], tensors=[_constant("m", 2**62), _constant("c0", True)])
+    loop = model_of([node("Loop", "m c0 x", "y", body=body)], tensors=[_constant("m", 2**62), _constant("c0", True)])
     return {"a Loop without end": loop.SerializeToString(), "If, 20 deep": _nested(20), "If, 2,000 deep": _nested(2000)}
 
 
@@ -266,7 +266,7 @@ def _nested(depth: int) -> bytes:
     for _ in range(depth):
         branch = _field(1, b"then_branch") + _field(6, _field(1, node))
         node = _field(4, b"If") + _field(1, b"c") + _field(2, b"o") + _field(5, branch)
-    return bytes(_model().SerializeToString()) + _field(7, _field(1, node))
+    return bytes(model_of().SerializeToString()) + _field(7, _field(1, node))
 
 
 def _field(number: int, data: bytes) -> bytes:

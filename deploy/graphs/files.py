@@ -16,6 +16,7 @@ from onnx.external_data_helper import uses_external_data
 from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
+from upvits.calib_data.paths import path_inside
 from upvits.deploy.graphs.nodes import copied
 from upvits.deploy.store.artifacts import atomic_write, whole_file
 from upvits.deploy.store.disk import disk_full_error, is_disk_full, unwritable_error
@@ -145,7 +146,7 @@ def inferred_graph(model: ModelProto) -> GraphProto:
     """
     try:
         return onnx.shape_inference.infer_shapes(declared_only(model), data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
         return model.graph
 
 
@@ -269,14 +270,14 @@ def _read_external(path: Path, tensor: TensorProto, claimed: int) -> None:
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    folder = path.resolve().parent
-    file = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(folder):
+    try:
+        file = path_inside(path.resolve().parent, location)
+    except UserError as error:
         raise UserError(
             f"{path} keeps weights outside its folder",
-            why=f"Tensor {tensor.name!r} is in {location!r}; such a path could read any file of this machine.",
+            why=f"Tensor {tensor.name!r} is in {location[:300]!r}; such a path could read any file of this machine.",
             fix="Put the file with the weights beside the model, and save the model with its plain name.",
-        )
+        ) from error
     if not file.is_file():
         raise UserError(
             f"{path} lacks its weights",

@@ -1,11 +1,14 @@
 """Small questions to ONNX models and small changes of them, for every room that handles graphs."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
+_MOST_ROUNDS = 1_000_000
 Array = np.ndarray[Any, np.dtype[Any]]
 
 PRECISION_OF_TYPE: dict[int, str] = {
@@ -43,6 +46,33 @@ def drop_unused_initializers(model: ModelProto) -> None:
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
+
+
+def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """The nodes of a model, those of its functions, and those within them: branches and bodies of loops."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += [
+            inner for attribute in node.attribute for graph in (attribute.g, *attribute.graphs) for inner in graph.node
+        ]
+
+
+def endless_loops(model: ModelProto) -> tuple[str, ...]:
+    """Names of loops that may take more than a million rounds, as far as the graph says; a condition may end them."""
+    small = {
+        tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64 and _is_small(tensor)
+    }
+    for node in all_nodes(model):
+        if node.op_type == "Constant" and any(a.name == "value" and _is_small(a.t) for a in node.attribute):
+            small.add(node.output[0])
+    loops = (node for node in all_nodes(model) if node.op_type == "Loop")
+    return tuple(node.name or node.output[0] for node in loops if not node.input or node.input[0] not in small)
+
+
+def _is_small(tensor: TensorProto) -> bool:
+    return bool(math.prod(tensor.dims) == 1 and numpy_helper.to_array(tensor).item() <= _MOST_ROUNDS)
 
 
 def get_attribute(node: NodeProto, name: str, default: Any) -> Any:

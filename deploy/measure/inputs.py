@@ -108,8 +108,9 @@ def _bytes_of(value: ValueInfoProto) -> int:
 
 def _input(value: ValueInfoProto, model: str) -> Input:
     tensor = value.type.tensor_type
-    kinds = (TensorProto.UNDEFINED, TensorProto.STRING, TensorProto.BFLOAT16)
-    if not value.type.HasField("tensor_type") or tensor.elem_type in kinds:
+    others = (TensorProto.UNDEFINED, TensorProto.STRING, TensorProto.BFLOAT16)
+    numbers = value.type.HasField("tensor_type") and tensor.elem_type not in others
+    if not numbers or tensor.elem_type not in TensorProto.DataType.values():
         raise UserError(
             f"input {value.name} of {model} cannot be filled with random numbers",
             why="Only tensors of numbers that NumPy has can be made here.",
@@ -117,6 +118,8 @@ def _input(value: ValueInfoProto, model: str) -> Input:
     sizes = None
     if tensor.HasField("shape"):
         sizes = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
+        if any(size is not None and size < 0 for size in sizes):
+            raise UserError(f"{model} is damaged", why=f"Input {value.name} has shape {list(sizes)}.")
     return Input(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), sizes)
 
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from upvits.deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimi
 LESS_MEMORY = "Use smaller batches or fewer streams (--streams), or free memory of the device."
 _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
 _HEAVY = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
+_LONGEST_CALL = 45.0  # seconds of a call that is not timed; a Loop in a graph need not end
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -87,7 +89,9 @@ class OnnxRuntimeSession:
 
     def _run(self, feeds: Arrays) -> dict[str, _Array]:
         if not self._cuda_graph:
-            return dict(zip(self.output_names, self._session.run(self.output_names, dict(feeds)), strict=True))
+            with _ending(_library().RunOptions()) as options:
+                values = self._session.run(self.output_names, dict(feeds), options)
+            return dict(zip(self.output_names, values, strict=True))
         bound = self._bind(feeds)  # a recorded graph reads and writes the same addresses each time
         for name, value in bound.inputs.items():
             value.update_inplace(np.ascontiguousarray(feeds[name]))
@@ -187,7 +191,8 @@ class OnnxRuntimeSession:
         run_options = onnxruntime.RunOptions()
         if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
             run_options.add_run_config_entry("gpu_graph_id", "-1")
-        self._session.run_with_iobinding(binding, run_options)
+        with _ending(run_options):
+            self._session.run_with_iobinding(binding, run_options)
         # new buffers: what `get_outputs` returns dangles in ONNX Runtime 1.23 once the binding is cleared
         arrays_out = zip(self.output_names, binding.copy_outputs_to_cpu(), strict=True)
         outputs = {name: make(array, device, 0) for name, array in arrays_out}
@@ -329,6 +334,18 @@ def memory_ran_out(why: str) -> bool:
 
 
 @contextmanager
+def _ending(options: Any) -> Iterator[Any]:
+    """Options of a call that the library gives up after `_LONGEST_CALL`."""
+    timer = threading.Timer(_LONGEST_CALL, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def _run_errors(provider: str) -> Iterator[None]:
     """Turn what a call can fail with into messages."""
     try:
@@ -336,6 +353,8 @@ def _run_errors(provider: str) -> Iterator[None]:
     except load_errors() + (MemoryError,) as error:  # noqa: RUF005
         why = reason(error)
         ran_out = isinstance(error, MemoryError) or memory_ran_out(why)
+        if "terminate flag" in why:
+            why = f"A call did not end within {_LONGEST_CALL:.0f} s."
         raise UserError(
             f"ONNX Runtime's {provider} cannot run this model on these inputs",
             why=why,

@@ -30,7 +30,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import inferred_graph, keeps_weights_apart, openable
-from upvits.deploy.graphs.nodes import copied, graph_inputs
+from upvits.deploy.graphs.nodes import copied, endless_loops, graph_inputs
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.runtimes.engine_folder import (
     build_failed,
@@ -162,10 +162,12 @@ class OpenVinoSession:
 
     def __init__(self, model: bytes | Path, device: str, hint: str, threads: int) -> None:
         self._model, self._device, self._hint, self._threads = model, device, hint, threads
-        compiled = _compile(model, device, hint, threads)
-        self._request: Any = compiled.create_infer_request()
         content = model.read_bytes() if isinstance(model, Path) else model
         onnx_model = onnx.load_model_from_string(content)  # a tensor of OpenVINO's has several names, in no order
+        if loops := endless_loops(onnx_model):
+            raise RuntimeError(f"The loop {loops[0]} need not end, and OpenVINO cannot stop it")
+        compiled = _compile(model, device, hint, threads)
+        self._request: Any = compiled.create_infer_request()
         inputs = {value.name: value.type.tensor_type.elem_type for value in graph_inputs(onnx_model)}
         self.input_names: tuple[str, ...] = tuple(inputs)
         self.output_names: tuple[str, ...] = tuple(value.name for value in onnx_model.graph.output)

@@ -31,7 +31,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=1_000)]
 _Stages = tuple[_Count, _Count, _Count, _Count]
-Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 _Activation = Literal["gelu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu", "swish"]
 
 
