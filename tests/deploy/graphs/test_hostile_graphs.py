@@ -20,7 +20,7 @@ from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
 ENDLESS = endless()["a Loop without end"]
 
 
-@pytest.mark.parametrize("what", sorted(references()))
+@pytest.mark.parametrize("what", sorted({*references()} - {"weights in 'm.onnx'"}))  # the file's own bytes are bytes
 def test_weights_elsewhere_are_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "m.onnx").write_bytes(references()[what])
     with pytest.raises(UserError):
