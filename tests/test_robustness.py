@@ -15,7 +15,8 @@ from benchmarks.robustness.driver import judged, touched
 from benchmarks.robustness.mutations import mutated, no_documents, places, replaced, written
 
 PARTS = (
-    "options", "recipes", "reports", "model folders", "safetensors", "pickles", "graphs", "pictures", "shards", "payloads",
+    "options", "recipes", "reports", "model folders", "safetensors", "pickles", "graphs", "pictures", "shards",
+    "payloads",
 )  # fmt: skip
 """Those whose cases need no process of their own and no build."""
 SHARE = "0.012"
