@@ -51,7 +51,7 @@ def measure(run: Path, coco: str, seeds: int, epochs: int | None, tune: int, out
     """Rows of all ways; trainings that are whole are taken as they are."""
     wanted = DetectRecipe(coco=coco, epochs=epochs)
     trained, _ = detect_in_run(run, wanted, engines=False, quiet=not sys.stderr.isatty())
-    full = int(trained["dense"].manifest.settings["epochs"])
+    full = int(str(trained["dense"].manifest.settings["epochs"]))
     rows = [row("dense", trained["dense"], full), row("backbone first", trained["pruned"], full)]
     tuning = DetectRecipe(coco=coco, epochs=tune)
     ways = {

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Group
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Count, Name, Natural, Number, Positive, Text, read_document
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.calib_data.paths import copy_regular
 from upvits.deploy.pipeline import run_job
@@ -42,12 +42,12 @@ class _Document(BaseModel):
 class SweepRun(_Document):
     """One run of a sweep, with the exit code that it would have had alone; `failed` says why there is none."""
 
-    name: str
-    verdict: str = ""
-    params: int | None = None
-    macs: int | None = None
-    failed: str | None = None
-    exit_code: int = 0
+    name: Name
+    verdict: Text = ""
+    params: Natural | None = None
+    macs: Natural | None = None
+    failed: Text | None = None
+    exit_code: Count = 0
 
 
 class SweepPoint(_Document):
@@ -57,14 +57,14 @@ class SweepPoint(_Document):
     latencies of runs at different times would compare the machine's other work.
     """
 
-    run: str
+    run: Name
     model: Literal["dense", "pruned"]
-    runtime: str
-    precision: str
-    ms: float
-    speedup: float
-    accuracy: float
-    macs: int
+    runtime: Name
+    precision: Name
+    ms: Positive
+    speedup: Positive
+    accuracy: Number
+    macs: Natural
     on_front: bool = False
 
 
@@ -72,12 +72,12 @@ class SweepReport(_Document):
     """All runs of a sweep. Latency at one batch size, in milliseconds per call; accuracy in percent."""
 
     format_version: Literal[1] = 1
-    model: str
-    data: str
-    device: str
-    batch: int | None
-    accuracy: str
-    dense_macs: int
+    model: Name
+    data: Name
+    device: Name
+    batch: Natural | None
+    accuracy: Name
+    dense_macs: Natural
     runs: list[SweepRun]
     points: list[SweepPoint]
 
@@ -207,9 +207,9 @@ def _check_place(out: Path, names: Sequence[str]) -> None:
     page, document = out / PAGE, out / SWEEP
     try:
         if document.exists():
-            SweepReport.model_validate_json(read_regular(document, fix=""))
+            read_document(document, SweepReport, fix="")
         foreign = page if page.exists() and not document.exists() else None
-    except (UserError, ValidationError):
+    except UserError:
         foreign = document
     if foreign is not None:
         raise UserError(

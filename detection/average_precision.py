@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.installation import install_line
+from upvits.detection.coco import read_annotations
 
 Detection = Mapping[str, Any]
 """In COCO's result format: image_id, category_id, score, and bbox [x, y, width, height] in pixels or segmentation."""
@@ -63,7 +63,7 @@ def average_precision(
         raise MissingDependencyError(
             "AP needs pycocotools.", why="It is optional.", fix=f"Run: {install_line('detection')}"
         ) from error
-    document = json.loads(annotations.read_text())
+    document = read_annotations(annotations).model_dump(mode="json", exclude_none=True)
     known = {image["id"] for image in document["images"]}
     if image_ids is not None:
         known &= {*image_ids}

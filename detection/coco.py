@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from upvits.calib_data.decoding import DECODING_ERRORS, open_image
+from upvits.calib_data.documents import Name, Number, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import RelativePath
 from upvits.detection.coco_layout import annotation_files, images_folder
 
 _SHOWN = 3  # examples in a message
 _SIZES_READ = 500  # images that are read, at most
+_FARTHEST = 1_000_000  # pixels; pycocotools walks along the sides of a polygon
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -85,6 +87,10 @@ class CocoData:
         return digest.hexdigest()
 
 
+_Id = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_Side = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -95,30 +101,39 @@ def _with_slashes(name: object) -> object:
 
 
 class _Image(_Entry):
-    id: int
+    id: _Id
     file_name: Annotated[RelativePath, BeforeValidator(_with_slashes)]
-    width: PositiveInt
-    height: PositiveInt
+    width: _Side
+    height: _Side
 
 
 class _Box(_Entry):
-    image_id: int
-    category_id: int
-    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
-    area: FiniteFloat | None = None
+    id: _Id | None = None
+    image_id: _Id
+    category_id: _Id
+    bbox: tuple[Number, Number, Number, Number]
+    area: Number | None = None
     iscrowd: bool = False
     segmentation: Any = None
 
 
 class _Category(_Entry):
-    id: int
-    name: str
+    id: _Id
+    name: Name
 
 
-class _Document(_Entry):
-    images: list[_Image]
-    annotations: list[_Box]
-    categories: list[_Category]
+class Annotations(_Entry):
+    """An annotation file, as far as it is used."""
+
+    images: Annotated[list[_Image], FailFast()]
+    annotations: Annotated[list[_Box], FailFast()]
+    categories: Annotated[list[_Category], FailFast()]
+
+
+_NEEDED = (
+    "It needs lists of images (id, file_name, width, height), annotations (image_id, category_id, bbox) and categories "
+    "(id, name): give instance annotations, not captions or results."
+)
 
 
 def open_coco(place: Path | tuple[Path, Path], cache: Path) -> CocoData:
@@ -137,7 +152,7 @@ def open_coco(place: Path | tuple[Path, Path], cache: Path) -> CocoData:
     """
     sources = place if isinstance(place, tuple) else annotation_files(place)
     files = dict(zip(("train", "val"), sources, strict=True))
-    documents = {name: _read(source) for name, source in files.items()}
+    documents = {name: read_annotations(source) for name, source in files.items()}
     categories = _categories(documents["train"], files["train"])
     if _categories(documents["val"], files["val"]) != categories:
         raise UserError(
@@ -162,24 +177,16 @@ def _root_of(annotations: Path) -> Path:
     return annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
 
 
-def _read(path: Path) -> _Document:
-    try:
-        return _Document.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}.", fix="Is the file complete?") from error
-    except ValidationError as error:
-        faults = error.errors()
-        where = ".".join(map(str, faults[0]["loc"])) or "the file"
-        raise UserError(
-            f"{path} is not in COCO's format: {where}: {faults[0]['msg']}"
-            + (f", and {len(faults) - 1} faults more." if len(faults) > 1 else "."),
-            why="It needs lists of images (id, file_name, width, height), annotations (image_id, category_id, bbox) "
-            "and categories (id, name).",
-            fix="Give instance annotations, not captions or results.",
-        ) from error
+def read_annotations(path: Path) -> Annotations:
+    """An annotation file. Numbers may be written as files in the wild have them: `640.0`, `iscrowd: 0`.
+
+    Raises:
+        UserError: it is not in COCO's format; names the entry.
+    """
+    return read_document(path, Annotations, fix=_NEEDED, strict=False, largest=2 << 30, plain=False)
 
 
-def _categories(document: _Document, path: Path) -> list[tuple[int, str]]:
+def _categories(document: Annotations, path: Path) -> list[tuple[int, str]]:
     """Ids and names, by id."""
     if not document.categories:
         raise UserError(f"{path} names no categories.", fix="Add the list `categories`.")
@@ -191,7 +198,7 @@ def _categories(document: _Document, path: Path) -> list[tuple[int, str]]:
     return sorted((category.id, category.name) for category in document.categories)
 
 
-def _checked(document: _Document, path: Path, images: Path, cache: Path) -> Split:
+def _checked(document: Annotations, path: Path, images: Path, cache: Path) -> Split:
     """The split, with notes on odd boxes; data that would fail later, or be ignored silently, are refused."""
     known = {image.id: image for image in document.images}
     if len(known) < len(document.images):
@@ -254,7 +261,7 @@ def _is_polygon(value: Any) -> bool:
         isinstance(value, list)
         and len(value) >= 6
         and len(value) % 2 == 0
-        and all(isinstance(coordinate, (int, float)) for coordinate in value)
+        and all(isinstance(coordinate, (int, float)) and abs(coordinate) <= _FARTHEST for coordinate in value)
     )
 
 
@@ -263,7 +270,7 @@ def _is_outside(box: _Box, image: _Image) -> bool:
     return min(x + width, image.width) <= max(x, 0) or min(y + height, image.height) <= max(y, 0)
 
 
-def _normalised(document: _Document, boxes: Sequence[_Box], cache: Path) -> Path:
+def _normalised(document: Annotations, boxes: Sequence[_Box], cache: Path) -> Path:
     """The file of these annotations in a form that mmdet and pycocotools read alike; written once for each content."""
     annotations = [
         {

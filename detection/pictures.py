@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from upvits.calib_data import Preprocess
 from upvits.calib_data.decoding import open_image
-from upvits.detection.coco import Split
+from upvits.detection.coco import Split, read_annotations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +67,11 @@ def fitted(
         most: at most so many images, evenly spread; None for all.
         upright: only images that are higher than wide, or only the others; None for all.
     """
-    entries = json.loads(split.annotations.read_text())["images"]
+    entries = read_annotations(split.annotations).images
     if upright is not None:
-        entries = [entry for entry in entries if (entry["height"] > entry["width"]) == upright]
+        entries = [entry for entry in entries if (entry.height > entry.width) == upright]
     count = min(most or len(entries), len(entries))
     for entry in (entries[index * len(entries) // count] for index in range(count)):
-        with open_image(split.images / entry["file_name"]) as image:
-            prepared = fit(image, entry["id"], preprocess)
+        with open_image(split.images / entry.file_name) as image:
+            prepared = fit(image, entry.id, preprocess)
         yield prepared

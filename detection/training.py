@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.documents import Count, Name, Number, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import progress_bar
 from upvits.detection import openmm
@@ -149,7 +150,7 @@ def _require_same_crew(work_dir: Path, processes: int) -> None:
         UserError: more or fewer processes continue.
     """
     with contextlib.suppress(OSError, ValueError):
-        before = int((work_dir / _PROCESSES).read_text())
+        before = int((work_dir / _PROCESSES).read_text()) if (work_dir / _PROCESSES).is_file() else processes
         if before != processes:
             raise UserError(
                 f"This training was begun by {before} processes, and is continued by {processes}.",
@@ -160,8 +161,8 @@ def _require_same_crew(work_dir: Path, processes: int) -> None:
 
 def _history_until(work_dir: Path, last: int) -> dict[int, Losses]:
     """Losses of the epochs up to the last one that has a checkpoint, as far as they were written."""
-    with contextlib.suppress(OSError, ValueError):  # a kill may have torn the file: losses are for people to look at
-        history = {int(epoch): losses for epoch, losses in json.loads((work_dir / _HISTORY).read_text()).items()}
+    with contextlib.suppress(UserError):  # a kill may have torn the file: losses are for people to look at
+        history = read_document(work_dir / _HISTORY, dict[Count, dict[Name, Number]], fix="")
         return {epoch: losses for epoch, losses in history.items() if epoch <= last}
     return {}
 

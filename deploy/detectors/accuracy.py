@@ -24,7 +24,7 @@ from upvits.deploy.graphs.files import load_model
 from upvits.deploy.report.detection import BoxAgreement
 from upvits.deploy.runtimes import open_model
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.coco import CocoData
 from upvits.detection.decode import Levels
@@ -76,12 +76,12 @@ def judge_detector(
         macs_800x1344=count_macs(Levels(detector), (3, *_PUBLISHED_SIZE)) if has_graph else None,
         agreement=agreed,
     )
-    write_document(folder / _RECORD, record)
+    save_document(folder / _RECORD, record)
 
 
 def read_record(artifact: Artifact) -> DetectorRecord:
     """`ap.json` of a detector's stage."""
-    return read_document(artifact.folder / _RECORD, DetectorRecord)
+    return load_document(artifact.folder / _RECORD, DetectorRecord)
 
 
 def _agreement(path: Path, detector: nn.Module, info: DetectorInfo, images: Iterable[Fitted]) -> BoxAgreement:

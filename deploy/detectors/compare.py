@@ -15,6 +15,7 @@ from upvits.deploy.detectors.predictions import read_detections
 from upvits.deploy.detectors.train_stage import DETECT
 from upvits.deploy.machine.environment import environment
 from upvits.deploy.measure.bench import BenchSettings, LatencyReport, interleave
+from upvits.deploy.measure.document import Environment
 from upvits.deploy.recipe.detect import size_of
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.report.detection import (
@@ -29,7 +30,7 @@ from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.engines import engine_of, runs_here
 from upvits.deploy.stages.job import MODELS, Pixels, stage
 from upvits.deploy.store.artifacts import Artifact, open_artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.pictures import fitted
 
@@ -62,10 +63,10 @@ def compare(work: Work, engines: Sequence[Artifact], notes: Sequence[str]) -> Ar
             engines=[engine for artifact in engines for engine in _engines(work, artifact)],
             latency=_latencies(work, engines, measured),
             pictures=pictures(work.data, {name: read_detections(d.folder) for name, d in work.detectors.items()}),
-            environment=environment().as_json(),
+            environment=Environment.model_validate(environment().as_json()),
             notes=[*work.data.notes, *notes],
         )
-        write_document(folder / DOCUMENT, document)
+        save_document(folder / DOCUMENT, document)
 
     here = environment()
     inputs: dict[str, str] = {name: detector.digest for name, detector in work.detectors.items()}
@@ -78,7 +79,7 @@ def compare(work: Work, engines: Sequence[Artifact], notes: Sequence[str]) -> Ar
 
 def read_comparison(artifact: Artifact) -> DetectionReport:
     """The document of a `compare` artifact."""
-    return read_document(artifact.folder / DOCUMENT, DetectionReport)
+    return load_document(artifact.folder / DOCUMENT, DetectionReport)
 
 
 def detection_report(job: Job, tuned: Artifact, compared: Artifact | None) -> DetectionReport | None:

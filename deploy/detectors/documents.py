@@ -5,10 +5,11 @@ AP is in [0, 1] in the record of a detector, and in percent in those of its engi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
+from upvits.calib_data.documents import Count, Name, Natural, Number
 from upvits.deploy.report.detection import ITS_GRAPH, BoxAgreement
 from upvits.deploy.stages.documents import ModelName
 from upvits.detection.average_precision import AveragePrecision
@@ -33,14 +34,14 @@ class DetectorRecord(_Document):
     """
 
     format_version: Literal[1] = 1
-    size: tuple[int, int]
+    size: tuple[Natural, Natural]
     pytorch: AveragePrecision
     turned: AveragePrecision | None
     masks: AveragePrecision | None
-    params: int
-    backbone_params: int
-    macs: int | None
-    macs_800x1344: int | None
+    params: Natural
+    backbone_params: Natural
+    macs: Natural | None
+    macs_800x1344: Natural | None
     agreement: BoxAgreement | None
 
 
@@ -56,12 +57,12 @@ class ApRecord(_Document):
         graphs_tried: to find them; None in the records of engines.
     """
 
-    ap: float
-    drop: float
-    images: int
-    measured_on: str = ITS_GRAPH
-    kept: tuple[str, ...] = ()
-    graphs_tried: int | None = None
+    ap: Number
+    drop: Number
+    images: Count
+    measured_on: Name = ITS_GRAPH
+    kept: tuple[Name, ...] = ()
+    graphs_tried: Count | None = None
 
 
 class ApRecords(_Document):
@@ -87,6 +88,6 @@ class TrainingRecord(_Document):
         inputs: digests of the backbone, the training images, and the detector that was imitated.
     """
 
-    version: int
-    settings: dict[str, Any]
-    inputs: dict[str, str]
+    version: Count
+    settings: dict[Name, JsonValue]
+    inputs: dict[Name, Name]

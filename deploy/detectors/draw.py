@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from upvits.calib_data.decoding import open_image
 from upvits.deploy.report.detection import Picture
-from upvits.detection.coco import CocoData
+from upvits.detection.coco import CocoData, read_annotations
 
 SHOWN_SCORE = 0.3
 """Boxes below it are not drawn."""
@@ -30,18 +29,21 @@ def pictures(data: CocoData, detections: Mapping[str, Sequence[Mapping[str, Any]
         detections: in COCO's result format, by name of the detector.
         count: images.
     """
-    document = json.loads(data.val.annotations.read_text())
+    document = read_annotations(data.val.annotations)
     names = dict(zip(data.category_ids, data.classes, strict=True))
-    truth = _by_image([box for box in document["annotations"] if not box.get("iscrowd")])
-    shown = [_by_image(box for box in boxes if box["score"] >= SHOWN_SCORE) for boxes in detections.values()]
-    with_boxes = [image for image in document["images"] if truth[image["id"]]]
+    truth = _by_image(box.model_dump() for box in document.annotations if not box.iscrowd)
+    shown = [
+        _by_image(box for box in boxes if box["score"] >= SHOWN_SCORE and box["category_id"] in names)
+        for boxes in detections.values()
+    ]
+    with_boxes = [image for image in document.images if truth[image.id]]
     count = min(count, len(with_boxes))
     made = []
     for image in (with_boxes[index * len(with_boxes) // count] for index in range(count)):
-        with open_image(data.val.images / image["file_name"]) as opened:
+        with open_image(data.val.images / image.file_name) as opened:
             original = opened.convert("RGB")
-        panels = [_drawn(original, boxes[image["id"]], names) for boxes in (truth, *shown)]
-        title = f"{image['file_name']}: annotated, {', '.join(detections)}"
+        panels = [_drawn(original, boxes[image.id], names) for boxes in (truth, *shown)]
+        title = f"{image.file_name}: annotated, {', '.join(detections)}"
         made.append(Picture(title=title, data=_uri(_side_by_side(panels))))
     return made
 

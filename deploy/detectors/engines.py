@@ -43,7 +43,7 @@ from upvits.deploy.stages.engines import runs_here, timing_cache
 from upvits.deploy.stages.job import Pixels, stage
 from upvits.deploy.stages.precision import graph_name
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.detection.coco import CocoData
 from upvits.detection.detector import DetectorInfo, read_info
 from upvits.detection.pictures import fitted
@@ -111,7 +111,7 @@ def engines(work: Work) -> tuple[list[Artifact], list[str]]:
 
 def read_records(artifact: Artifact) -> ApRecords:
     """`ap.json` of graphs or engines."""
-    return read_document(artifact.folder / _RECORDS, ApRecords)
+    return load_document(artifact.folder / _RECORDS, ApRecords)
 
 
 def _engine(work: Work, runtime: Runtime, precision: str) -> Artifact:
@@ -132,7 +132,7 @@ def _engine(work: Work, runtime: Runtime, precision: str) -> Artifact:
             runtime.build(graph, folder / name, replace(options, timing_cache=timing_cache(builder)))
             of_graph = None if graphs is None else read_records(graphs).by_model[name]
             records[name] = _record(work, name, folder / name, graph, of_graph)
-        write_document(folder / _RECORDS, ApRecords(**records))
+        save_document(folder / _RECORDS, ApRecords(**records))
 
     inputs: dict[str, str] = {name: detector.digest for name, detector in work.detectors.items()}
     if graphs is not None:
@@ -174,7 +174,7 @@ def _graphs(work: Work, runtime: Runtime, precision: str) -> Artifact:
             converted, records[name] = _converted(work, name, decode, precision, runtime.base_precision)
             (folder / name).mkdir()
             save_model(with_network(decode, converted.model), folder / name / "model.onnx")
-        write_document(folder / _RECORDS, ApRecords(**records))
+        save_document(folder / _RECORDS, ApRecords(**records))
 
     settings = {"precision": precision, "rest": runtime.base_precision, "max_drop": recipe.max_drop,
                 "ap_images": work.recipe.ap_images, "calib_images": recipe.calib_images}  # fmt: skip

@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from onnx import TensorProto
+from pydantic import BaseModel, Field
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.documents import Name, Number, parse_document, parse_json
 from upvits.calib_data.errors import UserError
 from upvits.deploy.detectors.flow import read_detect_recipe
 from upvits.deploy.detectors.predictions import Detections, Predictor, in_pytorch, in_session, predict
@@ -26,6 +28,20 @@ from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.coco import CocoData
 from upvits.detection.detector import load_detector
 from upvits.toolchain.training.processes import pick_device
+
+_Side = Annotated[int, Field(ge=1, le=16_384)]
+_Spread = Annotated[float, Field(ge=1e-6, le=1e6)]
+_OURS = "Give a file of `detect train` or `detect export`."
+
+
+class _MetadataEntries(BaseModel):
+    """What is read of the metadata of an exported detector."""
+
+    labels: tuple[Name, ...]
+    input_size: tuple[Literal[3], _Side, _Side]
+    mean: tuple[Number, Number, Number]
+    std: tuple[_Spread, _Spread, _Spread]
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +121,20 @@ def _in_folder(path: Path) -> Predictor:
 def _in_file(path: Path) -> Predictor:
     model = load_model(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    try:
-        shape, classes = metadata["shape"], tuple(json.loads(metadata["labels"]))
-        size, mean, std = (tuple(json.loads(metadata[name])) for name in ("input_size", "mean", "std"))
-        limits = Limits(**json.loads(metadata["limits"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is no detector of ours: its metadata lack {error}.",
-            fix="Give a file of `detect train` or `detect export`.",
-        ) from error
+    lacking = [name for name in ("shape", *_MetadataEntries.model_fields) if name not in metadata]
+    if lacking:
+        raise UserError(f"{path} is no detector of ours: its metadata lack {', '.join(lacking)}.", fix=_OURS)
+    values = {name: parse_json(metadata[name], f"{path}: {name} in its metadata", fix=_OURS)
+              for name in _MetadataEntries.model_fields}  # fmt: skip
+    told = parse_document(json.dumps(values), f"The metadata of {path}", _MetadataEntries, fix=_OURS)
     kind = model.graph.input[0].type.tensor_type.elem_type
-    if shape != "decode" or kind != TensorProto.FLOAT:
+    if metadata["shape"] != "decode" or kind != TensorProto.FLOAT:
         raise UserError(
             f"{path} is not of the shape `decode` with normalised images.",
             fix="Export it so: `upvits-deploy detect export --shape decode`.",
         )
-    preprocess = Preprocess(size, mean, std, "bilinear", 1.0, "border")
-    return in_session(open_model(model), classes, preprocess, limits)
+    preprocess = Preprocess(told.input_size, told.mean, told.std, "bilinear", 1.0, "border")
+    return in_session(open_model(model), told.labels, preprocess, told.limits)
 
 
 def _check_classes(path: Path, classes: tuple[str, ...], data: CocoData) -> None:

@@ -16,7 +16,7 @@ from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.job import MODELS, write_json
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import read_document
+from upvits.deploy.store.documents import load_document
 from upvits.detection.coco import CocoData
 from upvits.toolchain.training.crew import ALONE, Crew
 
@@ -26,7 +26,7 @@ _RECIPE = "recipe.json"
 def read_detect_recipe(run: Path) -> DetectRecipe | None:
     """The recipe of the last training in a run, or None."""
     path = run / DETECT / _RECIPE
-    return read_document(path, DetectRecipe) if path.is_file() else None
+    return load_document(path, DetectRecipe) if path.is_file() else None
 
 
 def remembered(run: Path, recipe: DetectRecipe) -> DetectRecipe:

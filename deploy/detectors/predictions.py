@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, FailFast, RootModel
 from torch import nn
 from torchvision.ops import box_iou
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.documents import Natural, Number, read_document
 from upvits.calib_data.errors import GateError
 from upvits.calib_data.progress import watched
 from upvits.deploy.detectors.suppression import USUAL, Limits, limits_of, suppress
 from upvits.deploy.report.detection import BoxAgreement
 from upvits.deploy.runtimes import Session
 from upvits.deploy.stages.job import write_json
+from upvits.deploy.store.documents import AGAIN
 from upvits.detection import openmm
 from upvits.detection.average_precision import AveragePrecision, Kind, average_precision, run_length
 from upvits.detection.coco import CocoData
@@ -198,10 +200,29 @@ class Predictions:
         write_json(folder / _FILE, self.detections)
 
 
+class _Mask(BaseModel):
+    size: tuple[Natural, Natural]
+    counts: str
+
+
+class _DetectionEntry(BaseModel):
+    """One detection in COCO's result format."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[Number, Number, Number, Number]
+    score: Number
+    segmentation: _Mask | None = None
+
+
+class _DetectionList(RootModel[Annotated[list[_DetectionEntry], FailFast()]]):
+    """`predictions.json`."""
+
+
 def read_detections(folder: Path) -> Detections:
     """Detections that `Predictions.save` wrote."""
-    detections: Detections = json.loads((folder / _FILE).read_text())
-    return detections
+    read = read_document(folder / _FILE, _DetectionList, fix=AGAIN, largest=2 << 30, plain=False)
+    return [entry.model_dump(mode="json", exclude_none=True) for entry in read.root]
 
 
 def predict(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torchvision.ops import batched_nms
 
+from upvits.calib_data.documents import Natural, Number
 from upvits.calib_data.errors import UserError
 
 Boxes = NDArray[np.float32]
@@ -28,9 +29,9 @@ class Limits:
         boxes: so many stay in an image, the best first.
     """
 
-    score: float = 0.05
-    iou: float = 0.5
-    boxes: int = 100
+    score: Number = 0.05
+    iou: Number = 0.5
+    boxes: Natural = 100
 
 
 USUAL = Limits()

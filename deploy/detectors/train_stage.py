@@ -19,7 +19,7 @@ from upvits.deploy.recipe.detect import DetectRecipe, schedule_of, size_of
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.job import stage, write_json
 from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_digest, open_artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.detection import configs, openmm
 from upvits.detection.coco import CocoData
 from upvits.detection.detector import DetectorInfo, save_detector
@@ -65,7 +65,7 @@ def trained(
             folder, _new_detector(folder, backbone, data, recipe), data, recipe, seed=job.recipe.seed, crew=crew,
             teacher=None if teacher is None else teacher.folder / "detector", quiet=job.quiet,
         )  # fmt: skip
-        write_document(folder / _RECORD, training)
+        save_document(folder / _RECORD, training)
         judge_detector(folder, data, size_of(recipe), quiet=job.quiet)
 
     settings = training.settings | {"size": list(size_of(recipe))}
@@ -88,7 +88,7 @@ def require_same_training(job: Job, name: str, digest: str, data: CocoData, reci
     """
     folder = job.folder / DETECT / name
     training = _training_of(folder)
-    if training is None or training.inputs["backbone"] != digest:
+    if training is None or training.inputs.get("backbone") != digest:
         return
     before, now = training.settings, _settings(job, recipe)
     changes = [
@@ -96,7 +96,7 @@ def require_same_training(job: Job, name: str, digest: str, data: CocoData, reci
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
-    if training.inputs["train"] != file_digest(data.train.annotations):
+    if training.inputs.get("train") != file_digest(data.train.annotations):
         changes.append("the training images are others")
     if changes:
         raise UserError(
@@ -111,7 +111,7 @@ def _training_of(folder: Path) -> TrainingRecord | None:
     artifact = open_artifact(folder)
     if artifact is None or _RECORD not in artifact.manifest.files:
         return None
-    return read_document(folder / _RECORD, TrainingRecord)
+    return load_document(folder / _RECORD, TrainingRecord)
 
 
 def detector_digest(folder: Path) -> str:

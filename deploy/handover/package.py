@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Name, parse_document, parse_json, read_document, read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.paths import RelativePath, copy_regular, path_inside, write_new
@@ -46,6 +46,10 @@ PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
 MODEL_FOLDER, ONNX_FOLDER, ENGINES_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "5-engine", "7-detect/pruned"
 _MOST_CLASSES = 1_000_000
+_BUILD = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
+_EXPORT = f"Run `upvits-deploy build` again without {ONNX_FOLDER}: it is made again."
+
+_Entry = TypeVar("_Entry")
 
 
 class PackagedEngine(BaseModel):
@@ -53,11 +57,11 @@ class PackagedEngine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    runtime: str
-    precision: str
-    targets: tuple[str, ...]
-    library: str
-    library_version: str
+    runtime: Name
+    precision: Name
+    targets: tuple[Name, ...]
+    library: Name
+    library_version: Name
     file: RelativePath
 
 
@@ -67,13 +71,13 @@ class PackageDocument(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1] = 1
-    made_by: str
-    model: str
+    made_by: Name
+    model: Name
     onnx: RelativePath
     pytorch: RelativePath
     stock_timm: bool
     engines: tuple[PackagedEngine, ...]
-    triton: tuple[str, ...]
+    triton: tuple[Name, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,22 +243,27 @@ def _labels(run: Path, metadata: Mapping[str, str], config: ModelConfig, answer:
     classes = answer.dims[-1] if answer.dims else 0
     if not 0 < classes <= _MOST_CLASSES:
         raise _incomplete(run, f"its ONNX file has {classes} classes")
-    try:
-        names = json.loads(metadata["labels"]) if "labels" in metadata else config.label_names
-        if names is None or len(names) != classes:
-            names = [f"class {index}" for index in range(classes)]
-        return tuple(" ".join(str(name).split()) for name in names)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _incomplete(run, f"the names of the classes in its ONNX file are no list ({error})") from error
+    names = _entry(metadata, "labels", tuple[Name, ...]) if "labels" in metadata else config.label_names
+    if names is None or len(names) != classes:
+        names = tuple(f"class {index}" for index in range(classes))
+    return tuple(" ".join(name.split()) for name in names)
+
+
+def _entry(metadata: Mapping[str, str], name: str, kind: type[_Entry]) -> _Entry:
+    """An entry of an ONNX file's metadata, which is JSON."""
+    return parse_document(metadata[name], f"{name} in the metadata of the ONNX file", kind, fix=_EXPORT)
 
 
 def _preprocess(run: Path, metadata: Mapping[str, str], image: Port) -> dict[str, Any]:
     """`preprocess.json`: how a picture becomes the input, with all sizes in pixels; from the ONNX file's metadata."""
     try:
-        numbers = {name: json.loads(metadata[name]) for name in ("input_size", "mean", "std", "crop_pct")}
+        numbers = {
+            name: parse_json(metadata[name], f"{name} in the metadata of the ONNX file", fix=_EXPORT)
+            for name in ("input_size", "mean", "std", "crop_pct")
+        }
         texts = {name: metadata[name] for name in ("crop_mode", "interpolation")}
         told = PreprocessEntries.model_validate({**numbers, **texts})
-    except (KeyError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise _incomplete(run, f"the ONNX file does not say how pictures are prepared ({error})") from error
     if told.input_size is None or told.crop_pct is None or told.mean is None or told.std is None:
         raise _incomplete(run, "the ONNX file does not say how pictures are prepared")
@@ -336,7 +345,8 @@ def _copy_engine(folder: Path, engine: Engine, artifact: Artifact, names: Mappin
             continue
         target = folder / place / Path(path).relative_to(inside)
         if target.suffix == ".json":
-            write_new(target, json.dumps(shortened(_json(artifact.folder / path), names), indent=2) + "\n")
+            values = parse_json(read_regular(artifact.folder / path, fix=_BUILD), path, fix=_BUILD)
+            write_new(target, json.dumps(shortened(values, names), indent=2) + "\n")
         else:
             copy_regular(artifact.folder / path, target)
     return PackagedEngine(
@@ -366,14 +376,6 @@ def _write_triton(folder: Path, parts: _Parts) -> list[str]:
     )
 
 
-def _json(path: Path) -> Any:
-    fix = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
-    try:
-        return json.loads(read_regular(path, fix=fix))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged.", why=f"It is no JSON: {error}.", fix=fix) from error
-
-
 def _write_sums(folder: Path, *, quiet: bool) -> None:
     """SHA256SUMS as `sha256sum -c` reads it."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -400,10 +402,10 @@ def _refuse_foreign(out: Path) -> None:
 
 def _is_untouched(folder: Path) -> bool:
     try:
-        PackageDocument.model_validate_json((folder / PACKAGE).read_bytes())
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        read_document(folder / PACKAGE, PackageDocument, fix="")
+        lines = read_regular(folder / SUMS, fix="").decode().splitlines()
         sums = {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError, ValidationError):
+    except (UserError, ValueError):
         return False
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     if not all(path.is_file() and not path.is_symlink() for path in files):

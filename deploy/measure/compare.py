@@ -25,7 +25,7 @@ from upvits.deploy.measure.bench import (
 )
 from upvits.deploy.measure.compare_result import ComparedModel, Comparison, Figure, Skip, StreamFigure
 from upvits.deploy.measure.compare_targets import Skipped, Target, find_targets
-from upvits.deploy.measure.document import Latency
+from upvits.deploy.measure.document import Environment, Latency
 from upvits.deploy.measure.inputs import activation_bytes, random_feeds
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
 from upvits.deploy.runtimes.engine_folder import check_built
@@ -99,7 +99,7 @@ def compare(
         warnings=[*opened.notes, *measured.warnings()],
         measurement={**asdict(measured.settings), "inputs": "random", "cuda_graph": cuda_graph, "threads": threads},
         gpu=monitor.as_json(),
-        environment=environment().as_json(),
+        environment=Environment.model_validate(environment().as_json()),
     )
 
 

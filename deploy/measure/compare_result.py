@@ -5,16 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Facts, Name, Natural, Number, Positive, read_document
+from upvits.calib_data.documents import Text as LongText
 from upvits.calib_data.errors import UserError
-from upvits.deploy.measure.document import Latency
+from upvits.deploy.measure.document import Environment, Latency
 
 
 class _Document(BaseModel):
@@ -24,12 +25,12 @@ class _Document(BaseModel):
 class ComparedModel(_Document):
     """One model in one runtime; `name` is unique, `label` without the runtime. `session` is what it ran with."""
 
-    name: str
-    label: str
-    path: str
-    runtime: str
-    precision: str
-    session: dict[str, Any]
+    name: Name
+    label: Name
+    path: Name
+    runtime: Name
+    precision: Name
+    session: Facts
 
 
 class Figure(_Document):
@@ -39,45 +40,45 @@ class Figure(_Document):
     within a round; `low` and `high` the 10th and 90th percentile over rounds. `rounds_ms` are those medians.
     """
 
-    name: str
-    batch: int
+    name: Name
+    batch: Natural
     latency: Latency
-    drift: float
-    speedup: float
-    low: float
-    high: float
-    rounds_ms: list[float]
+    drift: Number
+    speedup: Number
+    low: Number
+    high: Number
+    rounds_ms: list[Number]
 
 
 class StreamFigure(_Document):
     """Images per second of so many sessions of one model at the same time."""
 
-    name: str
-    batch: int
-    streams: int
-    images_per_s: float
+    name: Name
+    batch: Natural
+    streams: Natural
+    images_per_s: Positive
 
 
 class Skip(_Document):
     """An engine that was not measured, and why."""
 
-    name: str
-    why: str
+    name: Name
+    why: LongText
 
 
 class Comparison(_Document):
     """What was compared, on what, and how. Latency in milliseconds per call; inputs are random numbers."""
 
     format_version: Literal[1] = 1
-    reference: str
+    reference: Name
     models: list[ComparedModel]
     figures: list[Figure]
     throughput: list[StreamFigure]
     skipped: list[Skip]
-    warnings: list[str]
-    measurement: dict[str, Any]
-    gpu: dict[str, Any]
-    environment: dict[str, Any]
+    warnings: list[LongText]
+    measurement: Facts
+    gpu: Facts
+    environment: Environment
 
 
 def check_output(output: Path, targets: Sequence[Path]) -> None:
@@ -115,8 +116,8 @@ def check_output(output: Path, targets: Sequence[Path]) -> None:
 
 def _is_comparison(file: Path) -> bool:
     try:
-        Comparison.model_validate_json(read_regular(file, fix=""))
-    except (UserError, ValidationError):
+        read_document(file, Comparison, fix="")
+    except UserError:
         return False
     return True
 

@@ -5,9 +5,12 @@ Units: latency in milliseconds, memory in MB (10**6 bytes), time in seconds.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from itertools import pairwise
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from upvits.calib_data.documents import Count, Facts, Name, Natural, Number, Positive, Text
 
 
 class _Document(BaseModel):
@@ -18,8 +21,14 @@ def _batch(key: object) -> object:
     return int(key[1:]) if isinstance(key, str) and key[:1] == "b" and key[1:].isdecimal() else key
 
 
-BatchSize: TypeAlias = Annotated[int, BeforeValidator(_batch), PlainSerializer(lambda batch: f"b{batch}")]
+BatchSize: TypeAlias = Annotated[Natural, BeforeValidator(_batch), PlainSerializer(lambda batch: f"b{batch}")]
 """Images per call; "b8" in JSON, where keys are strings."""
+
+
+def _ascending(values: list[float]) -> list[float]:
+    if any(one > other for one, other in pairwise(values)):
+        raise ValueError("quantiles are not in ascending order")
+    return values
 
 
 class Latency(_Document):
@@ -31,39 +40,39 @@ class Latency(_Document):
     `joules_per_image` is measured by NVML.
     """
 
-    min: float
-    median: float
-    mean: float
-    p90: float
-    p95: float
-    p99: float
-    cv: float
-    images_per_s: float
-    n: int
+    min: Positive
+    median: Positive
+    mean: Positive
+    p90: Positive
+    p95: Positive
+    p99: Positive
+    cv: Number
+    images_per_s: Positive
+    n: Count
     unstable: bool
-    quantiles: list[float] = []
-    threads: int | None = None
-    h2d: float | None = None
-    compute: float | None = None
-    d2h: float | None = None
-    enqueue: float | None = None
-    joules_per_image: float | None = None
+    quantiles: Annotated[list[Positive], AfterValidator(_ascending)] = []
+    threads: Count | None = None
+    h2d: Number | None = None
+    compute: Number | None = None
+    d2h: Number | None = None
+    enqueue: Number | None = None
+    joules_per_image: Number | None = None
 
 
 # runtime -> precision -> batch size -> value
-Latencies: TypeAlias = dict[str, dict[str, dict[BatchSize, Latency]]]
-Speedups: TypeAlias = dict[str, dict[str, dict[BatchSize, float]]]
+Latencies: TypeAlias = dict[Name, dict[Name, dict[BatchSize, Latency]]]
+Speedups: TypeAlias = dict[Name, dict[Name, dict[BatchSize, Positive]]]
 
 
 class Throughput(_Document):
     """Images per second of several sessions that run at the same time."""
 
     model: Literal["dense", "pruned"]
-    runtime: str
-    precision: str
-    batch: int
-    streams: int
-    images_per_s: float
+    runtime: Name
+    precision: Name
+    batch: Natural
+    streams: Natural
+    images_per_s: Positive
 
 
 class Best(_Document):
@@ -73,42 +82,65 @@ class Best(_Document):
     in the same rounds. `passed_over` says for every other precision why it was not chosen.
     """
 
-    runtime: str
-    precision: str
-    batch: int
-    dense_precision: str
-    dense_ms: float
-    pruned_ms: float
-    speedup: float
-    low: float
-    high: float
-    passed_over: dict[str, str] = {}
+    runtime: Name
+    precision: Name
+    batch: Natural
+    dense_precision: Name
+    dense_ms: Positive
+    pruned_ms: Positive
+    speedup: Positive
+    low: Positive
+    high: Positive
+    passed_over: dict[Name, Text] = {}
 
 
 class Layer(_Document):
     """One layer and its time in both models, in ms per batch; None where a model has no such layer."""
 
-    name: str
-    op: str
-    dense_ms: float | None
-    pruned_ms: float | None
+    name: Name
+    op: Name
+    dense_ms: Number | None
+    pruned_ms: Number | None
 
 
 class LayerTimes(_Document):
     """Per-layer times in one runtime and precision, in order of execution, by the runtime's profiler."""
 
-    runtime: str
-    precision: str
-    batch: int
+    runtime: Name
+    precision: Name
+    batch: Natural
     layers: list[Layer]
 
 
 class Finding(_Document):
     """Why latency fell less than the MACs did: what was seen, and the setting that would change it."""
 
-    cause: str
-    evidence: str
-    advice: str
+    cause: Text
+    evidence: Text
+    advice: Text
+
+
+class Gpu(_Document):
+    """A GPU of the machine."""
+
+    name: Name
+    memory_gib: Number
+
+
+class Environment(_Document):
+    """The machine and the libraries; see `deploy.machine.environment`. `gpu` names the GPUs together."""
+
+    version: Name = ""
+    python: Name = ""
+    system: Name = ""
+    cpu: Name = ""
+    cores_usable: Count | None = None
+    load_average: Number | None = None
+    memory_gib: Number | None = None
+    gpus: list[Gpu] = []
+    driver: Name | None = None
+    libraries: dict[Name, Name] = {}
+    gpu: Name | None = None
 
 
 class Bench(_Document):
@@ -127,4 +159,4 @@ class Bench(_Document):
     best: list[Best] = []
     layer_times: list[LayerTimes] = []
     findings: list[Finding] = []
-    gpu: dict[str, Any] = {}
+    gpu: Facts = {}

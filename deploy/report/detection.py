@@ -5,11 +5,15 @@ Units: AP in percent, latency in milliseconds per batch, MACs per image.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-Name = Literal["dense", "pruned"]
+from upvits.calib_data.documents import Count, Facts, Name, Natural, Number, Text
+from upvits.calib_data.paths import RelativePath
+from upvits.deploy.measure.document import Environment
+
+Model = Literal["dense", "pruned"]
 
 ITSELF, ITS_GRAPH = "the engine", "its graph on ONNX Runtime (CPU)"
 """What AP of an engine was measured on."""
@@ -22,22 +26,22 @@ class _Document(BaseModel):
 class ApFigures(_Document):
     """AP as COCO defines it, over IoU 0.5 to 0.95; None where the images have no such boxes."""
 
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float | None
-    ap_medium: float | None
-    ap_large: float | None
-    per_class: dict[str, float | None]
-    images: int
+    ap: Number
+    ap50: Number
+    ap75: Number
+    ap_small: Number | None
+    ap_medium: Number | None
+    ap_large: Number | None
+    per_class: dict[Name, Number | None]
+    images: Count
 
 
 class BoxAgreement(_Document):
     """Boxes of PyTorch, and how many of them the ONNX file finds too (same class, IoU >= 0.99)."""
 
-    boxes: int
-    matched: int
-    max_score_difference: float
+    boxes: Count
+    matched: Count
+    max_score_difference: Number
 
 
 class DetectorFigures(_Document):
@@ -47,13 +51,13 @@ class DetectorFigures(_Document):
     tables have it. Mask R-CNN, which cannot be exported, has no count of MACs and no agreement, but AP of its `masks`.
     """
 
-    model: Name
-    params: int
-    backbone_params: int
-    macs: int | None
-    macs_800x1344: int | None
+    model: Model
+    params: Natural
+    backbone_params: Natural
+    macs: Natural | None
+    macs_800x1344: Natural | None
     pytorch: ApFigures
-    turned_ap: float | None = None
+    turned_ap: Number | None = None
     masks: ApFigures | None = None
     agreement: BoxAgreement | None
 
@@ -65,51 +69,51 @@ class DetectorEngine(_Document):
     the run. `kept` layers were put back from int8 or a half precision until the AP held.
     """
 
-    model: Name
-    runtime: str
-    precision: str
-    path: str
-    bytes: int
-    ap: float
-    drop: float
-    images: int
-    measured_on: str
-    kept: list[str] = []
+    model: Model
+    runtime: Name
+    precision: Name
+    path: RelativePath
+    bytes: Count
+    ap: Number
+    drop: Number
+    images: Count
+    measured_on: Name
+    kept: list[Name] = []
 
 
 class DetectorLatency(_Document):
     """Both detectors in one runtime and precision, measured in turns: medians, and the ratio within rounds."""
 
-    runtime: str
-    precision: str
-    batch: int
-    dense_ms: float | None
-    pruned_ms: float | None
-    speedup: float | None
-    low: float | None
-    high: float | None
+    runtime: Name
+    precision: Name
+    batch: Natural
+    dense_ms: Number | None
+    pruned_ms: Number | None
+    speedup: Number | None
+    low: Number | None
+    high: Number | None
 
 
 class Picture(_Document):
     """A validation image with boxes drawn: the annotated ones, then those of each detector, as a data URI."""
 
-    title: str
-    data: str
+    title: Name
+    data: Annotated[str, Field(max_length=4 << 20, pattern=r"^data:image/webp;base64,[A-Za-z0-9+/=]*$")]
 
 
 class DetectionReport(_Document):
     """Detectors on the networks of a run, trained by the same schedule on the same data."""
 
-    coco: str
-    detector: str
-    classes: list[str]
-    train_images: int
-    val_images: int
-    size: tuple[int, int]
-    schedule: dict[str, Any]
+    coco: Name
+    detector: Name
+    classes: list[Name]
+    train_images: Count
+    val_images: Count
+    size: tuple[Natural, Natural]
+    schedule: Facts
     detectors: list[DetectorFigures]
     engines: list[DetectorEngine] = []
     latency: list[DetectorLatency] = []
     pictures: list[Picture] = []
-    environment: dict[str, Any] = {}
-    notes: list[str] = []
+    environment: Environment = Environment()
+    notes: list[Text] = []

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from upvits.calib_data.documents import Count, Facts, Name, Natural, Number, Positive, Scalar, Text, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import relative_path
-from upvits.deploy.measure.document import Best, Finding, Latencies, LayerTimes, Speedups, Throughput
+from upvits.deploy.measure.document import Best, Environment, Finding, Latencies, LayerTimes, Speedups, Throughput
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import StageRecord
@@ -35,9 +36,9 @@ class _OpenDocument(_Document):
 class ModelFigures(_Document):
     """What a model is and does. `top1` is None where the images have no labels."""
 
-    params: int
-    macs: int
-    top1: float | None
+    params: Natural
+    macs: Natural
+    top1: Number | None
     latency_ms: Latencies = {}
 
 
@@ -60,9 +61,9 @@ class PrunedFigures(ModelFigures):
     `top1_after_deletion` is what the same plan leaves without compensation; None when that was switched off.
     """
 
-    top1_after_prune: float | None
-    agreement: float | None
-    top1_after_deletion: float | None = None
+    top1_after_prune: Number | None
+    agreement: Number | None
+    top1_after_deletion: Number | None = None
     paired: PairedImages | None = None
 
 
@@ -73,34 +74,34 @@ class Compensation(_Document):
     looked at, `refitted` got new weights; the others were not better on the held-out images.
     """
 
-    images: int
-    held_out: int
+    images: Count
+    held_out: Count
     kl_deleted: float
     kl_cut: float
     kl: float
     accepted: bool
-    layers: int
-    refitted: int
-    seconds: float
-    warnings: list[str] = []
+    layers: Count
+    refitted: Count
+    seconds: Number
+    warnings: list[Text] = []
 
 
 class Stability(_Document):
     """Agreement of a group's scores on two halves of the proxy set; `overlap` of the kept units, as a share."""
 
-    group: str
-    spearman: float
-    overlap: float
+    group: Name
+    spearman: Number
+    overlap: Number
 
 
 class Timing(_Document):
     """Dense and pruned network, timed in turns: ms per batch, and the ratio with its range over rounds."""
 
-    dense_ms: float
-    ms: float
-    speedup: float
-    low: float
-    high: float
+    dense_ms: Positive
+    ms: Positive
+    speedup: Positive
+    low: Positive
+    high: Positive
 
 
 class Target(_Document):
@@ -110,10 +111,10 @@ class Target(_Document):
     different times differ by what else the machine did; each holds the dense network too.
     """
 
-    asked: str
-    runtime: str
-    precision: str
-    batch: int
+    asked: Name
+    runtime: Name
+    precision: Name
+    batch: Natural
     searched: Timing
     measured: Timing | None = None
     met: bool
@@ -122,9 +123,9 @@ class Target(_Document):
 class Width(_Document):
     """One prunable dimension before and after."""
 
-    group: str
-    before: int
-    after: int
+    group: Name
+    before: Natural
+    after: Count
 
 
 class PlanFigures(_Document):
@@ -134,11 +135,11 @@ class PlanFigures(_Document):
     `unstable`: groups whose selection depends on the draw of the proxy images.
     """
 
-    asked: dict[str, Any]
-    got: dict[str, Any]
+    asked: dict[Name, Scalar]
+    got: dict[Name, Scalar]
     widths: list[Width]
-    planner: str = "uniform"
-    blocks: dict[str, list[tuple[int, int]]] = {}
+    planner: Name = "uniform"
+    blocks: dict[Name, list[tuple[Count, Count]]] = {}
     unstable: list[Stability] = []
 
 
@@ -146,28 +147,28 @@ class Parity(_OpenDocument):
     """One gate: outputs of `candidate` against those of `reference` on real images."""
 
     model: Literal["dense", "pruned"]
-    reference: str
-    candidate: str
-    images: int
-    max_abs: float
-    min_cosine: float
-    top1_agreement: float
+    reference: Name
+    candidate: Name
+    images: Count
+    max_abs: Number
+    min_cosine: Number
+    top1_agreement: Number
     passed: bool
 
 
 class BuiltFigures(_Document):
     """What the runtime made of the graph; see `deploy.runtimes.interface.Built`."""
 
-    source: str
-    layers: int
-    by_precision: dict[str, int]
-    gemms: dict[str, int]
-    planned: dict[str, int]
-    attention_blocks: int
-    attention_fused: int | None
-    casts: int
-    reformats: int
-    memory_bytes: int | None
+    source: Name
+    layers: Count
+    by_precision: dict[Name, Count]
+    gemms: dict[Name, Count]
+    planned: dict[Name, Count]
+    attention_blocks: Count
+    attention_fused: Count | None
+    casts: Count
+    reformats: Count
+    memory_bytes: Count | None
 
 
 class AccuracyFigures(_Document):
@@ -184,27 +185,27 @@ class AccuracyFigures(_Document):
     """
 
     model: Literal["dense", "pruned"]
-    runtime: str
-    precision: str
-    images: int
-    top1: float | None
-    agreement: float
-    drop: float
-    sqnr_db: float
-    measured_on: str
-    lost: int | None = None
-    won: int | None = None
-    rest: str | None = None
-    in_fp32: list[str] = []
-    quantized: int | None = None
-    kept: list[str] = []
-    worst_layer: str | None = None
+    runtime: Name
+    precision: Name
+    images: Count
+    top1: Number | None
+    agreement: Number
+    drop: Number
+    sqnr_db: Number
+    measured_on: Name
+    lost: Count | None = None
+    won: Count | None = None
+    rest: Name | None = None
+    in_fp32: list[Name] = []
+    quantized: Count | None = None
+    kept: list[Name] = []
+    worst_layer: Name | None = None
     worst_layer_sqnr_db: float | None = None
-    drop_without_search: float | None = None
-    graphs_tried: int | None = None
-    calibration_images: int | None = None
-    calibration_digest: str | None = None
-    calibration_method: str | None = None
+    drop_without_search: Number | None = None
+    graphs_tried: Count | None = None
+    calibration_images: Count | None = None
+    calibration_digest: Name | None = None
+    calibration_method: Name | None = None
 
 
 def _in_run(path: str) -> str:
@@ -218,12 +219,12 @@ class EngineFigures(_OpenDocument):
     """One built engine; `path` is relative to the run directory."""
 
     model: Literal["dense", "pruned"]
-    runtime: str
-    precision: str
-    target: str
+    runtime: Name
+    precision: Name
+    target: Name
     path: Annotated[str, AfterValidator(_in_run)]
-    bytes: int
-    seconds: float
+    bytes: Count
+    seconds: Number
     built: BuiltFigures | None = None
 
 
@@ -231,10 +232,10 @@ class Report(_Document):
     """The whole result of a run. `ratio` is None where the widths came from a target or a smaller model."""
 
     format_version: Literal[2] = 2
-    model: str
-    ratio: float | None
-    data: str
-    weights: str
+    model: Name
+    ratio: Number | None
+    data: Name
+    weights: Name
     dense: ModelFigures
     pruned: PrunedFigures
     speedup: Speedups = {}
@@ -247,16 +248,26 @@ class Report(_Document):
     best: list[Best] = []
     layer_times: list[LayerTimes] = []
     findings: list[Finding] = []
-    gpu: dict[str, Any] = {}
+    gpu: Facts = {}
     stages: list[StageRecord] = []
     plan: PlanFigures | None = None
     compensation: Compensation | None = None
     target: Target | None = None
     detection: DetectionReport | None = None
-    measurement: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    reproduce: list[str] = []
-    notes: list[str] = []
+    measurement: Facts = {}
+    environment: Environment = Environment()
+    reproduce: list[Text] = []
+    notes: list[Text] = []
+
+    @model_validator(mode="after")
+    def _compares_what_was_measured(self) -> Report:
+        for runtime, by_precision in self.speedup.items():
+            for precision, by_batch in by_precision.items():
+                for batch in by_batch:
+                    for figures in (self.dense, self.pruned):
+                        if batch not in figures.latency_ms.get(runtime, {}).get(precision, {}):
+                            raise ValueError(f"speedup of {runtime} {precision} at batch {batch} without its latencies")
+        return self
 
 
 def engine_figures(model: Literal["dense", "pruned"], engine: Engine, run_dir: Path) -> EngineFigures:
@@ -280,20 +291,10 @@ def load_report(run_dir: Path) -> Report:
         UserError: the file is missing, or is not a report of this version.
     """
     path = run_dir / REPORT
-    try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise FileNotFoundError(path)
-        return Report.model_validate_json(path.read_bytes())
-    except OSError:
+    if not path.is_file():
         raise UserError(
             f"{run_dir} has no {REPORT}.",
             why="The report is written at the end of a run.",
             fix="Run `upvits-deploy build` with this folder as --output: it continues where it stopped.",
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"cannot read {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}.",
-            why="It is damaged or was written by another version.",
-            fix="Run `upvits-deploy build` with this folder as --output to write it again.",
-        ) from error
+        )
+    return read_document(path, Report, fix="Run `upvits-deploy build` with this folder as --output to write it again.")

@@ -13,12 +13,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from upvits.calib_data.documents import Count, Name, Natural, Number, Positive, Text
 from upvits.calib_data.errors import UserError
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import comparisons, device_of, headline, verdict
 from upvits.deploy.report.views.charts import Choice, pareto
 from upvits.deploy.report.views.page import choices
 from upvits.deploy.report.views.results import engine_bytes
+from upvits.deploy.report.views.section import inline
 from upvits.deploy.report.views.summary import shortcomings
 
 MOST_DRIFT = 10.0
@@ -38,14 +40,14 @@ class RunChoice(_Document):
     network, in milliseconds a batch.
     """
 
-    run: str
-    model: str
-    runtime: str
-    precision: str
-    batch: int
-    ms: float
-    measured_ms: float | None = None
-    accuracy: float
+    run: Name
+    model: Name
+    runtime: Name
+    precision: Name
+    batch: Natural
+    ms: Positive
+    measured_ms: Positive | None = None
+    accuracy: Number
     on_front: bool
 
 
@@ -55,42 +57,42 @@ class RunLine(_Document):
     `ms`, `speedup` and `bytes` are those of the best choice of the run, None where nothing was measured.
     """
 
-    run: str
-    verdict: str
-    model: str
-    weights: str
-    ratio: float | None
-    params: int
-    macs: int
-    dense_top1: float | None
-    top1: float | None
-    agreement: float | None
-    device: str
-    runtime: str | None
-    precision: str | None
-    batch: int | None
-    ms: float | None
-    speedup: float | None
-    low: float | None
-    high: float | None
-    bytes: int | None
-    fell_short: list[str]
+    run: Name
+    verdict: Text
+    model: Name
+    weights: Name
+    ratio: Number | None
+    params: Natural
+    macs: Natural
+    dense_top1: Number | None
+    top1: Number | None
+    agreement: Number | None
+    device: Name
+    runtime: Name | None
+    precision: Name | None
+    batch: Natural | None
+    ms: Number | None
+    speedup: Number | None
+    low: Number | None
+    high: Number | None
+    bytes: Count | None
+    fell_short: list[Text]
 
 
 class RunWidths(_Document):
     """A prunable dimension: before, and after in every run (None where a run has no such dimension)."""
 
-    group: str
-    before: int
-    after: dict[str, int | None]
+    group: Name
+    before: Natural
+    after: dict[Name, Count | None]
 
 
 class DenseDrift(_Document):
     """What one dense network took in several runs, in milliseconds a batch, and how far apart the runs are."""
 
-    runtime: str
-    precision: str
-    ms: dict[str, float]
+    runtime: Name
+    precision: Name
+    ms: dict[Name, Positive]
 
     @property
     def percent(self) -> float:
@@ -103,7 +105,7 @@ class RunComparison(_Document):
 
     format_version: Literal[1, 2] = 2
     runs: list[RunLine]
-    not_comparable: list[str]
+    not_comparable: list[Text]
     drift: list[DenseDrift] = []
     choices: list[RunChoice]
     widths: list[RunWidths]
@@ -169,9 +171,9 @@ def _differences(reports: Mapping[str, Report]) -> list[str]:
     undecided = [name for name, report in reports.items() if comparisons(report) and headline(report) is None]
     if undecided:
         reasons.append(f"Nothing was chosen to deploy in {', '.join(undecided)}.")
-    machines = {name: {key: report.environment.get(key) for key in _MACHINE} for name, report in reports.items()}
+    machines = {name: report.environment.model_dump() for name, report in reports.items()}
     for key in _MACHINE:
-        values = {name: str(machine[key]) for name, machine in machines.items()}
+        values = {name: inline(machine[key]) for name, machine in machines.items()}
         if len(set(values.values())) > 1:
             told = "; ".join(f"{name}: {value}" for name, value in values.items())
             reasons.append(f"The machines differ in {key.replace('_', ' ')} ({told}).")

@@ -76,10 +76,8 @@ def verdict(report: Report) -> str:
 def device_of(report: Report) -> str:
     """Name what the headline was measured on: the GPU of a GPU runtime, otherwise the processor."""
     best = headline(report)
-    gpus = report.environment.get("gpus")
-    if best is not None and on_nvidia(best.runtime) and gpus:
-        return str(gpus[0]["name"])
-    return str(report.environment.get("cpu", ""))
+    gpus = report.environment.gpus
+    return gpus[0].name if best is not None and on_nvidia(best.runtime) and gpus else report.environment.cpu
 
 
 def cost_of(report: Report, best: Best) -> AccuracyFigures | None:

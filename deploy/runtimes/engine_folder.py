@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnx import ModelProto, NodeProto
-from pydantic import ValidationError
-from pydantic_core import from_json
 
+from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from upvits.calib_data.paths import path_inside
 from upvits.deploy.graphs.files import data_path, load_model, model_digest
@@ -179,22 +178,9 @@ def read_engine(folder: Path, runtime: str | None = None) -> Engine:
         UserError: it is none of that.
     """
     path = folder / BUILD_RECORD
-    if path.exists() and not path.is_file():
-        raise UserError(f"{folder} is not an engine folder", why=f"{BUILD_RECORD} is no regular file.", fix=_REBUILD)
-    try:
-        engine = Engine.model_validate({**from_json(path.read_bytes()), "folder": folder})
-    except OSError as error:
-        why = f"It has no readable {BUILD_RECORD} ({error.strerror})."
-        raise UserError(f"{folder} is not an engine folder", why=why, fix=_REBUILD) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("format_version",):
-            why = f"It has format {first['input']!r}; this version reads 1 and 2."
-            raise UserError(f"{path} was written by another version of this tool", why=why, fix=_REBUILD) from error
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
-        raise UserError(f"{path} is damaged", why=why, fix=_REBUILD) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged", why="It is not a whole JSON object.", fix=_REBUILD) from error
+    if not path.is_file():
+        raise UserError(f"{folder} is not an engine folder", why=f"It has no {BUILD_RECORD}.", fix=_REBUILD)
+    engine = read_document(path, Engine, fix=_REBUILD).model_copy(update={"folder": folder})
     if runtime is not None and engine.runtime != runtime:
         raise UserError(
             f"{folder} holds an engine of {engine.runtime}, not of {runtime}",

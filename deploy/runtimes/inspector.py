@@ -35,7 +35,7 @@ def read_inspector(text: str, memory_bytes: int | None = None) -> Compiled | Non
     try:
         layers = json.loads(text)["Layers"]
         kernels = tuple(_kernel(layer) for layer in layers if _runs(layer))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     products: dict[str, str] = {}
     for kernel in kernels:

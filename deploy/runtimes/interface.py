@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from upvits.calib_data.documents import Count, Name, Number
 from upvits.deploy.choices import BatchProfile
 
 Arrays = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -79,16 +80,16 @@ class Built:
         memory_bytes: scratch memory for activations at the largest batch; None where the runtime does not tell.
     """
 
-    source: str
-    layers: int
-    by_precision: Mapping[str, int]
-    gemms: Mapping[str, int]
-    planned: Mapping[str, int]
-    attention_blocks: int
-    attention_fused: int | None
-    casts: int
-    reformats: int
-    memory_bytes: int | None
+    source: Name
+    layers: Count
+    by_precision: Mapping[Name, Count]
+    gemms: Mapping[Name, Count]
+    planned: Mapping[Name, Count]
+    attention_blocks: Count
+    attention_fused: Count | None
+    casts: Count
+    reformats: Count
+    memory_bytes: Count | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,8 @@ def _plain(name: str) -> str:
 # What stands in `build.json` goes on into names of files, scripts and requirements: nothing but plain names.
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 _File = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"), AfterValidator(_plain)]
+_MOST_THREADS = 1024
+_Digest = Annotated[str, Field(max_length=64)]
 _Version = Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+_-]{0,63}$")]
 _Device = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:()+ -]{0,127}$")]
 
@@ -166,26 +169,31 @@ class Engine(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1, 2] = 2
-    folder: Path = Field(exclude=True)
+    folder: Path = Field(default=Path(), exclude=True)
     runtime: _Name
     precision: _Name
     targets: tuple[_Device, ...]
     file: _File
-    bytes: int
-    seconds: float
-    sha256: str
+    bytes: Count
+    seconds: Number
+    sha256: _Digest
     library: _Name
     library_version: _Version
-    onnx_sha256: str
+    onnx_sha256: _Digest
     batch: BatchProfile
-    settings: Mapping[str, bool | int | str]
+    settings: Mapping[Name, bool | int | Name]
     built: Built | None = None
-    more: Mapping[_File, str] = {}
+    more: Mapping[_File, _Digest] = {}
 
     @property
     def path(self) -> Path:
         """The engine file."""
         return self.folder / self.file
+
+    def threads(self, name: str) -> int:
+        """The number of threads in the settings under this name; 0 where there is none."""
+        value = self.settings.get(name)
+        return value if isinstance(value, int) and 0 < value <= _MOST_THREADS else 0
 
 
 DEFAULT_RUN = RunOptions()

@@ -171,7 +171,7 @@ class OnnxRuntime:
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> "OnnxRuntimeSession":
         engine = runnable_engine(self, folder)
-        tuned = int(engine.settings.get("intra_op_threads", 0)) or None
+        tuned = engine.threads("intra_op_threads") or None
         stored = {name: str(value) for name, value in engine.settings.items() if name not in _NOT_OF_PROVIDER}
         graph = options.cuda_graph and not self.on_cpu
         try:

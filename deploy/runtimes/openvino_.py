@@ -149,8 +149,8 @@ class OpenVino:
                 why=f"This machine's {self.device} has {', '.join(self.precisions)}.",
                 fix="Build the engine again on this machine with `upvits-deploy engine`.",
             )
-        threads = options.threads or int(engine.settings.get("threads", 0)) or usable_cores()
-        hint = str(engine.settings["inference_precision"])
+        threads = options.threads or engine.threads("threads") or usable_cores()
+        hint = str(engine.settings.get("inference_precision", ""))
         try:
             return OpenVinoSession(engine.path, self.device, hint, threads)
         except RuntimeError as error:

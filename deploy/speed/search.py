@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.documents import Count, Name, Natural, Number, Positive
 from upvits.calib_data.errors import TargetError, UserError
 from upvits.deploy.measure.bench import Speedup
 from upvits.deploy.speed.deployment import Baseline, Deployment, check_deployment, measure, opened, opened_baseline
@@ -40,16 +41,16 @@ class Attempt(_Document):
     the same with the 10th percentile of the speed-up over rounds.
     """
 
-    budget_ms: float
-    predicted_ms: float
-    dense_ms: float
-    measured_ms: float
-    speedup: float
-    low: float
-    high: float
-    over_target: float
-    high_over_target: float
-    macs_share: float
+    budget_ms: Number
+    predicted_ms: Number
+    dense_ms: Positive
+    measured_ms: Positive
+    speedup: Positive
+    low: Positive
+    high: Positive
+    over_target: Number
+    high_over_target: Number
+    macs_share: Number
     floor: bool
 
 
@@ -59,15 +60,15 @@ class LatencyRecord(_Document):
     """
 
     format_version: Literal[1] = 1
-    asked: str
-    runtime: str
-    precision: str
-    batch: int
-    target_ms: float
+    asked: Name
+    runtime: Name
+    precision: Name
+    batch: Natural
+    target_ms: Positive
     chosen: Attempt
     attempts: list[Attempt]
-    points: int
-    points_spread: float
+    points: Count
+    points_spread: Number
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.documents import Name, Number, Text, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
@@ -48,17 +50,17 @@ class _Document(BaseModel):
 class Point(_Document):
     """Time of one small graph in shares of the dense network's: median, 10th and 90th percentile over rounds."""
 
-    share: float
-    low: float
-    high: float
+    share: Number
+    low: Number
+    high: Number
 
 
 class TableFile(_Document):
     """Measured points by name, and what they hold for."""
 
-    format_version: int = 1
-    facts: dict[str, str]
-    points: dict[str, Point] = {}
+    format_version: Literal[1] = 1
+    facts: dict[Name, Text]
+    points: dict[Name, Point] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +275,8 @@ def _load(model: nn.Module, preprocess: Preprocess, deployment: Deployment) -> t
     folder = tables_folder()
     name = f"{deployment.runtime.name}-{deployment.precision}-b{deployment.batch}-{canonical_digest(facts)[:16]}.json"
     try:
-        table = TableFile.model_validate_json((folder / name).read_bytes())
-    except (OSError, ValidationError):  # none yet, or a broken one: measured again
+        table = read_document(folder / name, TableFile, fix="")
+    except UserError:  # none yet, or a broken one: measured again
         table = TableFile(facts=facts)
     return folder / name, table if table.facts == facts else TableFile(facts=facts)
 

@@ -37,7 +37,7 @@ from upvits.deploy.stages.job import (
     write_json,
 )
 from upvits.deploy.store.artifacts import Artifact, atomic_write
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.toolchain.planning import PruningPlan
 
 _PROFILED_CALLS = 20
@@ -58,7 +58,7 @@ def bench(job: Job, pruned: Artifact, exported: Artifact, built: Sequence[Artifa
                 for model in MODELS
             }
             costs = _accuracies(job, exported, pairs, sessions)
-            write_document(folder / "accuracy.json", _accuracy_record(pairs, costs))
+            save_document(folder / "accuracy.json", _accuracy_record(pairs, costs))
             feeds = _feeds(job, sessions)
             settings = BenchSettings(
                 seconds=recipe.seconds * max(1, len(pairs)), warmup=recipe.warmup, rounds=recipe.rounds
@@ -103,7 +103,7 @@ def _require_accuracy(job: Job, benched: Artifact) -> None:
         GateError: names the engine and its loss.
     """
     limit = job.recipe.precision.max_drop
-    for engine in read_document(benched.folder / "accuracy.json", EngineAccuracies).engines:
+    for engine in load_document(benched.folder / "accuracy.json", EngineAccuracies, strict=False).engines:
         cost = engine.accuracy
         if engine.precision in job.recipe.engine.precision and cost.loses_more_than(limit):
             raise GateError(

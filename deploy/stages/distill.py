@@ -15,7 +15,7 @@ from upvits.deploy.stages.job import (
     stage,
 )
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import write_document
+from upvits.deploy.store.documents import save_document
 
 
 def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
@@ -39,7 +39,7 @@ def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
             toolchain.save(result.model.cpu(), folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
         tuned_accuracy = accuracy_record(accuracy_of(job, tuned, predictions_of_dense(judged)))
-        write_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
+        save_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     return stage(

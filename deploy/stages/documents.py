@@ -10,11 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from upvits.calib_data.documents import Count, Name, Number, Scalar, Text
 from upvits.deploy.measure.accuracy import Accuracy
 from upvits.deploy.measure.parity import Parity
 from upvits.toolchain.compensation import CompressionReport
 
 ModelName = Literal["dense", "pruned"]
+
+Sessions = dict[Name, dict[Name, Scalar]]
+"""`6-bench/sessions.json`: what sessions ran with, by runtime and precision."""
 
 
 class NetworkAccuracy(BaseModel):
@@ -31,12 +35,12 @@ class NetworkAccuracy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top1: float | None
-    agreement: float | None
-    images: int
-    labelled: int | None = None
-    lost: int | None = None
-    won: int | None = None
+    top1: Number | None
+    agreement: Number | None
+    images: Count
+    labelled: Count | None = None
+    lost: Count | None = None
+    won: Count | None = None
 
 
 class DenseAccuracy(BaseModel):
@@ -74,7 +78,7 @@ class CompensationRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[2] = 2
-    left_out: str | None = None
+    left_out: Text | None = None
     report: CompressionReport | None = None
 
     @model_validator(mode="before")
@@ -110,9 +114,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    images: int
-    digest: str
-    method: str
+    images: Count
+    digest: Name
+    method: Name
 
 
 class PrecisionRecord(BaseModel):
@@ -135,13 +139,13 @@ class PrecisionRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    precision: str
+    precision: Name
     base_precision: str = Field(alias="rest")
     in_fp32: tuple[str, ...]
     accuracy: Accuracy
-    drop_without_search: float
-    graphs_tried: int
-    quantized: tuple[str, ...]
+    drop_without_search: Number
+    graphs_tried: Count
+    quantized: tuple[Name, ...]
     kept: tuple[str, ...]
     folded: tuple[str, ...]
     worst_layer: str | None
@@ -170,8 +174,8 @@ class EngineAccuracy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelName
-    runtime: str
-    precision: str
+    runtime: Name
+    precision: Name
     accuracy: Accuracy
 
 

@@ -39,7 +39,7 @@ from upvits.deploy.stages.job import (
 from upvits.deploy.stages.precision import graph_name, holds
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.cache import cache_folder
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def _engine(job: Job, exported: Artifact, graph: Artifact, runtime: Runtime, pre
             onnx_path = graph.folder / name / "model.onnx"
             runtime.build(onnx_path, folder / name, replace(options, timing_cache=timing_cache(builder)))
             parities[name] = _parity(job, runtime, precision, folder / name, onnx_path, images, reference[name])
-        write_document(folder / "parity.json", Parities(**parities))
+        save_document(folder / "parity.json", Parities(**parities))
 
     settings = {"runtime": runtime.name, **asdict(options)}
     return stage(job, f"5-engine/{runtime.name}-{precision}", settings, {"onnx": graph.digest, **builder}, work)
@@ -143,7 +143,7 @@ def _parity(
 
 def _require_parity(artifact: Artifact) -> None:
     """The gate, on what the stage measured; it holds for an artifact of an earlier run too."""
-    for parity in read_document(artifact.folder / "parity.json", Parities).by_model.values():
+    for parity in load_document(artifact.folder / "parity.json", Parities).by_model.values():
         require_parity(parity)
 
 

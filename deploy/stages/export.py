@@ -25,7 +25,7 @@ from upvits.deploy.stages.job import (
     write_json,
 )
 from upvits.deploy.store.artifacts import Artifact, canonical_digest, file_digest
-from upvits.deploy.store.documents import write_document
+from upvits.deploy.store.documents import save_document
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.structure.timm_config import architecture_of
@@ -63,7 +63,7 @@ def export(job: Job, pruned: Artifact, tuned: Artifact) -> Artifact:
             folder / "export.json",
             {name: {k: v for k, v in r.items() if k != "seconds"} for name, r in reports.items()},
         )
-        write_document(folder / "parity.json", Parities(**parities))
+        save_document(folder / "parity.json", Parities(**parities))
 
     return stage(job, "4-export", recipe.model_dump(), {**job.inputs, "tuned": _model_digest(tuned)}, work)
 

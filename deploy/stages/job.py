@@ -65,12 +65,6 @@ def write_json(path: Path, document: object) -> None:
     atomic_write(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The values of a JSON document that a stage wrote."""
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
-
-
 def validation_images(source: DataSource, most: int) -> Images:
     """At most so many validation images, evenly spread, since folders come class by class.
 

@@ -31,7 +31,7 @@ from upvits.deploy.stages.job import (
     validation_outputs,
 )
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 
 _CALIBRATION_BATCH = 8
 _SENSITIVITY_IMAGES = 32
@@ -64,7 +64,7 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precis
             graph, records[model] = _graph(job, fp32, precision, base_precision, reference[model], reference["labels"])
             (folder / model).mkdir()
             save_model(graph, folder / model / "model.onnx", external_data=job.recipe.export.external_data)
-        write_document(folder / "precision.json", Precisions(**records))
+        save_document(folder / "precision.json", Precisions(**records))
 
     settings = {"precision": precision, "rest": base_precision, "max_drop": recipe.max_drop}
     inputs = {"onnx": exported.digest}
@@ -139,7 +139,7 @@ def holds(artifact: Artifact, max_drop: float) -> bool:
 
 def read_precisions(artifact: Artifact) -> Precisions:
     """How the graphs of a precision were made."""
-    return read_document(artifact.folder / "precision.json", Precisions)
+    return load_document(artifact.folder / "precision.json", Precisions)
 
 
 def _require_accuracy(artifact: Artifact, precision: str, max_drop: float, *, asked: bool) -> None:

@@ -22,7 +22,7 @@ from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, atomic_write
-from upvits.deploy.store.documents import write_document
+from upvits.deploy.store.documents import save_document
 from upvits.toolchain.compensation import TooFewImagesError, compensated_curves, compress, with_joint_units
 from upvits.toolchain.planning import Curve, PruningPlan, plan_within
 from upvits.toolchain.planning.costs import Costs
@@ -51,7 +51,7 @@ def prune(job: Job, judged: Artifact, scored: Artifact) -> Artifact:
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.delete_units(job.dense, plan)
         compensated, record = _compensated(job, plan, images)
-        write_document(folder / "compensation.json", record)
+        save_document(folder / "compensation.json", record)
         toolchain.save(compensated or deleted, folder / "model")
         _warn_of_small_proxy(job, plan, scores, record.rotated)
         reference = predictions_of_dense(judged)
@@ -62,7 +62,7 @@ def prune(job: Job, judged: Artifact, scored: Artifact) -> Artifact:
             after_prune=accuracy_record(after_prune),
             after_deletion=None if after_deletion is None else accuracy_record(after_deletion),
         )
-        write_document(folder / "accuracy.json", accuracies)
+        save_document(folder / "accuracy.json", accuracies)
 
     where = {} if job.deployment is None else job.deployment.facts()  # a latency depends on the machine too
     settings = {**job.recipe.plan.model_dump(), **job.recipe.compensate.model_dump(), "seed": job.recipe.seed}

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from upvits.calib_data.documents import Facts
 from upvits.calib_data.installation import version_line
-from upvits.deploy.measure.document import Bench
+from upvits.deploy.measure.document import Bench, Environment
 from upvits.deploy.measure.figures import EnginePair
 from upvits.deploy.precision.half import HALVES
 from upvits.deploy.recipe.document import PlanRecipe
@@ -39,14 +40,15 @@ from upvits.deploy.stages.documents import (
     Parities,
     PrecisionRecord,
     PrunedAccuracies,
+    Sessions,
     TunedAccuracy,
 )
 from upvits.deploy.stages.engines import Engines, engine_of, runs_here
-from upvits.deploy.stages.job import MODELS, read_json
+from upvits.deploy.stages.job import MODELS
 from upvits.deploy.stages.precision import graph_name, left_out, read_precisions
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, package_versions
-from upvits.deploy.store.documents import read_document
+from upvits.deploy.store.documents import load_document
 from upvits.toolchain.compensation import CompressionReport
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
@@ -92,9 +94,9 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
     assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
     scores = Scores.load(done.scored.folder)
-    before = read_document(done.pruned.folder / "accuracy.json", PrunedAccuracies)
-    after = read_document(done.tuned.folder / "accuracy.json", TunedAccuracy).after_distill
-    latency = read_document(done.benched.folder / "latency.json", Bench)
+    before = load_document(done.pruned.folder / "accuracy.json", PrunedAccuracies)
+    after = load_document(done.tuned.folder / "accuracy.json", TunedAccuracy).after_distill
+    latency = load_document(done.benched.folder / "latency.json", Bench)
     compensated = _compensation_record(done.pruned)
     return Report(
         model=job.recipe.model,
@@ -133,7 +135,7 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
         target=_target(job.recipe.plan, done.pruned, latency),
         detection=detection,
         measurement=_measurement(job, scores, done.benched, after.top1 is not None, after.images),
-        environment=_environment(read_json(done.benched.folder / "environment.json")),
+        environment=_environment(load_document(done.benched.folder / "environment.json", Environment)),
         reproduce=_reproduce(job),
         notes=[
             *job.notes,
@@ -171,14 +173,14 @@ def _parities(done: Artifacts) -> list[Parity]:
         )
         for folder in folders
         if folder is not None
-        for name, parity in read_document(folder / "parity.json", Parities).by_model.items()
+        for name, parity in load_document(folder / "parity.json", Parities).by_model.items()
     ]
 
 
 def _accuracies(done: Artifacts) -> list[AccuracyFigures]:
     """Accuracy of every engine: its own where it runs here, otherwise that of the graph that it was built from."""
     assert done.benched is not None
-    benched = read_document(done.benched.folder / "accuracy.json", EngineAccuracies)
+    benched = load_document(done.benched.folder / "accuracy.json", EngineAccuracies, strict=False)
     measured = {(a.model, EnginePair(a.runtime, a.precision)): a.accuracy for a in benched.engines}
     records = {name: read_precisions(artifact).by_model for name, artifact in done.graphs.items()}
     figures = []
@@ -242,7 +244,7 @@ def _reproduce(job: Job) -> list[str]:
 def _compensation_record(pruned: Artifact) -> CompensationRecord:
     """What compensation did; an empty record of runs that are older than it."""
     path = pruned.folder / "compensation.json"
-    return read_document(path, CompensationRecord) if path.exists() else CompensationRecord()
+    return load_document(path, CompensationRecord, strict=False) if path.exists() else CompensationRecord()
 
 
 def _compensation(report: CompressionReport | None) -> Compensation | None:
@@ -266,7 +268,7 @@ def _target(plan: PlanRecipe, pruned: Artifact, bench: Bench) -> Target | None:
     """The target and how the finished engine meets it in the last measurement: at most 5 % above."""
     if plan.latency is None:
         return None
-    record = read_document(pruned.folder / "target.json", LatencyRecord)
+    record = load_document(pruned.folder / "target.json", LatencyRecord)
     place = (record.runtime, record.precision, record.batch)
     over, searched, measured = record.chosen.over_target, record.chosen, None
     if (pruned_call := _at(bench.pruned, *place)) is not None and (dense_call := _at(bench.dense, *place)) is not None:
@@ -311,7 +313,7 @@ def _plan_figures(plan: PruningPlan, shaky: Mapping[str, Agreement]) -> PlanFigu
     )
 
 
-def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, images: int) -> dict[str, Any]:
+def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, images: int) -> Facts:
     recipe = job.recipe
     return {
         "accuracy": f"{'top-1' if labelled else 'agreement with the dense model'} on {images} validation images, "
@@ -324,13 +326,12 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against the fp32 graphs, "
         f"which were held against PyTorch; at most {recipe.precision.max_drop:g} points may be lost",
         "threads": f"of CPU sessions: as many as are 70 % efficient at the middle batch of {recipe.engine.batch.text}",
-        "sessions": read_json(benched.folder / "sessions.json"),
+        "sessions": load_document(benched.folder / "sessions.json", Sessions),
     }
 
 
-def _environment(values: dict[str, Any]) -> dict[str, Any]:
-    gpus = ", ".join(gpu["name"] for gpu in values.get("gpus", ()))
-    return {**values, **({"gpu": gpus} if gpus else {})}
+def _environment(read: Environment) -> Environment:
+    return read.model_copy(update={"gpu": ", ".join(gpu.name for gpu in read.gpus) or None})
 
 
 def _skipped_images(job: Job) -> list[str]:

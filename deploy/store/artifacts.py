@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Count, Name, Number, read_document
+from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import RelativePath, path_inside, share
 from upvits.deploy.store.disk import disk_errors
 
@@ -53,8 +54,8 @@ class _Document(BaseModel):
 class FileEntry(_Document):
     """One file of an artifact: size in bytes and sha256 in hexadecimal."""
 
-    sha256: str
-    bytes: int
+    sha256: Name
+    bytes: Count
 
 
 class Manifest(_Document):
@@ -65,24 +66,24 @@ class Manifest(_Document):
     """
 
     format_version: Literal[1] = 1
-    stage: str
-    stage_version: int
-    key: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
+    stage: Name
+    stage_version: Count
+    key: Name
+    settings: dict[Name, JsonValue]
+    inputs: dict[Name, Name]
     files: dict[RelativePath, FileEntry]
-    created: str
-    seconds: float
-    peak_rss_mb: float
-    versions: dict[str, str]
+    created: Name
+    seconds: Number
+    peak_rss_mb: Number
+    versions: dict[Name, Name]
 
 
 class StageRecord(_Document):
     """One line of `stages[]` in report.json. A skipped stage keeps the figures of the run that made it."""
 
-    name: str
-    seconds: float
-    peak_rss_mb: float
+    name: Name
+    seconds: Number
+    peak_rss_mb: Number
     skipped: bool
 
 
@@ -198,7 +199,7 @@ def open_artifact(folder: Path) -> Artifact | None:
     """Return the artifact in `folder`, or None when it has no manifest or a file is missing, cut short or altered.
 
     Raises:
-        UserError: a link leads out of the folder, or the manifest cannot be read.
+        UserError: a link leads out of the folder.
     """
     manifest = _read_manifest(folder)
     if manifest is None:
@@ -210,13 +211,13 @@ def open_artifact(folder: Path) -> Artifact | None:
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a folder; None where there is none, or none of this version."""
+    """The manifest in a folder; None where there is none that this version can read: the stage is done again."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(read_regular(path, fix="Delete this file: the stage is done again."))
-    except ValidationError:
+        return read_document(path, Manifest, fix="Delete this file: the stage is done again.")
+    except UserError:
         return None
 
 

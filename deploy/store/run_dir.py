@@ -8,7 +8,6 @@ releases it when its holder ends, however it ends.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import sys
@@ -19,9 +18,11 @@ from typing import Any
 
 import tomli_w
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Count, Name, read_document, read_regular, require_plain
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.printable import printable
 from upvits.deploy.store.artifacts import atomic_write
 from upvits.deploy.store.disk import disk_full_error, folder_in_the_way, is_disk_full, unwritable_error
 
@@ -67,8 +68,8 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
     try:
         _refuse_foreign(run_dir, values, identity)  # again: another process may have started a run here meanwhile
         try:
-            holder = {"pid": os.getpid(), "host": socket.gethostname()}
-            atomic_write(run_dir / _HOLDER, json.dumps(holder).encode())
+            holder = _Holder(pid=os.getpid(), host=socket.gethostname())
+            atomic_write(run_dir / _HOLDER, holder.model_dump_json().encode())
             atomic_write(run_dir / RECIPE, recipe_toml(values).encode())
         except OSError as error:
             raise _cannot_open(run_dir, error) from error
@@ -106,10 +107,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(read_regular(path, fix=_NO_RECIPE, largest=_LARGEST_RECIPE).decode())
+        values = tomllib.loads(read_regular(path, fix=_NO_RECIPE, largest=_LARGEST_RECIPE).decode())
+        require_plain(values)
+        return values
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, too many digits; lists in lists in lists
         raise UserError(
-            f"cannot read the recipe {path}: {error}.",
+            f"cannot read the recipe {path}: {printable(str(error), 300)}.",
             why="A recipe is a TOML file, such as the recipe.toml of a run.",
             fix=_NO_RECIPE,
         ) from error
@@ -147,6 +150,13 @@ def _refuse_foreign(run_dir: Path, values: Mapping[str, Any], identity: Sequence
         )
 
 
+class _Holder(BaseModel):
+    """`.lock.json`: which process has the run."""
+
+    pid: Count
+    host: Name
+
+
 def _entries(run_dir: Path) -> list[Path]:
     try:
         return list(run_dir.iterdir())
@@ -156,9 +166,9 @@ def _entries(run_dir: Path) -> list[Path]:
 
 def _busy(run_dir: Path) -> UserError:
     try:
-        holder = json.loads((run_dir / _HOLDER).read_text(encoding="utf-8"))
-        who = f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it holds the lock, but has not said its name yet
+        holder = read_document(run_dir / _HOLDER, _Holder, fix="")
+        who = f"process {holder.pid} on {holder.host}"
+    except UserError:  # it holds the lock, but has not said its name yet
         who = "another process"
     return UserError(
         f"{run_dir} is in use by {who}.",

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pydantic
 from torch import nn
 
+from upvits.calib_data.documents import Count, Name, Natural, Number, Text, read_document
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.printable import printable
 from upvits.toolchain.choices import Component
 from upvits.toolchain.families import narrow
-from upvits.toolchain.networks.depth import after_shortening, name_after
+from upvits.toolchain.networks.depth import after_shortening, name_after, name_before
 from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.structure.groups import Widths
 from upvits.toolchain.structure.macs import count_macs, count_params
 
-FORMAT = 2
+FORMAT: Literal[2] = 2
+_AGAIN = "Plan again, or use the version that wrote it."
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
     """Multiply-accumulates of one image and number of parameters."""
 
-    macs: int
-    params: int
+    macs: Natural
+    params: Natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +75,18 @@ class PruningPlan:
         (3412844, 871868)
     """
 
-    keep: dict[str, tuple[int, ...]]
-    num_heads: dict[str, int]
-    architecture: str | None
-    asked: dict[str, float | int | str]
+    keep: dict[Name, tuple[Count, ...]]
+    num_heads: dict[Name, Natural]
+    architecture: Name | None
+    asked: dict[Name, Number | Count | Text]
     before: Size
     after: Size
     dense_widths: Widths
-    method: str
-    model_digest: str
-    blocks: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    planner: str = "uniform"
-    format: int = field(default=FORMAT)
+    method: Name
+    model_digest: Name
+    blocks: dict[Name, tuple[tuple[Count, Count], ...]] = field(default_factory=dict)
+    planner: Name = "uniform"
+    format: Literal[1, 2] = field(default=FORMAT)
 
     @property
     def widths(self) -> Widths:
@@ -146,21 +150,36 @@ class PruningPlan:
         Raises:
             UserError: the file is missing, is no plan, or was written by a later version.
         """
-        try:
-            plan = _DOCUMENT.validate_json(path.read_bytes())
-        except (OSError, pydantic.ValidationError) as error:
-            raise UserError(f"{path} is no readable pruning plan: {error}") from error
-        if plan.format > FORMAT:
+        plan = read_document(path, PruningPlan, fix=_AGAIN)
+        wrong = _not_of_the_network(plan)
+        if wrong:
             raise UserError(
-                f"{path} is a plan of format {plan.format}; this version reads up to {FORMAT}.",
-                fix="Use the version that wrote it, or plan again.",
+                f"{path} is not valid.", why=f"{printable(wrong, 300)} is not of its dense network.", fix=_AGAIN
             )
-        return replace(
-            plan, format=FORMAT
-        )  # format 1 had no `blocks` and no `planner`: their defaults are what it means
+        return replace(plan, format=FORMAT)  # format 1 had no `blocks` and no `planner`: the defaults are what it means
 
 
 _DOCUMENT = pydantic.TypeAdapter(PruningPlan)
+
+
+def _not_of_the_network(plan: PruningPlan) -> str:
+    """A part of a plan that does not fit the widths that it gives for the dense network; empty where all do."""
+    sizes, heads = plan.dense_widths.channels, plan.dense_widths.num_heads
+    try:
+        for name, units in plan.keep.items():
+            before = name_before(name, plan.blocks)
+            size = sizes[before] if before in sizes else sizes[before.rpartition(".")[0]]
+            if not units or units[-1] >= size or any(one >= other for one, other in pairwise(units)):
+                return f"keep.{name}"
+        for module, count in plan.num_heads.items():
+            if count > heads[name_before(module, plan.blocks)]:
+                return f"num_heads.{module}"
+        for change in plan.changes:
+            if change.after > change.before:
+                return change.group
+    except (ValueError, LookupError):  # no number of a block, or of none that is left; no such group
+        return "a name in keep, num_heads or blocks"
+    return ""
 
 
 def widths_kept(keep: Mapping[str, Sequence[int]], num_heads: Mapping[str, int]) -> Widths:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import Count, Name, Number, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 from upvits.calib_data.tensors import save_tensors
@@ -90,30 +91,58 @@ class Scores:
         """
         if not (folder / "score.json").exists():
             raise UserError(f"{folder} holds no readable scores (there is no score.json).", fix=_EXPECTED)
-        try:
-            document = json.loads(read_regular(folder / "score.json", fix=_EXPECTED))
-            require_regular(folder / "scores.safetensors", fix=_EXPECTED)
-            values = load_file(folder / "scores.safetensors")
-            halves = load_file(folder / "halves.safetensors") if (folder / "halves.safetensors").is_file() else {}
-            return Scores(
-                method=document["method"],
-                unit=document["unit"],
-                values=values,
-                num_images=document["num_images"],
-                seed=document["seed"],
-                model_digest=document["model_digest"],
-                depth={name: _read_path(path) for name, path in document.get("depth", {}).items()},
-                data_digest=document.get("data_digest"),
-                stability={name: Stability(**values) for name, values in document.get("stability", {}).items()},
-                halves=halves,
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} holds no readable scores ({error}).",
-                fix=_EXPECTED,
-            ) from error
+        document = read_document(folder / "score.json", _ScoreDocument, fix=_EXPECTED)
+        return Scores(
+            method=document.method,
+            unit=document.unit,
+            values=_tensors(folder / "scores.safetensors", 1),
+            num_images=document.num_images,
+            seed=document.seed,
+            model_digest=document.model_digest,
+            depth={name: DepthPath(path.steps, path.loss) for name, path in document.depth.items()},
+            data_digest=document.data_digest,
+            stability={name: Stability(s.spearman, s.overlap, s.kept) for name, s in document.stability.items()},
+            halves=_tensors(folder / "halves.safetensors", 2) if (folder / "halves.safetensors").exists() else {},
+        )
 
 
-def _read_path(document: dict[str, Any]) -> DepthPath:
-    steps = tuple(tuple((int(a), int(f)) for a, f in step) for step in document["steps"])
-    return DepthPath(steps, tuple(document["loss"]))
+class _Entries(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _PathEntries(_Entries):
+    steps: tuple[tuple[tuple[Count, Count], ...], ...]
+    loss: tuple[Number, ...]
+
+
+class _StabilityEntries(_Entries):
+    spearman: Number
+    overlap: Number
+    kept: Count
+
+
+class _ScoreDocument(_Entries):
+    """`score.json`; see `Scores`."""
+
+    format: Literal[1] = 1
+    method: Method
+    unit: Name
+    num_images: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    model_digest: Name
+    data_digest: Name | None = None
+    depth: dict[Name, _PathEntries] = {}
+    stability: dict[Name, _StabilityEntries] = {}
+
+
+def _tensors(path: Path, dims: int) -> dict[str, Tensor]:
+    """Floating-point tensors with so many dims by name."""
+    require_regular(path, fix=_EXPECTED)
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} holds no scores ({error}).", fix=_EXPECTED) from error
+    for name, tensor in tensors.items():
+        if tensor.dim() != dims or not tensor.is_floating_point():
+            raise UserError(f"{path} holds no scores ({name} has shape {list(tensor.shape)}).", fix=_EXPECTED)
+    return tensors

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upvits.calib_data.documents import Name, Natural
+
 Kind = Literal["embed", "attention", "heads", "qk", "v", "ffn"]
 
 
@@ -98,8 +100,8 @@ class Widths:
         num_heads: attention module (`blocks.3.attn`) -> number of heads.
     """
 
-    channels: dict[str, int] = field(default_factory=dict)
-    num_heads: dict[str, int] = field(default_factory=dict)
+    channels: dict[Name, Natural] = field(default_factory=dict)
+    num_heads: dict[Name, Natural] = field(default_factory=dict)
 
     @property
     def head_dims(self) -> dict[str, int]:

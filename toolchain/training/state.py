@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from upvits.calib_data.documents import Count, Name, Number, parse_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.tensors import save_tensors
 
@@ -80,19 +81,38 @@ def restore_state(path: Path, key: str, state: TrainState) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("state", "{}"))
-            if header.get("format") != FORMAT or header.get("key") != key:
+            header = parse_document((file.metadata() or {}).get("state", ""), str(path), _Header, fix="")
+            if header.format != FORMAT or header.key != key:
                 return False
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, ValueError):
+    except (SafetensorError, OSError, ValueError, UserError):
+        return False
+    if not _has_shapes_of(state, tensors):
         return False
     _restore_optimizer(state, tensors)
     state.learner.load_state_dict(_part(tensors, "learner."))
     state.ema.load_state_dict(_part(tensors, "ema."))
-    if header["scaler"]:
-        state.scaler.load_state_dict(header["scaler"])
-    state.history[:] = [EpochLog(**entry) for entry in header["history"]]
+    if header.scaler:
+        state.scaler.load_state_dict(header.scaler)
+    state.history[:] = header.history
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What stands in the header of the file beside the tensors."""
+
+    format: int
+    key: str
+    history: list[EpochLog]
+    scaler: dict[Name, Number | Count]
+
+
+def _has_shapes_of(state: TrainState, tensors: dict[str, Tensor]) -> bool:
+    """Whether tensors have the names and shapes of the state's; what the optimizer keeps is new in a fresh one."""
+    expected = {name: tensor.shape for name, tensor in _tensors(state).items() if not name.startswith("optimizer.")}
+    kept = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    return kept == expected
 
 
 def write_log(path: Path, history: list[EpochLog]) -> None:

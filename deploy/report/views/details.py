@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upvits.deploy.measure.diagnosis import TRUSTED_SUM
@@ -276,7 +276,7 @@ def notes(report: Report) -> Section:
     return Section("notes", "What was left out and why", remarks=tuple(report.notes))
 
 
-def facts(key: str, title: str, values: dict[str, Any]) -> Section:
+def facts(key: str, title: str, values: Mapping[str, Any]) -> Section:
     """Names and values of a JSON object."""
     rows = tuple(
         (words(name), words(inline(value))) for name, value in values.items() if value not in (None, "", [], {})

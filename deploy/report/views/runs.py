@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
-from pydantic import ValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from upvits.calib_data.documents import read_regular
+from upvits.calib_data.documents import read_document, read_regular
 from upvits.calib_data.errors import UserError
 from upvits.deploy.report.document import REPORT
 from upvits.deploy.report.runs import RunChoice, RunComparison, RunLine, drawn
@@ -82,11 +81,10 @@ def _is_run(folder: Path) -> bool:
 
 def _is_comparison(file: Path) -> bool:
     try:
-        text = read_regular(file, fix="").decode()
         if file.suffix == ".html":
-            return _MADE_BY in text
-        RunComparison.model_validate_json(text)
-    except (UserError, UnicodeDecodeError, ValidationError):
+            return _MADE_BY.encode() in read_regular(file, fix="")
+        read_document(file, RunComparison, fix="")
+    except UserError:
         return False
     return True
 

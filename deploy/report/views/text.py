@@ -40,7 +40,7 @@ def sections(report: Report) -> list[Section]:
         details.engines(report),
         details.throughput(report),
         details.facts("gpu", "GPU while measuring", report.gpu),
-        details.facts("environment", "Where it was measured", report.environment),
+        details.facts("environment", "Where it was measured", report.environment.model_dump(exclude_none=True)),
         details.facts("measurement", "How it was measured", report.measurement),
         details.reproduce(report),
         details.stages(report),

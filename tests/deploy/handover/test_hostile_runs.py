@@ -23,6 +23,7 @@ from upvits.deploy.handover import placing
 from upvits.deploy.handover.package import package
 from upvits.deploy.handover.texts import Subject, example_files, model_card, readme, requirements, shortened
 from upvits.deploy.handover.triton import Port, config_text, write_repository
+from upvits.deploy.measure.document import Environment
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import MANIFEST, file_digest, run_stage
 
@@ -123,7 +124,7 @@ def test_a_record_with_a_payload_is_refused(make_run: MakeRun, outside: Path, en
     for payload in ("../../../../outside/x", str(outside / "x"), 'x"); import os #', "1.0\nevil"):
         edited(run / ENGINE / "pruned/build.json", functools.partial(_set, entry, payload))
         resealed(run / ENGINE)
-        assert "build.json is damaged" in refused(run, outside)
+        assert "build.json is not valid" in refused(run, outside)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -159,9 +160,8 @@ def test_requirements_take_versions_only() -> None:
 
 def test_documents_show_text_as_text() -> None:
     payload = "<script>alert(1)</script> ![x](http://localhost/x) | `code` \x1b[2J\n# title"
-    texts = subject_of(
-        model=payload, notes=[payload], weights=payload, environment={"cpu": payload, "libraries": {payload: 1}}
-    )
+    here = Environment(cpu=payload, libraries={payload: "1"})
+    texts = subject_of(model=payload, notes=[payload], weights=payload, environment=here)
     for text in (model_card(texts), readme(texts)):
         assert not any(letter in text for letter in "\x1b\x9b")
         for live in ("<script", "![x](", " | `code`", "\n# title"):
@@ -243,9 +243,9 @@ def test_an_engine_that_is_another_one_is_refused(make_run: MakeRun, outside: Pa
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"labels": "{"}, "names of the classes"),
-        ({"labels": "7"}, "names of the classes"),
-        ({"labels": "[" * 100_000}, "names of the classes"),
+        ({"labels": "{"}, "labels in the metadata"),
+        ({"labels": "7"}, "labels in the metadata"),
+        ({"labels": "[" * 100_000}, "labels in the metadata"),
         ({"crop_pct": "0"}, "how pictures are prepared"),
         ({"mean": '["x"]'}, "how pictures are prepared"),
         ({"interpolation": "'); evil"}, "how pictures are prepared"),

@@ -144,7 +144,11 @@ def _elsewhere(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(_missing, "lacks a file"), (_changed, r"model\.onnx\.data is damaged"), (_elsewhere, r"build\.json is damaged")],
+    [
+        (_missing, "lacks a file"),
+        (_changed, r"model\.onnx\.data is damaged"),
+        (_elsewhere, r"build\.json is not valid"),
+    ],
 )
 def test_damaged_weights_are_refused(
     damage: Callable[[Path], None], said: str, two_files: Path, tmp_path: Path
