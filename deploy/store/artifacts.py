@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
 
 from upvits.calib_data.documents import Count, Name, Number, read_document
 from upvits.calib_data.errors import UserError
@@ -69,7 +69,7 @@ class Manifest(_Document):
     stage: Name
     stage_version: Count
     key: Name
-    settings: dict[Name, JsonValue]
+    settings: dict[Name, Any]
     inputs: dict[Name, Name]
     files: dict[RelativePath, FileEntry]
     created: Name

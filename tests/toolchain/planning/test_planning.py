@@ -264,7 +264,7 @@ def test_plans_of_earlier_versions_are_read_and_later_ones_refused(tmp_path: Pat
     (tmp_path / "plan.json").write_text(json.dumps({**document, "format": 1}))
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     (tmp_path / "plan.json").write_text(json.dumps({**document, "format": 3}))
-    with pytest.raises(UserError, match="format 3"):
+    with pytest.raises(UserError, match="format is 3"):
         PruningPlan.load(tmp_path / "plan.json")
 
 

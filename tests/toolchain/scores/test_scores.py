@@ -156,7 +156,7 @@ def test_unreadable_scores_are_refused(tmp_path: Path) -> None:
         Scores.load(tmp_path)
     (tmp_path / "score.json").write_text("{}")
     (tmp_path / "scores.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no readable scores"):
+    with pytest.raises(UserError, match=r"score\.json is not valid"):
         Scores.load(tmp_path)
 
 
