@@ -17,7 +17,7 @@ from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.documents import DenseAccuracy, NetworkAccuracy
 from upvits.deploy.stages.job import EVAL_BATCH, accuracy_of, accuracy_record, stage
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.documents import read_document, write_document
+from upvits.deploy.store.documents import load_document, save_document
 from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.evaluate import evaluate
 
@@ -50,7 +50,7 @@ def judge_dense(job: Job) -> Artifact:
     def work(folder: Path) -> None:
         dense = accuracy_of(job, job.dense)
         save_tensors({"predictions": dense.predictions}, folder / "predictions.safetensors")
-        write_document(folder / "accuracy.json", DenseAccuracy(dense=accuracy_record(dense)))
+        save_document(folder / "accuracy.json", DenseAccuracy(dense=accuracy_record(dense)))
 
     artifact = stage(job, "0-dense", {}, job.inputs, work)
     if job.recipe.weights != "random" and not job.recipe.allow_weak:
@@ -65,7 +65,7 @@ def predictions_of_dense(judged: Artifact) -> Tensor:
 
 def accuracy_of_dense(judged: Artifact) -> NetworkAccuracy:
     """Its accuracy."""
-    return read_document(judged.folder / "accuracy.json", DenseAccuracy).dense
+    return load_document(judged.folder / "accuracy.json", DenseAccuracy).dense
 
 
 def _require_better_than_guessing(job: Job, accuracy: NetworkAccuracy, predictions: Tensor) -> None:
