@@ -35,7 +35,7 @@ Facts = dict[Name, Scalar | list[Scalar] | Mapping[Name, Scalar | list[Scalar] |
 _LARGEST = 16 << 20
 """Bytes. The largest document of a run or a model, with the names of 100,000 classes, has half of it."""
 
-_VALUES, _OF_OBJECT = 1_000_000, 20
+_VALUES, _OF_OBJECT = 500_000, 20
 """Values of a document, an object counted as that many: each may miss that many entries, and each that is missed is a
 fault of half a kilobyte."""
 

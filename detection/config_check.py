@@ -68,7 +68,7 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
         for key, inner in value.items():
             if key in _OPENS_FILES and inner is not None:
                 raise _refused(name, f"{place}.{key}", "a detector's folder names no other file")
-            if key == "type" and inner not in PARTS:
+            if key == "type" and not (isinstance(inner, str) and inner in PARTS):
                 raise _refused(name, f"{place}.type", f"{inner!r} is none of the parts that detectors are made of")
             if key in _MOST and isinstance(inner, (int, float)) and inner > _MOST[key]:
                 raise _refused(name, f"{place}.{key}", f"{inner} is more than {_MOST[key]}")

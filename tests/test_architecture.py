@@ -190,6 +190,28 @@ def test_nothing_is_pickled(path: Path) -> None:
         assert called not in ("torch.save", "numpy.save", "np.save"), f"{name_of(path)}:{call.lineno}: use safetensors"
 
 
+PARSERS = ("json.load", "json.loads", "loads", "from_json", "tomllib.load", "tomllib.loads", "toml.load", "toml.loads")
+PARSING = {
+    "calib_data/documents.py": "the one reader",
+    "deploy/store/run_dir.py": "recipes, the only TOML, within the bounds of the reader",
+    "deploy/cli/app.py": "a plan that this process wrote a moment ago",
+    "deploy/machine/doctor.py": "answers of a process that it started",
+    "deploy/runtimes/inspector.py": "what TensorRT says about an engine; whatever is unknown in it is left out",
+    "deploy/runtimes/onnxruntime_facts.py": "the profile that ONNX Runtime wrote into a folder of this process",
+}
+"""Where JSON or TOML may be parsed, and why: anything else goes through `read_document`."""
+
+
+def test_documents_are_parsed_in_one_place() -> None:
+    parsing = set()
+    for path in SOURCES:
+        for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            if called in PARSERS or called.endswith((".model_validate_json", ".validate_json")):
+                parsing.add(name_of(path))
+    assert parsing == {*PARSING}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_and_functions_stay_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
