@@ -6,8 +6,9 @@ import csv
 import io
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import RootModel
+from pydantic import FailFast, RootModel
 
 from upvits.calib_data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns, is_number, label_text, only_label
 from upvits.calib_data.datasets import DataSource
@@ -34,7 +35,7 @@ class _Line(RootModel[dict[str, object]]):
     """One line of JSON."""
 
 
-class _Lines(RootModel[list[dict[str, object]]]):
+class _Lines(RootModel[Annotated[list[dict[str, object]], FailFast()]]):
     """A list in JSON."""
 
 
@@ -163,7 +164,7 @@ def _rows(path: Path) -> Iterator[Row]:
     except ValueError as error:
         raise UserError(f"{path} is no text.", why=f"{error}.", fix=_FIX) from error
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        yield from parse_document(text, str(path), _Lines, fix=_FIX).root
+        yield from parse_document(text, str(path), _Lines, fix=_FIX, plain=False).root
     elif path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from upvits.calib_data.documents import Count, Facts, Name, Natural, Number, Positive, Scalar, Text, read_document
 from upvits.calib_data.errors import UserError
@@ -48,10 +48,10 @@ class PairedImages(_Document):
     `largest_class` is how many of the images are of the most frequent class.
     """
 
-    images: int = Field(ge=1)
-    lost: int = Field(ge=0)
-    won: int = Field(ge=0)
-    largest_class: int = Field(ge=0)
+    images: Natural
+    lost: Count
+    won: Count
+    largest_class: Count
 
 
 class PrunedFigures(ModelFigures):
