@@ -19,6 +19,9 @@ from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
 from upvits.calib_data.labelled import split_by_hash
 from upvits.calib_data.printable import printable
 
+_SAFE = 4
+"""Since this version the package runs no program that lies in a data set."""
+
 
 def open_hfds(spec: str, name: str, columns: Columns = Columns()) -> DataSource:  # noqa: B008  # frozen
     """A data set by its name on the hub, or a local folder, also one that `save_to_disk` wrote.
@@ -33,6 +36,12 @@ def open_hfds(spec: str, name: str, columns: Columns = Columns()) -> DataSource:
         raise MissingDependencyError(
             f"{spec} needs the package datasets.", fix="pip install datasets, or use imagefolder:DIR."
         ) from None
+    if int(datasets.__version__.partition(".")[0]) < _SAFE:
+        raise MissingDependencyError(
+            f"{spec} needs a newer package datasets than {datasets.__version__}.",
+            why="Older ones run programs that lie in data sets.",
+            fix=f"pip install 'datasets>={_SAFE}', or use imagefolder:DIR.",
+        )
     splits = _load(datasets, name)
     train_name = next((split for split in TRAIN_NAMES if split in splits), None)
     if train_name is None:

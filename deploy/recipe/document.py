@@ -233,7 +233,7 @@ class Recipe(_Part):
         None, "Column, or entry of JSON, that holds labels; none: no labels.", "--label-column", shown="by name or type"
     )
     image_size: int | None = setting(None, "Side in pixels.", "--image-size", shown="the model's", ge=16, le=4096)
-    allow_weak: bool = setting(False, "Go on with a network that is hardly better than guessing.", "--allow-weak")
+    allow_weak: bool = setting(False, "Go on with a dense network that is worse than it should be.", "--allow-weak")
     plan: PlanRecipe = PlanRecipe()
     score: ScoreRecipe = ScoreRecipe()
     compensate: CompensateRecipe = CompensateRecipe()

@@ -1,4 +1,4 @@
-"""0-dense: what the dense network answers, and the end of the run where that is hardly better than guessing."""
+"""0-dense: what the dense network answers, and the end of the run where that is far below what it should be."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from upvits.deploy.stages.documents import DenseAccuracy, NetworkAccuracy
 from upvits.deploy.stages.job import EVAL_BATCH, accuracy_of, accuracy_record, stage
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import load_document, save_document
+from upvits.toolchain.networks.found import found_in
 from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.evaluate import evaluate
 
@@ -26,6 +27,9 @@ FEWEST = 20
 
 WEAK = 0.1
 """Share of the way from guessing to always right below which a network counts as weak."""
+
+FAR_BELOW = 10
+"""Points below the accuracy that a checkpoint recorded, beyond two deviations of chance, that end a run."""
 
 _TRIED = 64  # images that another preparation is tried on
 _NORMALISATIONS = {
@@ -44,7 +48,8 @@ def judge_dense(job: Job) -> Artifact:
     """0-dense: accuracy and predictions of the dense network on all validation images.
 
     Raises:
-        UserError: it is hardly better than guessing, its weights are not random, and the recipe does not allow it.
+        UserError: it is hardly better than guessing, or far below what its checkpoint recorded; its weights are not
+            random, and the recipe does not allow it.
     """
 
     def work(folder: Path) -> None:
@@ -54,7 +59,7 @@ def judge_dense(job: Job) -> Artifact:
 
     artifact = stage(job, "0-dense", {}, job.inputs, work)
     if job.recipe.weights != "random" and not job.recipe.allow_weak:
-        _require_better_than_guessing(job, accuracy_of_dense(artifact), predictions_of_dense(artifact))
+        _require_strong(job, accuracy_of_dense(artifact), predictions_of_dense(artifact))
     return artifact
 
 
@@ -68,11 +73,9 @@ def accuracy_of_dense(judged: Artifact) -> NetworkAccuracy:
     return load_document(judged.folder / "accuracy.json", DenseAccuracy).dense
 
 
-def _require_better_than_guessing(job: Job, accuracy: NetworkAccuracy, predictions: Tensor) -> None:
-    if accuracy.top1 is None or accuracy.images < FEWEST:
-        return
-    guessing = 100 / num_classes_of(job.dense)
-    if accuracy.top1 >= guessing + WEAK * (100 - guessing):
+def _require_strong(job: Job, accuracy: NetworkAccuracy, predictions: Tensor) -> None:
+    what = _weakness(job, accuracy)
+    if what is None:
         return
     labels = torch.tensor(job.source.val.labels)
     reasons = sorted(
@@ -80,14 +83,27 @@ def _require_better_than_guessing(job: Job, accuracy: NetworkAccuracy, predictio
         key=lambda reason: -reason[0],
     )
     raise UserError(
-        f"The dense network is right on {accuracy.top1:.1f} % of {accuracy.images} validation images; guessing gives "
-        f"{guessing:.1f} %.",
+        f"The dense network is right on {accuracy.top1:.1f} % of {accuracy.images} validation images; {what}.",
         why="Nothing could be told of a network that is cut from it. What may be wrong, the likeliest first: "
         + "; ".join(f"{number}. {text}" for number, (_, text) in enumerate(reasons, 1))
         + ".",
         fix="Set right what is wrong: --class-order or --class-map, the normalisation that the weights were trained "
         "with, --image-size. --allow-weak goes on as it is.",
     )
+
+
+def _weakness(job: Job, accuracy: NetworkAccuracy) -> str | None:
+    """What a network falls short of; None: of nothing that is known."""
+    if accuracy.top1 is None or accuracy.images < FEWEST:
+        return None
+    guessing = 100 / num_classes_of(job.dense)
+    if accuracy.top1 < guessing + WEAK * (100 - guessing):
+        return f"guessing gives {guessing:.1f} %"
+    recorded = found_in(job.dense).accuracy
+    noise = 100 * (accuracy.top1 / 100 * (1 - accuracy.top1 / 100) / accuracy.images) ** 0.5
+    if recorded is not None and accuracy.top1 < recorded - FAR_BELOW - 2 * noise:
+        return f"its checkpoint recorded {recorded:.1f} %"
+    return None
 
 
 def _other_numbers(labels: Tensor, predictions: Tensor, names: tuple[str, ...]) -> Reason:
@@ -118,11 +134,12 @@ def _name(names: tuple[str, ...], label: int) -> str:
 
 
 def _normalisation(job: Job) -> Reason:
-    present = (job.preprocess.mean, job.preprocess.std)
+    if job.preprocess.input_size[0] != 3:
+        return 0.0, "the normalisation (there is no usual one but for three channels)"
     tried = {
         name: replace(job.preprocess, mean=mean, std=std)
         for name, (mean, std) in _NORMALISATIONS.items()
-        if (mean, std) != present
+        if (mean, std) != (job.preprocess.mean, job.preprocess.std)
     }
     return _best(job, "the normalisation", tried)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from upvits.calib_data import open_data
-from upvits.calib_data.errors import UserError
+from upvits.calib_data.errors import MissingDependencyError, UserError
 
 datasets = pytest.importorskip("datasets", reason="the Python package datasets is not installed")
 
@@ -71,3 +71,9 @@ def test_labels_as_text_and_as_plain_numbers(tmp_path: Path) -> None:
     source = open_data(saved(tmp_path / "b", train=rows(30, label=numbers)))
     assert source.class_names == ("0", "1", "2")
     assert Counter(source.train.labels + source.val.labels) == {0: 10, 1: 10, 2: 10}
+
+
+def test_versions_that_run_programs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(MissingDependencyError, match=r"newer package datasets than 3\.6\.0"):
+        open_data(f"hfds:{tmp_path}")

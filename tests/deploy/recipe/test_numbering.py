@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from upvits.calib_data import demo_weights, open_data
 from upvits.calib_data.errors import UserError
@@ -149,3 +152,23 @@ def test_few_images_or_no_labels_end_no_run(numbers: Path, nameless: Path, tmp_p
             (tmp_path / "few" / split / name).mkdir(parents=True)
             shutil.copy(next((numbers / split / name).iterdir()), tmp_path / "few" / split / name / "x.png")
     judge_dense(resolve(make_recipe(values(nameless, tmp_path / "few", class_order="natural")), tmp_path / "b"))
+
+
+def test_far_below_what_the_checkpoint_recorded_ends_the_run(numbers: Path, tmp_path: Path) -> None:
+    source = demo_weights("pvt_v2_b0")
+    assert source is not None
+    state = load_file(source / "model.safetensors")
+    torch.save({"state_dict": state, "metric": 98.75}, tmp_path / "model_best.pth.tar")
+    swapped = [*NAMES[2:4], *NAMES[:2], *NAMES[4:]]  # four of twelve classes
+    for name, order in (("right", NAMES), ("wrong", swapped)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(order))
+        more = {"class_map": str(tmp_path / f"{name}.txt"), "image_size": 64}
+        job = resolve(make_recipe(values(tmp_path / "model_best.pth.tar", numbers, **more)), tmp_path / name)
+        half = replace(job.preprocess, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+        job = replace(job, preprocess=half)
+        if name == "right":
+            judge_dense(job)
+            continue
+        with pytest.raises(UserError, match=r"6\d\.\d % of 120 .* its checkpoint recorded 98\.8 %") as caught:
+            judge_dense(job)
+        assert "1. the order of classes (with other numbers 9" in caught.value.why
