@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data import DataSource, Images, batches
+from upvits.calib_data import DataSource, Images, Preprocess, batches
 from upvits.calib_data.errors import UserError
 from upvits.deploy.measure.accuracy import outputs_of
 from upvits.deploy.recipe.request import Job
@@ -93,9 +93,12 @@ def validation_outputs(
 
 def model_input(job: Job, images: Tensor) -> Pixels:
     """A batch as the exported model takes it: normalised, or raw pixels with `uint8_input`."""
-    if not job.recipe.export.uint8_input:
-        return np.asarray(images.numpy())
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (job.preprocess.mean, job.preprocess.std))
+    return raw_pixels(images, job.preprocess) if job.recipe.export.uint8_input else np.asarray(images.numpy())
+
+
+def raw_pixels(images: Tensor, preprocess: Preprocess) -> Pixels:
+    """Normalised images [B, 3, H, W] as the pixels that they were, uint8 [B, H, W, 3]."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return np.asarray(pixels.contiguous().numpy())
 

@@ -25,6 +25,7 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.surgery import add_uint8_input
 from upvits.deploy.handover.package import PACKAGE, SUMS, package
 from upvits.deploy.handover.texts import _render
+from upvits.deploy.predict.predictions import predict
 from upvits.deploy.runtimes import BuildOptions, runtime_named
 from upvits.deploy.store.artifacts import run_stage
 
@@ -100,6 +101,15 @@ def test_the_onnxruntime_example_answers_as_pytorch_does(
     assert np.abs(logits - reference).max() < 1e-4
     assert (logits.argmax(1) == reference.argmax(1)).all()
     assert len(set(logits.argmax(1))) > 1 or np.ptp(logits[:, 0]) > 1e-2  # the pictures do decide
+
+
+@pytest.mark.parametrize("engine", [{}, {"runtime": "onnxruntime"}])
+def test_predictions_of_a_package_are_those_of_pytorch(
+    make_run: MakeRun, vit: Exported, pictures: list[Path], engine: dict[str, str]
+) -> None:
+    made = predict(package(make_run()), pictures, **engine)  # type: ignore[arg-type]
+    best = expected(vit.model, vit.preprocess, pictures).argmax(1)
+    assert [one.predictions["pruned"].top[0].label for one in made.pictures] == [LABELS[index] for index in best]
 
 
 def test_it_names_the_likeliest_class_first(make_run: MakeRun, vit: Exported, pictures: list[Path]) -> None:

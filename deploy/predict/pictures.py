@@ -1,0 +1,52 @@
+"""The pictures that somebody named: files, and what is in folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, load_rgb
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.files import user_path
+from upvits.calib_data.printable import printable
+
+
+def pictures_in(paths: Sequence[Path]) -> list[Path]:
+    """Files as they were named, and the pictures at any depth of folders in the order of their names; each once.
+
+    Raises:
+        UserError: a folder has no pictures, or nothing was named.
+    """
+    found: list[Path] = []
+    for path in map(user_path, paths):
+        inside = _below(path) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"There are no pictures in {path}.", why=f"Looked for {' '.join(sorted(EXTENSIONS))}.")
+        found += inside
+    if not found:
+        raise UserError("No pictures were named.", fix="Name picture files, or folders of them.")
+    return list(dict.fromkeys(found))
+
+
+def _below(folder: Path) -> list[Path]:
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        kept = (name for name in sorted(names) if not name.startswith("."))
+        files += [Path(place, name) for name in kept if Path(name).suffix.lower() in EXTENSIONS]
+    return files
+
+
+def read(path: Path) -> Image.Image | str:
+    """The picture in a file as RGB, or why it cannot be read."""
+    try:
+        return load_rgb(path)
+    except UserError as error:
+        return printable(" ".join(part for part in (error.what, error.why) if part), 200)
+    except UnidentifiedImageError:
+        return "It is no picture in a known format."
+    except DECODING_ERRORS as error:
+        return printable(str(error) or type(error).__name__, 200)
