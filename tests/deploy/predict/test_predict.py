@@ -49,10 +49,13 @@ def run(networks: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
         path = parts / f"export/{name}/model.onnx"
         export_onnx(network, path, preprocess_of(network), metadata=metadata, uint8_input=name == "pruned")
         runtime_named("onnxruntime").build(path, parts / f"engines/{name}", BuildOptions())
-    copy = functools.partial(shutil.copytree, dirs_exist_ok=True)
-    exported = run_stage(run, "4-export", {}, {}, lambda folder: copy(parts / "export", folder))
+
+    def copy(name: str, folder: Path) -> None:
+        shutil.copytree(parts / name, folder, dirs_exist_ok=True)
+
+    exported = run_stage(run, "4-export", {}, {}, functools.partial(copy, "export"))
     inputs = {"onnx": exported.digest}
-    run_stage(run, "5-engine/onnxruntime-fp32", {}, inputs, lambda folder: copy(parts / "engines", folder))
+    run_stage(run, "5-engine/onnxruntime-fp32", {}, inputs, functools.partial(copy, "engines"))
     (run / "recipe.toml").write_text('model = "pvt_v2_b0"\n')
     return run
 
