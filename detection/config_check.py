@@ -24,6 +24,7 @@ PARTS = frozenset(
 
 _OPENS_FILES = frozenset({"init_cfg", "pretrained", "checkpoint", "load_from", "_base_", "_scope_", "custom_imports"})
 _MOST = {"stacked_convs": 64, "num_convs": 64, "num_outs": 16, "max_per_img": 100_000, "nms_pre": 1_000_000}
+_NUMBERS = {"mean": 3, "std": 3, "target_means": 4, "target_stds": 4}
 _LARGEST = 100_000
 _DEEPEST, _LONGEST = 12, 1_000
 
@@ -72,6 +73,8 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
                 raise _refused(name, f"{place}.type", f"{inner!r} is none of the parts that detectors are made of")
             if key in _MOST and isinstance(inner, (int, float)) and inner > _MOST[key]:
                 raise _refused(name, f"{place}.{key}", f"{inner} is more than {_MOST[key]}")
+            if key in _NUMBERS and not _are_numbers(inner, _NUMBERS[key]):
+                raise _refused(name, f"{place}.{key}", f"it has to be {_NUMBERS[key]} numbers")
             _check(inner, name, f"{place}.{key}", depth + 1)
     elif isinstance(value, (list, tuple)):
         if len(value) > _LONGEST:
@@ -80,6 +83,12 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
             _check(inner, name, f"{place}.{index}", depth + 1)
     elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST:  # NaN is not below either
         raise _refused(name, place, f"{value} is out of range")
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and len(value) == count and all(type(item) in (int, float) for item in value)
+    )
 
 
 def _refused(name: str, place: str, why: str) -> UserError:

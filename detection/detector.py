@@ -150,7 +150,13 @@ def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
     """
     info = read_info(folder)
     state = read_weights(folder)
-    detector = openmm.build_detector(info.config)
+    try:
+        detector = openmm.build_detector(info.config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever mmdet says of parts that it knows and values that do not fit them
+        why = f"mmdet cannot build it: {type(error).__name__}: {str(error)[:300]}"
+        raise _no_detector(folder, why) from error
     shapes = {name: tensor.shape for name, tensor in detector.state_dict().items()}
     saved = {name: tensor.shape for name, tensor in state.items()}
     if shapes != saved:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.robustness import documents, graphs, models, options, payloads, pictures, surroundings
+from benchmarks.robustness import detection, documents, graphs, models, options, payloads, pictures, surroundings
 from benchmarks.robustness.case import Case, Ground, Outcome, prepare
 from benchmarks.robustness.driver import import_everything, judged, outcome_of
 from benchmarks.robustness.kills import kills
@@ -46,6 +46,7 @@ PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "graphs": graphs.cases,
     "pictures": pictures.cases,
     "shards": pictures.shards,
+    "detection": detection.cases,
     "payloads": payloads.cases,
     "surroundings": surroundings.cases,
 }
@@ -88,7 +89,7 @@ def _campaign(given: argparse.Namespace, ground: Ground) -> list[dict[str, Any]]
         random = Random(f"{given.seed} {name}")
         cases = [case for case in PARTS[name](ground, random) if re.search(given.match, case.name)]
         if given.share < 1:
-            cases = random.sample(cases, max(1, round(given.share * len(cases))))
+            cases = random.sample(cases, min(len(cases), max(1, round(given.share * len(cases)))))
         rows.append(_part(name, cases, ground))
     if given.kills and (not given.only or KILLS in given.only.split(",")):
         rows.append(_kills(ground, Random(f"{given.seed} {KILLS}"), given.kills))

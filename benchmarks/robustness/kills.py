@@ -160,4 +160,12 @@ def _lasting(value: Any) -> Any:
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+    """Names of what is not the same, those of entries of documents included."""
+    found = []
+    for name in sorted({*first, *second}):
+        one, other = first.get(name), second.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{name}: {entry}" for entry in _differing(one, other)]
+        elif one != other:
+            found.append(name)
+    return found

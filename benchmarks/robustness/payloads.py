@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -140,8 +139,6 @@ def _listed(stage: str, path: str, run: Path) -> None:
 def _leak(at: str, run: Path) -> None:
     place = run / at
     if place.is_dir():
-        shutil.copytree(place, run.parent / "run-elsewhere")
-        (run.parent / "run-elsewhere").rename(run.parent / "victim.txt.d")
         shutil.rmtree(place)
     else:
         place.unlink(missing_ok=True)
@@ -235,8 +232,7 @@ def _hostile_names(ground: Ground) -> Iterator[Case]:
         report = json.loads((here / _RUN / "report.json").read_text())
         wrong = without_markup(here, outcome)
         for line in report["reproduce"]:
-            words = shlex.split(line)
-            if "touch" in words or re.search(r"(?<!')\$\(touch", line.replace(shlex.quote(str(here / _RUN)), "")):
+            if not any(word.endswith((_RUN, f"{_RUN}/recipe.toml")) for word in shlex.split(line)):
                 wrong.append(f"a line to copy is not quoted: {line[:100]}")
         labels = json.loads((here / "package/labels.json").read_text())
         if len(labels) != len(_CLASSES):
