@@ -17,7 +17,7 @@ from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import open_folder
 from upvits.calib_data.hugging_face import open_hfds
 from upvits.calib_data.shards import open_shards
-from upvits.calib_data.tables import open_table
+from upvits.calib_data.tables import SUFFIXES, open_table
 from upvits.calib_data.torchvision_sets import open_torch
 
 _FORMS = {
@@ -112,6 +112,8 @@ def _unknown(spec: str) -> UserError:
     near = difflib.get_close_matches(head, _FORMS, n=1)
     if os.path.isdir(os.path.expanduser(spec)):
         hint = f"For the image folder write imagefolder:{spec}. "
+    elif os.path.isfile(os.path.expanduser(spec)) and spec.lower().endswith(SUFFIXES):
+        hint = f"For the table write csv:{spec}. "
     elif near:
         hint = f"Did you mean {_FORMS[near[0]]}? "
     else:

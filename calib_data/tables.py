@@ -23,7 +23,7 @@ from upvits.calib_data.printable import printable
 _LARGEST = 1 << 29
 """Bytes of a table."""
 
-_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json")
+SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json")
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _ENDINGS = ("", ".jpg", ".jpeg", ".png")
 _FIX = "Give a table with the columns file and label (CSV, TSV), or JSON lines with these entries."
@@ -52,11 +52,11 @@ def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[st
         UserError: there is no such table; columns, files or labels are missing; files lie outside of its folder.
     """
     if place.is_dir():
-        found = {path.stem.lower(): path for path in sorted(place.iterdir()) if path.suffix.lower() in _SUFFIXES}
+        found = {path.stem.lower(): path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES}
         train = next((path for name in TRAIN_NAMES for stem, path in found.items() if name in stem), None)
         val = next((path for name in VAL_NAMES for stem, path in found.items() if name in stem and path != train), None)
         if train is None:
-            raise UserError(f"No table for training in {place}.", why=f"Looked for train{_SUFFIXES[0]}.", fix=_FIX)
+            raise UserError(f"No table for training in {place}.", why=f"Looked for train{SUFFIXES[0]}.", fix=_FIX)
         root = place
     else:
         train, val, root = place, None, place.parent

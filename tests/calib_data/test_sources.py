@@ -41,6 +41,9 @@ def test_near_names_and_plain_folders_get_a_direct_answer(tmp_path: Path) -> Non
         open_data("imagefoler:/data")
     with pytest.raises(UserError, match=f"write imagefolder:{tmp_path}"):
         open_data(str(tmp_path))
+    (tmp_path / "labels.csv").write_text("file,label\n")
+    with pytest.raises(UserError, match=f"write csv:{tmp_path}/labels.csv"):
+        open_data(str(tmp_path / "labels.csv"))
 
 
 def encoded(red: int, format: str = "JPEG") -> bytes:
