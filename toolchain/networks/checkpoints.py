@@ -116,10 +116,9 @@ def candidates(architecture: str, weights: Weights, said: Said, wanted: Wanted) 
     told = {} if said.architecture is None else said_arguments(architecture, said)
     with torch.device("meta"):
         probe = build(architecture, **{**told, **wanted.model_args})
-        return [
-            _candidate(architecture, reading, weights.path, said, wanted, told)
-            for reading in readings(weights.states, probe)
-        ]
+    found = list(readings(weights.states, probe))
+    with torch.device("meta"):
+        return [_candidate(architecture, reading, weights.path, said, wanted, told) for reading in found]
 
 
 def _candidate(
