@@ -18,3 +18,6 @@ DEFAULT_COMPONENTS: tuple[Component, ...] = ("embed", "attention", "ffn")
 
 Planner = Literal["uniform", "global"]
 """How widths are chosen: equal shares of every dimension, or one budget over all groups."""
+
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+"""How images are resized, by timm's names."""

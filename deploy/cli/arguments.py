@@ -11,7 +11,12 @@ import typer
 
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)=([^`]*)`")
 
-OTHER_NAMES = {"external_data": "save_external_data", "name": "model", "options": "cfg_options"}
+OTHER_NAMES = {
+    "external_data": "save_external_data",
+    "name": "model",
+    "options": "cfg_options",
+    "model_args": "model_arg",
+}
 """Arguments whose options are called otherwise."""
 
 
@@ -35,7 +40,8 @@ def as_options(text: str, options: Collection[str]) -> str:
         flag = f"--no-{words}" if value == "False" else f"--{words}"
         if flag not in options:
             return match[0]
-        plain = "" if value in ("True", "False") else re.sub(r"[\"'() ]", "", value)
+        plain = "" if value in ("True", "False") else re.sub(r"[\"'(){} ]", "", value)
+        plain = plain.replace(*{"image_size": (",", "x"), "model_args": (":", "=")}.get(name, ("", "")))
         return f"{flag} {plain}".rstrip()
 
     return _ARGUMENT.sub(option, text)

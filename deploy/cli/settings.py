@@ -79,11 +79,11 @@ class Setting:
         Raises:
             UserError: it is empty; it is no list of whole numbers, no size, or no `key=value`, where one is expected.
         """
-        if get_origin(self.type) is dict:
+        parsed = any(isinstance(step, BeforeValidator) for step in _steps(self.field))  # by the recipe
+        if get_origin(self.type) is dict and not parsed:
             from upvits.detection.openmm import parse_option
 
             return dict(parse_option(text) for text in given)
-        parsed = any(isinstance(step, BeforeValidator) for step in self.field.metadata)  # by the recipe
         if get_origin(self.type) is not tuple or parsed:
             if isinstance(given, str) and not given.strip():
                 raise UserError(
@@ -168,6 +168,12 @@ def _bare(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _steps(field: FieldInfo) -> list[Any]:
+    """What pydantic does with a value beside its type, also where the value may be None."""
+    inner = [kind for kind in get_args(field.annotation) if get_origin(kind) is Annotated]
+    return [*field.metadata, *(step for kind in inner for step in get_args(kind)[1:])]
 
 
 def _text(default: Any) -> str:

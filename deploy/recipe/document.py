@@ -15,19 +15,22 @@ from upvits.calib_data.choices import Order
 from upvits.calib_data.files import user_path
 from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
-from upvits.deploy.recipe.setting import BENCH, ENGINE, PLAN, REQUIRED, RUN, TRAIN, setting
+from upvits.deploy.recipe.setting import BENCH, ENGINE, INPUT, PLAN, REQUIRED, RUN, TRAIN, setting
 from upvits.deploy.recipe.validation import validated
-from upvits.deploy.recipe.values import Batch, GpuTarget, Precisions, Speedup, TargetLatency
+from upvits.deploy.recipe.values import Batch, GpuTarget, ImageSize, ModelArgs, Precisions, Speedup, TargetLatency
 from upvits.deploy.speed.target import Target
-from upvits.toolchain.choices import Component, Method
+from upvits.toolchain.choices import Component, Interpolation, Method
 
 Planner = Literal["uniform", "global", "latency"]
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
 """Fields of a plan of which a run has one; a sweep has several of one."""
 
+PREPROCESS = ("image_size", "mean", "std", "crop_pct", "interpolation")
+"""Fields that say how images are prepared."""
+
 IDENTITY = (
-    "model", "weights", "data", "class_map", "class_order", "image_key", "image_column", "label_column", "image_size",
-    "plan",
+    "model", "weights", "data", "class_map", "class_order", "image_key", "image_column", "label_column", *PREPROCESS,
+    "model_args", "plan",
 )  # fmt: skip
 """What makes a run this run: another value belongs into another directory."""
 
@@ -232,7 +235,30 @@ class Recipe(_Part):
     label_column: str | None = setting(
         None, "Column, or entry of JSON, that holds labels; none: no labels.", "--label-column", shown="by name or type"
     )
-    image_size: int | None = setting(None, "Side in pixels.", "--image-size", shown="the model's", ge=16, le=4096)
+    image_size: ImageSize | None = setting(
+        None, "Side in pixels, or HxW.", "--image-size", shown="as the weights say", panel=INPUT
+    )
+    mean: tuple[float, ...] | None = setting(
+        None, "One number per channel, for pixels in 0..1.", "--mean", shown="as the weights say", panel=INPUT
+    )
+    std: tuple[float, ...] | None = setting(
+        None, "One number per channel, for pixels in 0..1.", "--std", shown="as the weights say", panel=INPUT
+    )
+    crop_pct: float | None = setting(
+        None,
+        "Share of the resized image that the central crop keeps.",
+        "--crop-pct",
+        shown="as the weights say",
+        panel=INPUT,
+        gt=0,
+        le=4,
+    )
+    interpolation: Interpolation | None = setting(
+        None, "How images are resized.", "--interpolation", shown="as the weights say", panel=INPUT
+    )
+    model_args: ModelArgs = setting(
+        {}, "Argument of timm's architecture, key=value; several times.", "--model-arg", shown="none", panel=INPUT
+    )
     allow_weak: bool = setting(False, "Go on with a dense network that is worse than it should be.", "--allow-weak")
     plan: PlanRecipe = PlanRecipe()
     score: ScoreRecipe = ScoreRecipe()

@@ -22,7 +22,7 @@ from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.recipe.checks import check_classes, check_compensation, check_forward, check_weighing
 from upvits.deploy.recipe.detect import resolved as resolved_detection
 from upvits.deploy.recipe.detect_data import check_detection, open_detection_data
-from upvits.deploy.recipe.document import CUTS, PlanRecipe, Recipe
+from upvits.deploy.recipe.document import CUTS, PREPROCESS, PlanRecipe, Recipe
 from upvits.deploy.recipe.engines import deployment_of, engines_of
 from upvits.deploy.recipe.numbering import numbered
 from upvits.deploy.runtimes import Runtime, RuntimeChoice, resolve_runtimes
@@ -119,7 +119,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     check_forward(dense, source, preprocess)
     recipe, source, about_order = numbered(recipe, source, dense.to(device), preprocess, quiet=quiet)
     recipe = filled_in(recipe, dense, source, device)
-    like = _like_network(recipe, dense, preprocess.input_size[1])
+    like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
     plan = _first_plan(recipe, dense, like, preprocess)
     check_compensation(recipe, source)
@@ -274,7 +274,12 @@ def _dense_network(recipe: Recipe, classes: int | None = None) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # decides random weights
         return toolchain.create_model(
-            recipe.model, weights=str(recipe.weights), num_classes=classes, image_size=recipe.image_size
+            recipe.model,
+            weights=str(recipe.weights),
+            num_classes=classes,
+            image_size=recipe.image_size,
+            model_args=recipe.model_args,
+            preprocess={name: value for name in PREPROCESS[1:] if (value := getattr(recipe, name)) is not None},
         )
 
 
@@ -296,7 +301,7 @@ def filled_in(recipe: Recipe, model: nn.Module, source: DataSource, device: torc
     return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate, "detect": detect})
 
 
-def _like_network(recipe: Recipe, dense: nn.Module, image_size: int) -> nn.Module | None:
+def _like_network(recipe: Recipe, dense: nn.Module, image_size: tuple[int, int]) -> nn.Module | None:
     """The published model whose widths the pruned network gets, or None."""
     if recipe.plan.like is None:
         return None

@@ -8,7 +8,15 @@ from pydantic import Field
 
 T = TypeVar("T")
 
-GENERAL, PLAN, TRAIN, ENGINE, BENCH, RUN = "", "What is cut", "Fine-tuning", "Engines", "Measuring", "Run"
+GENERAL, INPUT, PLAN, TRAIN, ENGINE, BENCH, RUN = (
+    "",
+    "The network and its input",
+    "What is cut",
+    "Fine-tuning",
+    "Engines",
+    "Measuring",
+    "Run",
+)
 """Panels of the help."""
 
 REQUIRED: Any = ...

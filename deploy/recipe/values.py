@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, JsonValue, PlainSerializer, WithJsonSchema
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.choices import PRECISIONS, BatchProfile, Precision, parse_batch_profile
@@ -45,6 +46,58 @@ def check_gpu_target(name: str) -> str:
         raise UserError(f"Unknown target {name!r}.", fix="Targets are compute capabilities, e.g. sm86,sm120.")
     return name
 
+
+def parse_image_size(given: object) -> tuple[int, int]:
+    """Height and width in pixels, from `64`, `32x128` (height first) or two numbers.
+
+    Raises:
+        ValueError: it is no such size, or a side is not from 16 to 4096.
+
+    >>> parse_image_size("64"), parse_image_size("32x128")
+    ((64, 64), (32, 128))
+    """
+    parts = list(given) if isinstance(given, (list, tuple)) else str(given).lower().split("x")
+    sides = [int(str(part)) for part in parts if re.fullmatch(r" *[0-9]{1,5} *", str(part))]
+    if len(sides) != len(parts) or len(sides) not in (1, 2) or not all(16 <= side <= 4096 for side in sides):
+        raise ValueError("a side in pixels from 16 to 4096, or height x width, like 64 or 32x128, is expected")
+    return sides[0], sides[-1]
+
+
+def image_size_text(size: tuple[int, int]) -> str:
+    """The size as it is written: `64`, or `32x128`."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def parse_model_args(given: object) -> object:
+    """timm arguments from `key=value` texts; numbers, booleans and lists `[1,2]` are what they are in JSON.
+
+    Raises:
+        UserError: one is no pair.
+
+    >>> parse_model_args(["global_pool=avg", "depth=2"])
+    {'global_pool': 'avg', 'depth': 2}
+    """
+    if not isinstance(given, (list, tuple)):
+        return given
+    result: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = str(text).partition("=")
+        if not key or not equals:
+            raise UserError(f"--model-arg {text!r} is not valid.", fix="Give key=value, like global_pool=avg.")
+        try:
+            result[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except (ValueError, RecursionError):
+            result[key] = value
+    return result
+
+
+ImageSize = Annotated[
+    tuple[int, int], BeforeValidator(parse_image_size), PlainSerializer(image_size_text, return_type=str), _TEXT
+]
+"""Height and width in pixels, as `64` or `32x128`."""
+
+ModelArgs = Annotated[dict[str, JsonValue], BeforeValidator(parse_model_args)]
+"""Arguments of timm's architecture."""
 
 Precisions = Annotated[
     tuple[Literal[Precision, "auto"], ...],

@@ -50,6 +50,7 @@ from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, package_versions
 from upvits.deploy.store.documents import load_document
 from upvits.toolchain.compensation import CompressionReport
+from upvits.toolchain.networks.found import how_read
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.scores import Stability as Agreement
@@ -139,6 +140,7 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
         reproduce=_reproduce(job),
         notes=[
             *job.notes,
+            *how_read(job.dense),
             *_skipped_images(job),
             *([] if compensated.left_out is None else [f"Compensation was left out: {compensated.left_out}"]),
             *left_out(job, done.graphs),

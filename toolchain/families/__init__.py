@@ -48,6 +48,9 @@ class Family(Protocol):
     def constructor_args(self, model: nn.Module) -> dict[str, Any]:
         """timm arguments that describe how `model` was built, apart from its prunable widths."""
 
+    def variant_args(self, model: nn.Module) -> dict[str, Any]:
+        """timm arguments that an architecture's name usually fixes, such as activation and size of patches."""
+
     def uniform_args(self, model: nn.Module) -> dict[str, Any] | None:
         """timm arguments for the widths of `model`, or None when stock timm cannot build them."""
 

@@ -262,6 +262,20 @@ def constructor_args(model: nn.Module) -> dict[str, Any]:
     return {"depths": list(pvt.depths), "global_pool": pvt.global_pool}
 
 
+def variant_args(model: nn.Module) -> dict[str, Any]:
+    """Arguments that an architecture's name usually fixes."""
+    pvt: Any = model
+    attention = [stage.blocks[0].attn for stage in pvt.stages]
+    linear = attention[0].pool is not None
+    ratios = [1 if linear or attn.sr is None else attn.sr.stride[0] for attn in attention]
+    return {
+        "in_chans": pvt.patch_embed.proj.in_channels,
+        "linear": linear,
+        "qkv_bias": attention[0].q.bias is not None,
+        **({} if linear else {"sr_ratios": ratios}),
+    }
+
+
 def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     """`embed_dims`, `num_heads` and `mlp_ratios` when the blocks of each stage agree and heads fill its width."""
     pvt: Any = model

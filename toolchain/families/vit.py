@@ -261,6 +261,30 @@ def constructor_args(model: nn.Module) -> dict[str, Any]:
     return args
 
 
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
+
+
+def variant_args(model: nn.Module) -> dict[str, Any]:
+    """Arguments that an architecture's name usually fixes."""
+    vit: Any = model
+    block, activation = vit.blocks[0], vit.blocks[0].mlp.act
+    plain = "gelu_tanh" if getattr(activation, "approximate", "none") == "tanh" else "gelu"
+    scale = getattr(block.ls1, "init_values", None)
+    return {
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "patch_size": list(vit.patch_embed.patch_size),
+        "act_layer": _ACTIVATIONS.get(type(activation).__name__, plain),
+        "class_token": vit.cls_token is not None,
+        "reg_tokens": vit.num_reg_tokens,
+        "no_embed_class": vit.no_embed_class,
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "final_norm": not isinstance(vit.norm, nn.Identity) or not isinstance(vit.fc_norm, nn.Identity),
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": 1e-5 if scale is None and hasattr(block.ls1, "gamma") else scale,
+    }
+
+
 def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     """`embed_dim`, `num_heads` and `mlp_ratio` when all blocks agree and heads fill the embedding."""
     vit: Any = model

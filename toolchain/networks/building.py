@@ -71,6 +71,10 @@ def hollow(config: ModelConfig) -> nn.Module:
                 f"The widths of this config.json make no {config.architecture} ({str(error).splitlines()[0][:200]}).",
                 fix="Use the folder as it was written.",
             ) from error
+    if config.norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
     labels = {} if config.label_names is None else {"label_names": config.label_names}
     update_config(model, **config.pretrained_cfg.given, **labels, architecture=config.architecture)
     return model

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from upvits.calib_data.documents import parse_document, read_document
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.choices import Interpolation
 from upvits.toolchain.networks.catalogue import MODULES
+from upvits.toolchain.networks.transformers_config import is_transformers, timm_config
 
 _Count = Annotated[int, Field(ge=1, le=65_536)]
 _Depth = Annotated[int, Field(ge=1, le=1_000)]
@@ -31,7 +33,6 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=1_000)]
 _Stages = tuple[_Count, _Count, _Count, _Count]
-Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 _Activation = Literal["gelu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu", "swish"]
 
 
@@ -137,6 +138,8 @@ class ModelConfig(BaseModel):
     model_args: dict[_Text, JsonValue] = {}
     pretrained_cfg: PreprocessEntries = PreprocessEntries()
     label_names: Annotated[tuple[_Text, ...], Field(max_length=1_000_000)] | None = None
+    norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of every LayerNorm, where it is not what timm builds; timm alone does not read it."""
     upvits: UpvitsEntries | None = None
 
 
@@ -145,13 +148,15 @@ _EXPECTED = "Expected are config.json and model.safetensors, as `upvits.save` or
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The `config.json` of a model folder.
+    """The `config.json` of a model folder; that of transformers is said as timm's.
 
     Raises:
         UserError: there is none, or it is not valid; names the entry.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder.", fix=_EXPECTED)
+    if is_transformers(folder):
+        return parse_document(timm_config(folder), str(folder / "config.json"), ModelConfig, fix=_EXPECTED)
     return read_document(folder / "config.json", ModelConfig, fix=_EXPECTED)
 
 

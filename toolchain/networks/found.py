@@ -40,3 +40,13 @@ def add_sources(model: nn.Module, names: Mapping[str, str]) -> None:
     """Name where further entries of the preprocessing come from."""
     found = found_in(model)
     set_found(model, replace(found, sources={**found.sources, **names}))
+
+
+def how_read(model: nn.Module) -> list[str]:
+    """What a report says about how a network and its input were found: notes, and the sources of the preprocessing."""
+    found = found_in(model)
+    by_source: dict[str, list[str]] = {}
+    for name, source in found.sources.items():
+        by_source.setdefault(source, []).append("size" if name == "input_size" else name.replace("_", " "))
+    parts = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
+    return [*found.notes, *([f"How images are prepared: {'; '.join(parts)}."] if parts else [])]

@@ -42,6 +42,7 @@ from upvits.toolchain.networks.settle import (
     checked_preprocess,
     prepare,
 )
+from upvits.toolchain.networks.transformers_config import is_transformers
 from upvits.toolchain.networks.weight_files import as_fp32, read_weights
 from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
@@ -150,7 +151,9 @@ def _at_size(model: nn.Module, size: Size | None, source: str) -> nn.Module:
 
 def _check_folder(model: nn.Module, architecture: str, weights: str, wanted: Wanted) -> None:
     held = architecture_of(model)
-    if held != architecture.partition(".")[0]:
+    if is_transformers(user_path(weights)):
+        _check_same_kind(model, architecture, weights)
+    elif held != architecture.partition(".")[0]:
         raise UserError(f"{weights} holds a {held}, not a {architecture}.", fix=f'Give `name="{held}"`.')
     if wanted.model_args:
         raise UserError(
@@ -162,6 +165,24 @@ def _check_folder(model: nn.Module, architecture: str, weights: str, wanted: Wan
         entries = checked_preprocess(wanted.preprocess, preprocess_of(model).input_size[0])
         update_config(model, **entries)
         add_sources(model, dict.fromkeys(entries, OPTIONS))
+
+
+def _check_same_kind(model: nn.Module, architecture: str, weights: str) -> None:
+    """A folder of transformers names no architecture of timm: family, widths and depths have to be the same."""
+    with torch.device("meta"):
+        named = build(architecture)
+    family = family_of(model)
+    if family is not family_of(named) or _dimensions(model) != _dimensions(named):
+        raise UserError(
+            f"{weights} holds another network than {architecture}.",
+            why=f"It has {_dimensions(model)}; {architecture} has {_dimensions(named)}.",
+            fix=f'Give the name of its size, or load it in Python: upvits.load("{weights}").',
+        )
+
+
+def _dimensions(model: nn.Module) -> str:
+    widths = ", ".join(str(group.size) for group in groups_of(model) if group.kind == "embed")
+    return f"width {widths} and depth {', '.join(map(str, family_of(model).block_lists(model).values()))}"
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
@@ -201,10 +222,20 @@ def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> 
     """
     family = family_of(model)
     uniform = family.uniform_args(model)
-    config = _config(model, {**family.constructor_args(model), **(model_args or {}), **(uniform or {})})
+    with torch.device("meta"):
+        stock = build(architecture_of(model))
+        usual = family.variant_args(stock)
+    unusual = {name: value for name, value in family.variant_args(model).items() if value != usual.get(name)}
+    config = _config(model, {**family.constructor_args(model), **unusual, **(model_args or {}), **(uniform or {})})
+    if _norm_eps(model) != _norm_eps(stock) and len(_norm_eps(model)) == 1:
+        (config["norm_eps"],) = _norm_eps(model)
     if uniform is None:
         config["upvits"] = {"format": FORMAT, "widths": asdict(widths_of(groups_of(model)))}
     return config
+
+
+def _norm_eps(model: nn.Module) -> set[float]:
+    return {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
 
 
 def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | None = None) -> None:
@@ -303,5 +334,7 @@ def load(folder: Path | str) -> nn.Module:
     model = adopt_parameters(model, as_fp32(chosen.fit.state, str(weights.path))).eval()
     said = config.pretrained_cfg.given.keys() | {"input_size"}
     default = f"timm's configuration of {config.architecture}"
-    set_found(model, Found(notes, {key: "config.json" if key in said else default for key in _PREPROCESS_KEYS}))
+    where = "preprocessor_config.json" if is_transformers(folder) else "config.json"
+    sources = {key: where if key in said else default for key in _PREPROCESS_KEYS}
+    set_found(model, Found(notes, {**sources, "input_size": "config.json"}))
     return model
