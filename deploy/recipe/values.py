@@ -7,7 +7,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, JsonValue, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.choices import PRECISIONS, BatchProfile, Precision, parse_batch_profile
@@ -96,7 +96,7 @@ ImageSize = Annotated[
 ]
 """Height and width in pixels, as `64` or `32x128`."""
 
-ModelArgs = Annotated[dict[str, JsonValue], BeforeValidator(parse_model_args)]
+ModelArgs = Annotated[dict[str, Any], BeforeValidator(parse_model_args)]
 """Arguments of timm's architecture."""
 
 Precisions = Annotated[

@@ -59,7 +59,7 @@ def checked_arguments(architecture: str, arguments: Mapping[str, Any]) -> dict[s
         return {}
     known = ", ".join(sorted(ARGUMENTS[family].model_fields))
     return parse_document(
-        json.dumps(dict(arguments)),
+        json.dumps(dict(arguments), default=str),
         "`model_args=`",
         ARGUMENTS[family],
         fix=f"Arguments of {architecture} are {known}.",
@@ -76,7 +76,7 @@ def checked_preprocess(entries: Mapping[str, Any], channels: int) -> dict[str, A
     if unknown:
         raise UserError(f"`preprocess=` has no entry {unknown[0]!r}.", fix=f"Entries are {', '.join(_FIELDS)}.")
     given = parse_document(
-        json.dumps(dict(entries)),
+        json.dumps(dict(entries), default=str),
         "The preprocessing",
         PreprocessEntries,
         fix="`mean=` and `std=` are one number per channel, `crop_pct=` a share such as 0.9, `interpolation=` one of "
