@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -69,7 +69,7 @@ def image_size_text(size: tuple[int, int]) -> str:
 
 
 def parse_model_args(given: object) -> object:
-    """timm arguments from `key=value` texts; numbers, booleans and lists `[1,2]` are what they are in JSON.
+    """timm arguments from `key=value` texts; numbers, booleans and lists `[1,2]` are what they say.
 
     Raises:
         UserError: one is no pair.
@@ -85,8 +85,8 @@ def parse_model_args(given: object) -> object:
         if not key or not equals:
             raise UserError(f"--model-arg {text!r} is not valid.", fix="Give key=value, like global_pool=avg.")
         try:
-            result[key] = json.loads(value.lower() if value in ("True", "False") else value)
-        except (ValueError, RecursionError):
+            result[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             result[key] = value
     return result
 
