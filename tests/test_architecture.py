@@ -18,7 +18,7 @@ TOOLCHAIN = (
 """Rooms inside `toolchain/`: each may import those before it."""
 DEPLOY = (
     "choices", "store", "machine", "graphs", "runtimes", "precision", "measure", "report", "speed", "recipe", "stages",
-    "detectors", "handover", "predict", "pipeline", "sweep", "cli",
+    "detectors", "handover", "predict", "inspection", "pipeline", "sweep", "cli",
 )  # fmt: skip
 """Rooms inside `deploy/`, and its files that are rooms of their own: each may import those before it."""
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
 )
 VERBS = {
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "recipe", "sweep", "models", "doctor", "predict",
+    "recipe", "sweep", "models", "doctor", "predict", "inspect",
     "detect train", "detect compare", "detect eval", "detect export", "detect prune",
 }  # fmt: skip
 

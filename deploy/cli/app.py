@@ -21,7 +21,7 @@ from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.detect import app as detect_app
 from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_address_space, require_working_folder
 from upvits.deploy.cli.log import show_log
-from upvits.deploy.cli.look import predict
+from upvits.deploy.cli.look import inspect, predict
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
 from upvits.deploy.recipe.document import CUTS, Recipe
@@ -314,6 +314,7 @@ def package(
     _print_place(make(run, output, quiet=quiet), quiet=quiet)
 
 
+app.command()(inspect)
 app.command()(predict)
 
 

@@ -1,4 +1,4 @@
-"""Commands that look at what there is: pictures through networks."""
+"""Commands that look at what there is: weights, and pictures through networks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.console import console, print_json
 from upvits.deploy.recipe.setting import RUN
+
+
+def inspect(
+    weights: Annotated[str, typer.Argument(help="Checkpoint file, index of shards, or model folder.")],
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images: accuracy in every plausible reading, e.g. imagefolder:DIR.")
+    ] = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Say what weights are, how they are read, and the command that prunes them; write nothing."""
+    from upvits.deploy.inspection import inspect as inspected
+    from upvits.deploy.inspection import inspection_terminal
+
+    found = inspected(weights, data, quiet=quiet)
+    if json:
+        print_json(found.model_dump_json(indent=2))
+        return
+    out = console(quiet=quiet)
+    out.print(inspection_terminal(found))
+    out.print(found.command, soft_wrap=True, highlight=False, markup=False)
 
 
 def predict(

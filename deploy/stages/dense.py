@@ -32,13 +32,13 @@ FAR_BELOW = 10
 """Points below the accuracy that a checkpoint recorded, beyond two deviations of chance, that end a run."""
 
 _TRIED = 64  # images that another preparation is tried on
-_NORMALISATIONS = {
+NORMALISATIONS = {
     "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mean and deviation 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "CLIP's mean and deviation": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "no normalisation": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-_SIZES = (32, 64, 128, 224, 384)
+SIZES = (32, 64, 128, 224, 384)
 
 Reason = tuple[float, str]
 """Percent of images that would be right, and what would have to change."""
@@ -138,7 +138,7 @@ def _normalisation(job: Job) -> Reason:
         return 0.0, "the normalisation (there is no usual one but for three channels)"
     tried = {
         name: replace(job.preprocess, mean=mean, std=std)
-        for name, (mean, std) in _NORMALISATIONS.items()
+        for name, (mean, std) in NORMALISATIONS.items()
         if (mean, std) != (job.preprocess.mean, job.preprocess.std)
     }
     return _best(job, "the normalisation", tried)
@@ -150,7 +150,7 @@ def _size(job: Job) -> Reason:
         return 0.0, f"the image size ({height} x {width} belongs to the weights)"
     sizes = {
         f"{size} pixels": replace(job.preprocess, input_size=(channels, size, size))
-        for size in _SIZES
+        for size in SIZES
         if (size, size) != (height, width)
     }
     return _best(job, "the image size", sizes)
