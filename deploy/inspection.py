@@ -40,7 +40,7 @@ _Change = tuple[str, tuple[str, ...], dict[str, Any]]
 """Its name, the options of `build` for it, and entries of the preprocessing."""
 
 _CLEAR = 5.0
-"""So many points better must a reading be before the command follows it."""
+"""So many points below the best reading is about as good."""
 
 
 class _Document(BaseModel):
@@ -250,13 +250,13 @@ def _figure(
 
 
 def _command(loaded: _Loaded, weights: str, data: str | None, figures: Sequence[ReadingFigure]) -> str:
-    """The command; it names what the best reading needs where that is clearly better than the weights as they are."""
+    """The command, with the options of the simplest among the readings that are about as good as the best one."""
     parts = ["upvits-deploy", "build", "--model", architecture_of(loaded.model), "--weights", weights]
     parts += ["--data", data or "imagefolder:FOLDER", "--ratio", "0.5"]
     options: tuple[str, ...] = ()
     if figures:
-        plain = [one for one in figures if not {"--mean", "--image-size"} & {*one.options}]
-        best = figures[0] if figures[0].top1 >= plain[0].top1 + _CLEAR else plain[0]
+        good = [one for one in figures if one.top1 >= figures[0].top1 - _CLEAR]
+        best = min(good, key=lambda one: (len(one.options), -one.top1))
         options = best.options
     if loaded.size_is_a_guess and "--image-size" not in options:
         options = (*options, "--image-size", str(preprocess_of(loaded.model).input_size[1]))
