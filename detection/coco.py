@@ -131,8 +131,8 @@ class Annotations(_Entry):
 
 
 _NEEDED = (
-    "It needs lists of images (id, file_name, width, height), annotations (image_id, category_id, bbox) and categories "
-    "(id, name): give instance annotations, not captions or results."
+    "Files in COCO's format have lists of images (id, file_name, width, height), annotations (image_id, category_id, "
+    "bbox) and categories (id, name): give instance annotations, not captions or results."
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,6 +16,7 @@ from upvits.deploy.detectors.suppression import limits_of, with_suppression
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.recipe.detect import size_for
+from upvits.deploy.store.drafts import scratch_folder
 from upvits.detection.decode import DecodedBoxes
 from upvits.detection.detector import DetectorInfo, load_detector
 
@@ -95,8 +95,8 @@ def whole_graph(
         "category_ids": json.dumps(list(info.category_ids)),
         "limits": json.dumps(asdict(limits_of(info.config))),
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.onnx"
+    with scratch_folder() as scratch:
+        path = scratch / "model.onnx"
         export_onnx(
             DecodedBoxes(detector, size, with_levels=True), path, info.preprocess(size), opset=opset,
             uint8_input=uint8_input, metadata=about, outputs=(*LEVEL_OUTPUTS, *BOX_OUTPUTS),

@@ -9,11 +9,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from upvits.calib_data.paths import share
 from upvits.deploy.store.disk import is_disk_full, unwritable_error
+from upvits.deploy.store.drafts import held
 
 _ASIDE = "-old"
 # Of Linux, from fcntl.h and linux/fs.h.
@@ -37,7 +38,7 @@ def draft_of(out: Path) -> Iterator[Path]:
         if is_disk_full(error):
             raise
         raise unwritable_error(out, error) from error
-    with _held(draft):
+    with held(draft):
         try:
             share(draft)
             yield draft
@@ -47,10 +48,10 @@ def draft_of(out: Path) -> Iterator[Path]:
 
 def _remove_left_over(out: Path) -> None:
     for left in out.parent.glob(f".{glob.escape(out.name)}.work-*"):
-        with _held(left) as held:
-            if held and left.name.endswith(_ASIDE) and not out.exists():
+        with held(left) as free:
+            if free and left.name.endswith(_ASIDE) and not out.exists():
                 left.rename(out)  # killed between two renames
-            elif held:
+            elif free:
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -87,23 +88,3 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Keep other processes from removing a folder; False where another holds it, or the system has no such locks."""
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (ImportError, OSError):
-        yield False
-        return
-    held = False
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    try:
-        yield held
-    finally:
-        os.close(descriptor)

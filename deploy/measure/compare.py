@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from upvits.deploy.measure.document import Environment, Latency
 from upvits.deploy.measure.inputs import activation_bytes, random_feeds
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Session
 from upvits.deploy.runtimes.engine_folder import check_built
+from upvits.deploy.store.drafts import scratch_folder
 
 _MEMORY_SHARE = 0.5  # of what is free, for all sessions
 _MOST_THROUGHPUT_SECONDS = 3.0
@@ -80,9 +80,9 @@ def compare(
     }
     _check_memory(models, feeds, max(streams))
     options = RunOptions(threads=threads, cuda_graph=cuda_graph)
-    with tempfile.TemporaryDirectory(prefix="upvits-bench-") as scratch:
+    with scratch_folder() as scratch:
         with ExitStack() as stack:
-            opened = _open_all(models, Path(scratch), feeds, options, stack, quiet=quiet)
+            opened = _open_all(models, scratch, feeds, options, stack, quiet=quiet)
             models, sessions, folders = opened.models, opened.sessions, opened.folders
             feeds = {target.name: feeds[target.name] for target in models}
             with GpuMonitor() as monitor:

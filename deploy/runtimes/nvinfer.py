@@ -8,7 +8,6 @@ every name that is used here against all of these versions.
 
 import contextlib
 import functools
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from upvits.deploy.runtimes.inspector import read_inspector
 from upvits.deploy.runtimes.interface import BuildOptions, Engine, Runtime
 from upvits.deploy.runtimes.kernels import Compiled, built_from
 from upvits.deploy.store.artifacts import atomic_write
+from upvits.deploy.store.drafts import scratch_folder
 
 _MIB = 1 << 20
 # First compute capability whose tensor cores take a precision.
@@ -55,8 +55,8 @@ def compile_engine(
         BuildError: the parser or the builder refused the model; names the nodes when the library does.
         UserError: the model is above 2 GiB and cannot be written to the disk, from where the parser then reads it.
     """
-    with tempfile.TemporaryDirectory(prefix="upvits-") as work:  # parsers map the file until they are gone
-        return _compile(trt, runtime, openable(model, Path(work)), model, onnx_path, options, configure)
+    with scratch_folder() as work:  # parsers map the file until they are gone
+        return _compile(trt, runtime, openable(model, work), model, onnx_path, options, configure)
 
 
 def _compile(

@@ -7,9 +7,9 @@ import functools
 import importlib.util
 import platform
 import shutil
-import tempfile
 import time
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from upvits.deploy.runtimes.onnxruntime_session import (
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
 from upvits.deploy.store.disk import disk_full_error, is_disk_full
+from upvits.deploy.store.drafts import scratch_folder
 
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
 _SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."
@@ -94,13 +95,13 @@ class OnnxRuntime:
         no_targets(self, options.targets)
         started = time.perf_counter()
         with (
-            tempfile.TemporaryDirectory(prefix="upvits-") as work,
-            tempfile.TemporaryDirectory(prefix="upvits-") as weights,
+            scratch_folder() as work,
+            scratch_folder() as weights,
         ):
-            source = openable(self._ready(model), Path(weights), apart=keeps_weights_apart(onnx_path))
-            settings, built = self._compile(onnx_path, model, source, options, Path(work))
+            source = openable(self._ready(model), weights, apart=keeps_weights_apart(onnx_path))
+            settings, built = self._compile(onnx_path, model, source, options, work)
             check_built(built, options, self)
-            self._save_cache(Path(work), folder)
+            self._save_cache(work, folder)
             return save_engine(
                 self,
                 folder,
@@ -220,9 +221,9 @@ class _SessionFromDisk(OnnxRuntimeSession):
     """A session on a model that is too large for a buffer: its files stay until the session is closed."""
 
     def __init__(self, model: ModelProto, threads: int | None) -> None:
-        folder = tempfile.mkdtemp(prefix="upvits-")
-        self._remove_files = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        super().__init__(openable(model, Path(folder)), threads=threads)
+        files = ExitStack()
+        self._remove_files = weakref.finalize(self, files.close)
+        super().__init__(openable(model, files.enter_context(scratch_folder())), threads=threads)
 
     def close(self) -> None:
         super().close()

@@ -7,7 +7,6 @@ import functools
 import importlib
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from upvits.deploy.runtimes import onnxruntime_providers as providers
 from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 from upvits.deploy.runtimes.nvinfer import is_out_of_memory
 from upvits.deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
+from upvits.deploy.store.drafts import scratch_folder
 
 LESS_MEMORY = "Use smaller batches or fewer streams (--streams), or free memory of the device."
 _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
@@ -135,13 +135,13 @@ class OnnxRuntimeSession:
             raise ValueError("the session is closed")
         if self._provider != providers.CPU:
             return ()
-        with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
+        with scratch_folder() as folder:
             # A second session: profiling is switched on for good, and the first is to stay as fast as it is.
             with OnnxRuntimeSession(self._model, threads=self._threads) as warm:
                 warm.run(feeds)
             options = _session_options(self._threads)
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "trace")
+            options.profile_file_prefix = str(folder / "trace")
             profiled = _create(self._model, options, self._provider, {})
             with _run_errors(self._provider):
                 for _ in range(calls + 1):  # medians leave the first call, which warms up, without weight
@@ -209,8 +209,8 @@ def optimised_graph(
     model: bytes | Path, provider: str = providers.CPU, provider_options: Mapping[str, str] | None = None
 ) -> ModelProto:
     """The graph as ONNX Runtime runs it on this machine, without its large weights."""
-    with tempfile.TemporaryDirectory(prefix="upvits-") as folder:
-        path = Path(folder) / "optimised.onnx"
+    with scratch_folder() as folder:
+        path = folder / "optimised.onnx"
         options = _session_options(1)
         options.optimized_model_filepath = str(path)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +51,7 @@ from upvits.deploy.runtimes.interface import (
     RunOptions,
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
+from upvits.deploy.store.drafts import scratch_folder
 
 # What of a device's OPTIMIZATION_CAPABILITIES a precision needs, and the hint for what is not quantized.
 _CAPABILITY = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
@@ -111,8 +111,8 @@ class OpenVino:
         no_targets(self, options.targets)
         started = time.perf_counter()
         model = only_products_quantized(model)
-        with tempfile.TemporaryDirectory(prefix="upvits-") as work:
-            source = openable(widened(model), Path(work), apart=keeps_weights_apart(onnx_path))
+        with scratch_folder() as work:
+            source = openable(widened(model), work, apart=keeps_weights_apart(onnx_path))
             hint = _HINTS[options.precision if options.precision in _HINTS else self.base_precision]
             settings: dict[str, str | int | bool] = {"device": self.device, "inference_precision": hint}
             try:

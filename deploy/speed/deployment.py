@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from upvits.deploy.precision import QUANTIZED, calibrate, convert
 from upvits.deploy.runtimes import Arrays, BatchProfile, BuildOptions, RunOptions, Runtime, Session
 from upvits.deploy.runtimes.interface import Floats
 from upvits.deploy.runtimes.threads import random_feeds
+from upvits.deploy.store.drafts import scratch_folder
 
 MEASURING = BenchSettings(seconds=2.0, warmup_seconds=0.1, rounds=10, min_iterations=20)
 
@@ -125,10 +125,10 @@ def opened(
         networks: by name, each with the size of what it takes (mean and std are not used).
         threads: of CPU sessions; None takes what each engine is tuned to.
     """
-    with tempfile.TemporaryDirectory(prefix="upvits-speed-") as scratch, ExitStack() as stack:
+    with scratch_folder() as scratch, ExitStack() as stack:
         sessions = {}
         for number, (name, (model, preprocess)) in enumerate(networks.items()):
-            folder = Path(scratch) / str(number)
+            folder = scratch / str(number)
             _build(deployment, model, preprocess, folder)
             options = RunOptions(threads=threads, cuda_graph=deployment.cuda_graph)
             sessions[name] = stack.enter_context(deployment.runtime.open(folder / "engine", options))

@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ from upvits.calib_data.documents import Count, Name, Number, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import RelativePath, path_inside, share
 from upvits.deploy.store.disk import disk_errors
+from upvits.deploy.store.drafts import held, new_draft
 
 MANIFEST = "manifest.json"
 _RECORDED_PACKAGES = ("upvits-deploy", "torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -254,15 +254,14 @@ def file_digest(path: Path) -> str:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to. Its path holds its old content until the context ends, and then all that was written."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    descriptor, temporary = new_draft(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file, held(temporary):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        share(temporary)  # mkstemp's 0600 would lock out whoever shares the results
-        temporary.replace(path)
+            share(temporary)  # mkstemp's 0600 would lock out whoever shares the results
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -25,6 +25,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.printable import printable
 from upvits.deploy.store.artifacts import atomic_write
 from upvits.deploy.store.disk import disk_full_error, folder_in_the_way, is_disk_full, unwritable_error
+from upvits.deploy.store.drafts import drafts_of, remove_drafts
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +34,7 @@ else:
 
 RECIPE = "recipe.toml"
 _LOCK = ".lock"
+_REPORTS = ("report.json", "report.md", "report.html")
 _HOLDER = ".lock.json"
 _LARGEST_RECIPE = 4 << 20
 _NO_RECIPE = "Repair or restore the file, or give another one."
@@ -68,6 +70,8 @@ def open_run(run_dir: Path, recipe: Mapping[str, Any], identity: Sequence[str]) 
     try:
         _refuse_foreign(run_dir, values, identity)  # again: another process may have started a run here meanwhile
         try:
+            for name in _REPORTS:
+                remove_drafts(run_dir / name)
             holder = _Holder(pid=os.getpid(), host=socket.gethostname())
             atomic_write(run_dir / _HOLDER, holder.model_dump_json().encode())
             atomic_write(run_dir / RECIPE, recipe_toml(values).encode())
@@ -128,7 +132,8 @@ def _refuse_foreign(run_dir: Path, values: Mapping[str, Any], identity: Sequence
             fix="Choose another place with --output.",
         )
     if not (run_dir / RECIPE).exists():
-        if any(path.name not in (_LOCK, _HOLDER) for path in _entries(run_dir)):
+        ours = {run_dir / _LOCK, run_dir / _HOLDER, *drafts_of(run_dir / _HOLDER), *drafts_of(run_dir / RECIPE)}
+        if not ours.issuperset(_entries(run_dir)):
             raise UserError(
                 f"the output folder {run_dir} is not empty and is not a run.",
                 why=f"It has files but no {RECIPE}; writing there could overwrite something of yours.",
