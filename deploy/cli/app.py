@@ -16,7 +16,7 @@ import typer
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import options as opt
-from upvits.deploy.cli.arguments import options_of
+from upvits.deploy.cli.arguments import options_of, refuse_empty
 from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.detect import app as detect_app
 from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_address_space, require_working_folder
@@ -379,6 +379,7 @@ def _run() -> int | str | None:
     try:
         with _terminated_cleanly():
             require_working_folder()
+            refuse_empty(sys.argv[1:])
             require_address_space()
             app()
     except SystemExit as error:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import typer
+
+from upvits.calib_data.errors import UserError
 
 _ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)=([^`]*)`")
 
@@ -55,3 +58,17 @@ def options_of(app: typer.Typer) -> set[str]:
 def _options(command: Any) -> set[str]:  # typer brings a click of its own, without public types
     names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return names.union(*map(_options, getattr(command, "commands", {}).values()))
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse values without a character, often of a variable that a script forgot: a path would be the working folder.
+
+    Raises:
+        UserError: names the option.
+    """
+    for before, argument in pairwise(["", *arguments]):
+        bare = argument.startswith("--") and argument.endswith("=")
+        if bare or not argument.strip():
+            option = argument.removesuffix("=") if bare else before
+            name = option if option.startswith("-") else "An argument"
+            raise UserError(f"{name} is empty.", fix="Give a value, or leave it out.")

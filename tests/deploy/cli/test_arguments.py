@@ -10,7 +10,7 @@ from tests.deploy.cli.test_cli import PLAN, run
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli.app import app
-from upvits.deploy.cli.arguments import OTHER_NAMES, as_options, options_of
+from upvits.deploy.cli.arguments import OTHER_NAMES, as_options, options_of, refuse_empty
 
 LIBRARY = ("calib_data", "toolchain", "detection")
 ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)=")
@@ -68,3 +68,18 @@ def test_a_narrow_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 def test_what_is_no_option_stays() -> None:
     assert as_options("Set `momentum=0.9` and `nothing=`.", OPTIONS) == "Set `momentum=0.9` and `nothing=`."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["build", "--output", ""], "--output"),
+        (["build", "--targets="], "--targets"),
+        (["build", "-m", " "], "-m"),
+        (["report", ""], "An argument"),
+    ],
+)
+def test_an_empty_value_is_refused_whatever_the_option(arguments: list[str], name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        refuse_empty(arguments)
+    refuse_empty(["build", "--model", "x", "--ratio=0.5", "--cfg-options", "a="])

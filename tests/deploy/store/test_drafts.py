@@ -95,8 +95,8 @@ def test_drafts_of_living_processes_and_files_of_others_stay(tmp_path: Path) -> 
         file.write_text("mine")
     link = tmp_path / ".report.json.abcdefgh.tmp"
     link.symlink_to(mine[0])
-    with whole_file(path) as file:
-        file.write(b"half")
+    with whole_file(path) as written:
+        written.write(b"half")
         held = [p for p in tmp_path.iterdir() if p not in mine and p != link]
         assert len(held) == 1
         remove_drafts(path)
