@@ -70,5 +70,5 @@ def refuse_empty(arguments: Sequence[str]) -> None:
         bare = argument.startswith("--") and argument.endswith("=")
         if bare or not argument.strip():
             option = argument.removesuffix("=") if bare else before
-            name = option if option.startswith("-") else "An argument"
-            raise UserError(f"{name} is empty.", fix="Give a value, or leave it out.")
+            name = option if option.startswith("-") else "The argument"
+            raise UserError(f"{name} is empty.", fix=f"Give a value, or leave {name} out for the default.")

@@ -76,7 +76,7 @@ def test_what_is_no_option_stays() -> None:
         (["build", "--output", ""], "--output"),
         (["build", "--targets="], "--targets"),
         (["build", "-m", " "], "-m"),
-        (["report", ""], "An argument"),
+        (["report", ""], "The argument"),
     ],
 )
 def test_an_empty_value_is_refused_whatever_the_option(arguments: list[str], name: str) -> None:

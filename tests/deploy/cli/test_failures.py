@@ -198,8 +198,8 @@ def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixt
         (("bench", "x.onnx", "--input-shape", "x=\u00b2x4"), "not valid"),
         (("bench", "x.onnx", "--output", "pipe"), "holds no comparison"),
         (("detect", "train", "--run", "x", "--scale", "\u00b2x3"), "not valid"),
-        ((*PLAN, "--weights", "pipe"), "no checkpoint file"),
-        ((*PLAN, "--weights", "device.onnx"), "no checkpoint file"),
+        ((*PLAN, "--weights", "pipe"), "no regular file"),
+        ((*PLAN, "--weights", "device.onnx"), "no regular file"),
     ],
     ids=lambda value: " ".join(part[:20] for part in value[-2:]) if isinstance(value, tuple) else "",
 )
