@@ -119,7 +119,10 @@ def _of_the_machine(error: Exception) -> UserError | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
         return UserError("Links lead in a circle.", why=f"{error}.", fix="Give another path.")
-    if "surrogates not allowed" in str(error) or any("\ud800" <= letter <= "\udfff" for letter in str(error)):
+    said = any(
+        words in str(error) for words in ("surrogates not allowed", "is not valid UTF-8")
+    )  # the latter: safetensors
+    if said or any("\ud800" <= letter <= "\udfff" for letter in str(error)):
         # Python's stand-ins for bytes that are no UTF-8: some libraries take no such path
         return UserError(
             "The name of a file or folder is no text in UTF-8.",
