@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from collections.abc import Mapping
 
 from onnx import ModelProto, TensorProto
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError
 
 from upvits.calib_data import Preprocess
-from upvits.calib_data.documents import parse_document
+from upvits.calib_data.documents import Name, parse_document, parse_json
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.printable import printable
 from upvits.toolchain.networks.config_document import PreprocessEntries
 
 _AGAIN = "Export the network with `upvits-deploy export` or `upvits.export`: both write it into the file."
 _KEYS = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 _TEXTS = ("crop_mode", "interpolation")
-
-
-class _Labels(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    labels: Annotated[tuple[Annotated[str, Field(max_length=1_000)], ...], Field(max_length=1_000_000)]
 
 
 def metadata_of(model: ModelProto) -> dict[str, str]:
@@ -39,7 +33,21 @@ def preprocess_in(model: ModelProto, name: str) -> Preprocess:
     Raises:
         UserError: the file does not say it, says nonsense, or says another size than its input has.
     """
-    told = metadata_of(model)
+    found = preprocess_said(metadata_of(model), name)
+    channels, height, width = found.input_size
+    image = [size.dim_value for value in model.graph.input[:1] for size in value.type.tensor_type.shape.dim][1:]
+    expected = [height, width, channels] if takes_pixels(model) else [channels, height, width]
+    if channels != 3 or image != expected or {len(found.mean), len(found.std)} != {channels}:
+        raise UserError(
+            f"{name} is no network for pictures of three channels, or its metadata are of another one.",
+            why=f"It says that an image is {channels} x {height} x {width}; its input is {image}.",
+            fix=_AGAIN,
+        )
+    return found
+
+
+def preprocess_said(told: Mapping[str, str], name: str) -> Preprocess:
+    """How pictures are prepared, from the metadata of the file `name`; raises like `preprocess_in`."""
     missing = [key for key in _KEYS if key not in told]
     if missing:
         raise UserError(
@@ -47,21 +55,17 @@ def preprocess_in(model: ModelProto, name: str) -> Preprocess:
             why=f"Its metadata has no {', '.join(missing)}; a guess would give other answers than the network has.",
             fix=_AGAIN,
         )
-    entries = {key: json.dumps(told[key]) if key in _TEXTS else told[key] for key in _KEYS}
-    text = "{" + ", ".join(f'"{key}": {value}' for key, value in entries.items()) + "}"
-    found = parse_document(text, f"The metadata of {name}", PreprocessEntries, fix=_AGAIN).given
+    where = f"The metadata of {name}"
+    entries = {key: told[key] if key in _TEXTS else parse_json(told[key], where, fix=_AGAIN) for key in _KEYS}
+    try:
+        found = PreprocessEntries.model_validate(entries).given
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        wrong = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 300)
+        raise UserError(f"{where} are not valid.", why=f"{wrong}.", fix=_AGAIN) from error
     empty = sorted(key for key in _KEYS if found[key] is None)
     if empty:
-        raise UserError(f"The metadata of {name} has no value for {', '.join(empty)}.", fix=_AGAIN)
-    channels, height, width = found["input_size"]
-    image = [size.dim_value for value in model.graph.input[:1] for size in value.type.tensor_type.shape.dim][1:]
-    expected = [height, width, channels] if takes_pixels(model) else [channels, height, width]
-    if channels != 3 or image != expected or {len(found["mean"]), len(found["std"])} != {channels}:
-        raise UserError(
-            f"{name} is no network for pictures of three channels, or its metadata are of another one.",
-            why=f"It says that an image is {channels} x {height} x {width}; its input is {image}.",
-            fix=_AGAIN,
-        )
+        raise UserError(f"{where} has no value for {', '.join(empty)}.", fix=_AGAIN)
     return Preprocess(**{key: found[key] for key in _KEYS})
 
 
@@ -71,10 +75,14 @@ def labels_in(model: ModelProto, name: str) -> tuple[str, ...] | None:
     Raises:
         UserError: they are no list of names.
     """
-    told = metadata_of(model).get("labels")
-    if told is None:
+    return labels_said(metadata_of(model), name)
+
+
+def labels_said(told: Mapping[str, str], name: str) -> tuple[str, ...] | None:
+    """Names of the classes, from the metadata of the file `name`; raises like `labels_in`."""
+    if "labels" not in told:
         return None
-    return parse_document(f'{{"labels": {told}}}', f"The metadata of {name}", _Labels, fix=_AGAIN).labels
+    return parse_document(told["labels"], f"labels in the metadata of {name}", tuple[Name, ...], fix=_AGAIN)
 
 
 def takes_pixels(model: ModelProto) -> bool:

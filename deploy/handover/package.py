@@ -11,17 +11,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from upvits.calib_data.documents import Name, parse_document, parse_json, read_document, read_regular
+from upvits.calib_data.documents import Name, parse_json, read_document, read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.paths import RelativePath, copy_regular, path_inside, write_new
 from upvits.calib_data.progress import watched
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.files import load_model
+from upvits.deploy.graphs.metadata import labels_said, preprocess_said
 from upvits.deploy.handover.placing import draft_of, put_in_place
 from upvits.deploy.handover.texts import (
     Subject,
@@ -40,7 +41,7 @@ from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import Artifact, file_digest, open_artifact, package_versions
 from upvits.deploy.store.disk import disk_errors, unwritable_error
 from upvits.deploy.store.run_dir import RECIPE, read_recipe
-from upvits.toolchain.networks.config_document import ModelConfig, PreprocessEntries, read_config
+from upvits.toolchain.networks.config_document import ModelConfig, read_config
 
 PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
@@ -48,8 +49,6 @@ MODEL_FOLDER, ONNX_FOLDER, ENGINES_FOLDER, DETECTOR_FOLDER = "3-distill", "4-exp
 _MOST_CLASSES = 1_000_000
 _BUILD = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
 _EXPORT = f"Run `upvits-deploy build` again without {ONNX_FOLDER}: it is made again."
-
-_Entry = TypeVar("_Entry")
 
 
 class PackagedEngine(BaseModel):
@@ -243,30 +242,15 @@ def _labels(run: Path, metadata: Mapping[str, str], config: ModelConfig, answer:
     classes = answer.dims[-1] if answer.dims else 0
     if not 0 < classes <= _MOST_CLASSES:
         raise _incomplete(run, f"its ONNX file has {classes} classes")
-    names = _entry(metadata, "labels", tuple[Name, ...]) if "labels" in metadata else config.label_names
+    names = labels_said(metadata, f"the ONNX file of {run}") or config.label_names
     if names is None or len(names) != classes:
         names = tuple(f"class {index}" for index in range(classes))
     return tuple(" ".join(name.split()) for name in names)
 
 
-def _entry(metadata: Mapping[str, str], name: str, kind: type[_Entry]) -> _Entry:
-    """An entry of an ONNX file's metadata, which is JSON."""
-    return parse_document(metadata[name], f"{name} in the metadata of the ONNX file", kind, fix=_EXPORT)
-
-
 def _preprocess(run: Path, metadata: Mapping[str, str], image: Port) -> dict[str, Any]:
     """`preprocess.json`: how a picture becomes the input, with all sizes in pixels; from the ONNX file's metadata."""
-    try:
-        numbers = {
-            name: parse_json(metadata[name], f"{name} in the metadata of the ONNX file", fix=_EXPORT)
-            for name in ("input_size", "mean", "std", "crop_pct")
-        }
-        texts = {name: metadata[name] for name in ("crop_mode", "interpolation")}
-        told = PreprocessEntries.model_validate({**numbers, **texts})
-    except (KeyError, ValueError) as error:
-        raise _incomplete(run, f"the ONNX file does not say how pictures are prepared ({error})") from error
-    if told.input_size is None or told.crop_pct is None or told.mean is None or told.std is None:
-        raise _incomplete(run, "the ONNX file does not say how pictures are prepared")
+    told = preprocess_said(metadata, f"the ONNX file of {run}")
     _, height, width = told.input_size
     if height != width or told.crop_mode not in ("center", "squash") or told.crop_pct > 1:
         raise UserError(
