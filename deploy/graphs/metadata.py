@@ -62,7 +62,7 @@ def preprocess_said(told: Mapping[str, str], name: str) -> Preprocess:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         wrong = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 300)
-        raise UserError(f"{where} are not valid.", why=f"{wrong}.", fix=_AGAIN) from error
+        raise UserError(f"{where} is not valid.", why=f"{wrong}.", fix=_AGAIN) from error
     empty = sorted(key for key in _KEYS if found[key] is None)
     if empty:
         raise UserError(f"{where} has no value for {', '.join(empty)}.", fix=_AGAIN)

@@ -87,7 +87,7 @@ def _require_strong(job: Job, accuracy: NetworkAccuracy, predictions: Tensor) ->
         why="Nothing could be told of a network that is cut from it. What may be wrong, the likeliest first: "
         + "; ".join(f"{number}. {text}" for number, (_, text) in enumerate(reasons, 1))
         + ".",
-        fix="Set right what is wrong: --class-order or --class-map, the normalisation that the weights were trained "
+        fix="Set right what is wrong: --class-order or --class-map, --mean and --std that the weights were trained "
         "with, --image-size. --allow-weak goes on as it is.",
     )
 

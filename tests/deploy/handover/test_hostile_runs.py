@@ -246,10 +246,10 @@ def test_an_engine_that_is_another_one_is_refused(make_run: MakeRun, outside: Pa
         ({"labels": "{"}, "labels in the metadata"),
         ({"labels": "7"}, "labels in the metadata"),
         ({"labels": "[" * 100_000}, "labels in the metadata"),
-        ({"crop_pct": "0"}, "how pictures are prepared"),
-        ({"mean": '["x"]'}, "how pictures are prepared"),
-        ({"interpolation": "'); evil"}, "how pictures are prepared"),
-        ({"input_size": "[3, 1e9, 1e9]"}, "how pictures are prepared"),
+        ({"crop_pct": "0"}, "is not valid"),
+        ({"mean": '["x"]'}, "is not valid"),
+        ({"interpolation": "'); evil"}, "is not valid"),
+        ({"input_size": "[3, 1e9, 1e9]"}, "is not valid"),
     ],
 )
 def test_metadata_of_the_onnx_file_is_checked(
