@@ -12,6 +12,9 @@ IMAGE_COLUMNS = (
     "file_name", "filename", "file", "path", "filepath", "file_path", "image", "image_path", "image_file", "img",
     "img_path", "image_name", "image_id", "id",
 )  # fmt: skip
+_LONGEST = 1_000
+"""Characters of a label."""
+
 LABEL_COLUMNS = (
     "label", "labels", "class", "cls", "class_id", "class_name", "class_label", "category", "category_id", "target",
     "label_id", "label_name", "y",
@@ -60,6 +63,7 @@ def label_text(value: object, place: str) -> str:
         return str(value)
     if (
         isinstance(value, str)
+        and len(value) <= _LONGEST
         and value.strip()
         and value.isprintable()
         and (not is_number(value.strip()) or value.strip().isdecimal())

@@ -16,8 +16,8 @@ from pydantic import AfterValidator
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 
-_LONGEST = 1024
-"""Characters of a path in a document."""
+_LONGEST, _LONGEST_PART = 1024, 255
+"""Bytes of a path in a document, and of one part of it: file systems have no longer names."""
 
 
 def relative_path(text: str) -> str:
@@ -33,7 +33,8 @@ def relative_path(text: str) -> str:
     'pruned/model.onnx'
     """
     path = PurePosixPath(text)
-    if len(text) > _LONGEST or "\\" in text or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+    too_long = len(os.fsencode(text)) > _LONGEST or any(len(os.fsencode(part)) > _LONGEST_PART for part in path.parts)
+    if too_long or "\\" in text or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise ValueError("this is no path of a file: it is too long, or has a backslash or a control character")
     if path.is_absolute() or Path(text).drive or not path.parts or ".." in path.parts:
         raise ValueError(f"{text!r} is outside of the folder, or names no file")

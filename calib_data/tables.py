@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -142,9 +143,9 @@ def _places(texts: list[str], path: Path) -> list[Path]:
     bases = [folder, *sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))]
     for base in bases:
         for ending in _ENDINGS:
-            if (base / f"{names[0]}{ending}").is_file():
+            if os.path.isfile(base / f"{names[0]}{ending}"):  # False, too, where the ending makes a name too long
                 found = [base / f"{name}{ending}" for name in names]
-                missing = [file for file in found if not file.is_file()]
+                missing = [file for file in found if not os.path.isfile(file)]
                 if missing:
                     raise UserError(
                         f"{len(missing)} of {len(found)} files of {path} are missing, for example {missing[0]}.",

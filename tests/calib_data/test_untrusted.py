@@ -148,3 +148,23 @@ def test_control_characters_become_question_marks() -> None:
     assert printable("\x1b[31mred\u202e\x9b\udce9\r\tça va\n") == "?[31mred?????ça va\n"
     assert printable("abcdefghij", 3) == "ab...j"
     assert printable_json('{"a": "\x9b\u202e\u00e9"}') == '{"a": "\\u009b\\u202eé"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("long.csv", f"file,label\n{'a' * 300}.jpg,a\n0.jpg,b\n"),
+        ("ending.csv", f"file,label\n{'a' * 253},a\n0.jpg,b\n"),
+        ("digits.csv", "file,label\n" + "".join(f"{n}.jpg,{'1' * 5000}{n}\n" for n in range(3))),
+        ("label.json", f'[{{"file": "0.jpg", "label": {"1" * 4500}}}, {{"file": "1.jpg", "label": 1}}]'),
+        ("file.json", f'[{{"file": {"1" * 4500}, "label": 0}}, {{"file": "1.jpg", "label": 1}}]'),
+    ],
+)
+def test_rows_of_a_table_that_no_file_system_and_no_number_can_hold_are_refused(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded("JPEG"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError):
+        open_data(f"csv:{tmp_path / name}")

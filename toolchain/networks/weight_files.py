@@ -41,6 +41,9 @@ _SKIPPED = ("optimizer", "scheduler", "scaler", "callbacks", "loops", "rng", "lo
 """Parts of training checkpoints that hold tensors but no weights, by the start of their names."""
 
 _DEEPEST = 6
+_REPEATED = 1 << 24
+"""Bytes of a tensor that may repeat what is stored, as `expand` makes it."""
+
 _EXPECTED = "Give a .safetensors, .pth or .pt file, an index of shards, or a model folder."
 
 
@@ -133,7 +136,8 @@ def _read(path: Path) -> tuple[dict[str, State], dict[str, object]]:
         content = read_pickle(path)
     except Exception as error:
         raise _unreadable(path, error) from error
-    states = {place: state for place, state in _states(content, "", 0) if state}
+    states = {place: state for place, state in _states(content, "", 0, set()) if state}
+    _require_stored(path, states)
     beside = {str(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
     return states, {name: value for name, value in beside.items() if not isinstance(value, Tensor)}
 
@@ -146,11 +150,32 @@ def _is_safetensors(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
-def _states(content: object, place: str, depth: int) -> Iterator[tuple[str, State]]:
-    """Every dictionary that holds tensors, by the names on the way to it."""
+def _require_stored(path: Path, states: Mapping[str, State]) -> None:
+    """Refuse tensors that are no plain numbers in the file: a few bytes can stand for terabytes.
+
+    Raises:
+        UserError: names one.
+    """
+    for state in states.values():
+        for name, tensor in state.items():
+            dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+            if not dense or tensor.is_meta or tensor.nbytes > max(tensor.untyped_storage().nbytes(), _REPEATED):
+                raise UserError(
+                    f"{path} holds a tensor that is sparse, quantized, or larger than what is stored: {some([name])}.",
+                    why="Weights are read as plain numbers.",
+                    fix="Where they come from, save `tensor.dequantize().to_dense().contiguous()` of each.",
+                )
+
+
+def _states(content: object, place: str, depth: int, seen: set[int]) -> Iterator[tuple[str, State]]:
+    """Every dictionary that holds tensors, once each, by the names on the way to it.
+
+    Dictionaries may hold one another many times or themselves; walked each time, six levels would never end.
+    """
     entries = vars(content) if isinstance(content, Record) else content
-    if not isinstance(entries, Mapping) or depth > _DEEPEST:
+    if not isinstance(entries, Mapping) or depth > _DEEPEST or id(entries) in seen:
         return
+    seen.add(id(entries))
     found: State = {}
     for key, value in entries.items():
         name = str(key)
@@ -158,7 +183,7 @@ def _states(content: object, place: str, depth: int) -> Iterator[tuple[str, Stat
         if isinstance(tensor, Tensor):
             found[name] = tensor.detach()
         elif not name.startswith(_SKIPPED):
-            yield from _states(value, f"{place}/{name}" if place else name, depth + 1)
+            yield from _states(value, f"{place}/{name}" if place else name, depth + 1, seen)
     yield place, found
 
 

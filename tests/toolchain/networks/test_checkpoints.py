@@ -24,6 +24,7 @@ from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.networks.found import found_in
 from upvits.toolchain.networks.models import label_names_of
+from upvits.toolchain.networks.weight_files import read_weights
 
 State = dict[str, torch.Tensor]
 BOTH = pytest.mark.parametrize("name", [VIT, PVT])
@@ -235,3 +236,22 @@ def test_other_files_are_named(tmp_path: Path, kind: str) -> None:
         loaded(path, VIT)
     assert caught.value.fix
     assert re.search(r"[\x00-\x09\x0b-\x1f]", str(caught.value)) is None
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(2**20, 2**12), torch.empty(4, 4, device="meta"), torch.eye(4).to_sparse()],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_tensors_that_are_larger_than_what_is_stored_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"weight": tensor}, tmp_path / "few_bytes.pth")
+    with pytest.raises(UserError, match="larger than what is stored"):
+        read_weights(tmp_path / "few_bytes.pth")
+
+
+def test_dictionaries_that_hold_one_another_are_walked_once(tmp_path: Path) -> None:
+    content: dict[str, object] = {"weight": torch.ones(3)}
+    for _ in range(6):
+        content = {f"part{number}": content for number in range(40)}  # 40 to the sixth ways to one tensor
+    torch.save(content, tmp_path / "laughs.pth")
+    assert sum(len(state) for state in read_weights(tmp_path / "laughs.pth").states.values()) == 1
