@@ -18,6 +18,13 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 
+def name_of(key: object) -> str:
+    """The name that a key stands for; "" for anything but text and usual numbers: text of it may fill memory."""
+    if isinstance(key, int):
+        return str(key) if key.bit_length() < 64 else ""
+    return key if isinstance(key, str) else ""
+
+
 class Record:
     """Stands for an object with attributes; `vars()` gives them."""
 
@@ -25,7 +32,7 @@ class Record:
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
-            self.__dict__.update({str(name): value for name, value in state.items()})
+            self.__dict__.update({name_of(name): value for name, value in state.items()})
 
 
 class _Mapping:
@@ -39,7 +46,7 @@ class _Type:
     """Stands for numpy's dtype."""
 
     def __init__(self, code: object = "", *_: object) -> None:
-        self.code, self.order = str(code), ""
+        self.code, self.order = name_of(code), ""
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
@@ -78,7 +85,7 @@ def _array(*_: object) -> Array:
 
 
 def _path(*parts: object) -> str:
-    return "/".join(map(str, parts)).replace("//", "/")
+    return "/".join(map(name_of, parts)).replace("//", "/")
 
 
 def _mapping(*_: object) -> OrderedDict[Any, Any]:

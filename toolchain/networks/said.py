@@ -15,7 +15,7 @@ import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upvits.toolchain.networks.config_document import PreprocessEntries
-from upvits.toolchain.networks.pickles import Record
+from upvits.toolchain.networks.pickles import Record, name_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ _ACCURACIES = (
 )  # fmt: skip
 _PARTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "meta", "dataset_meta")
 """Where training scripts keep settings."""
+
+_DEEPEST = 2
 
 ARGUMENTS = "the checkpoint's arguments"
 
@@ -65,7 +67,7 @@ class Said:
 
 def said_in(beside: Mapping[str, object]) -> Said:
     """What stands beside the tensors of a checkpoint file."""
-    parts = [_plain(beside), *_parts(beside)]
+    parts = [_plain(beside), *_parts(beside, 0)]
     settings: dict[str, Any] = {}
     for part in reversed(parts):
         settings |= part
@@ -81,17 +83,18 @@ def said_in(beside: Mapping[str, object]) -> Said:
     )
 
 
-def _parts(beside: Mapping[str, object]) -> Iterator[dict[str, Any]]:
+def _parts(beside: Mapping[str, object], depth: int) -> Iterator[dict[str, Any]]:
     for name in _PARTS:
         part = _plain(beside.get(name))
         if part:
             yield part
-            yield from _parts(part)
+            if depth < _DEEPEST:  # parts may hold themselves
+                yield from _parts(part, depth + 1)
 
 
 def _plain(value: object) -> dict[str, Any]:
     entries = vars(value) if isinstance(value, Record) else value
-    return {str(key): entry for key, entry in entries.items()} if isinstance(entries, Mapping) else {}
+    return {name_of(key): entry for key, entry in entries.items()} if isinstance(entries, Mapping) else {}
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +148,8 @@ def _label_list(value: object) -> tuple[str, ...] | None:
     pairs = _plain(value)
     if pairs:
         turned = all(isinstance(entry, int) for entry in pairs.values())
-        by_index = {entry: key for key, entry in pairs.items()} if turned else pairs
-        ordered = {int(key): entry for key, entry in by_index.items() if str(key).isdecimal() and len(str(key)) < 8}
+        by_index = {name_of(entry): key for key, entry in pairs.items()} if turned else pairs
+        ordered = {int(key): entry for key, entry in by_index.items() if key.isdecimal() and len(key) < 8}
         value = [ordered.get(index) for index in range(len(by_index))]
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) and name for name in value):
         return None
@@ -155,11 +158,11 @@ def _label_list(value: object) -> tuple[str, ...] | None:
 
 
 def _accuracy(beside: Mapping[str, object], settings: Mapping[str, Any]) -> float | None:
-    if not str(settings.get("eval_metric", "top1")).startswith("top1"):
+    metric = settings.get("eval_metric", "top1")
+    if not isinstance(metric, str) or not metric.startswith("top1"):
         return None
     for name in _ACCURACIES:
         value = beside.get(name)
-        value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
         if isinstance(value, float) and math.isfinite(value) and 0 < value <= 100:
             return 100 * value if value <= 1 else value
     return None

@@ -23,7 +23,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 from upvits.calib_data.paths import RelativePath
 from upvits.calib_data.printable import printable
-from upvits.toolchain.networks.pickles import Array, Record, foreign_names, read_pickle
+from upvits.toolchain.networks.pickles import Array, Record, foreign_names, name_of, read_pickle
 
 State = dict[str, Tensor]
 
@@ -138,7 +138,7 @@ def _read(path: Path) -> tuple[dict[str, State], dict[str, object]]:
         raise _unreadable(path, error) from error
     states = {place: state for place, state in _states(content, "", 0, set()) if state}
     _require_stored(path, states)
-    beside = {str(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
+    beside = {name_of(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
     return states, {name: value for name, value in beside.items() if not isinstance(value, Tensor)}
 
 
@@ -178,7 +178,7 @@ def _states(content: object, place: str, depth: int, seen: set[int]) -> Iterator
     seen.add(id(entries))
     found: State = {}
     for key, value in entries.items():
-        name = str(key)
+        name = name_of(key)
         tensor = value.tensor if isinstance(value, Array) else value
         if isinstance(tensor, Tensor):
             found[name] = tensor.detach()

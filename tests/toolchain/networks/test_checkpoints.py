@@ -24,6 +24,7 @@ from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.networks.found import found_in
 from upvits.toolchain.networks.models import label_names_of
+from upvits.toolchain.networks.said import said_in
 from upvits.toolchain.networks.weight_files import read_weights
 
 State = dict[str, torch.Tensor]
@@ -255,3 +256,14 @@ def test_dictionaries_that_hold_one_another_are_walked_once(tmp_path: Path) -> N
         content = {f"part{number}": content for number in range(40)}  # 40 to the sixth ways to one tensor
     torch.save(content, tmp_path / "laughs.pth")
     assert sum(len(state) for state in read_weights(tmp_path / "laughs.pth").states.values()) == 1
+
+
+def test_settings_that_hold_themselves_or_stand_for_endless_text_are_left_out(tmp_path: Path) -> None:
+    laughs: list[object] = ["ha"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    args: dict[object, object] = {"eval_metric": laughs, 10**500: 1}
+    args["args"] = args["config"] = args["meta"] = args
+    content = {"weight": torch.ones(3), "args": args, "acc": argparse.Namespace(item=1, ndim=0), 10**500: 1}
+    torch.save(content, tmp_path / "endless.pth")
+    assert said_in(read_weights(tmp_path / "endless.pth").beside).accuracy is None
