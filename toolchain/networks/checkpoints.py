@@ -19,7 +19,15 @@ from upvits.toolchain.networks.explain import ambiguous, does_not_fit, doubtful_
 from upvits.toolchain.networks.found import Found, set_found
 from upvits.toolchain.networks.readings import Fit, Reading, fitted, preferred, readings, same_tensors
 from upvits.toolchain.networks.said import ARGUMENTS, Said, said_in
-from upvits.toolchain.networks.settle import Size, Wanted, pooling, prepare, said_arguments, size_of_weights
+from upvits.toolchain.networks.settle import (
+    Size,
+    Wanted,
+    assumed_pooling,
+    pooling,
+    prepare,
+    said_arguments,
+    size_of_weights,
+)
 from upvits.toolchain.networks.weight_files import State, Weights, as_fp32, read_weights, some
 from upvits.toolchain.structure.layers import adopt_parameters
 from upvits.toolchain.structure.timm_config import update_config
@@ -63,6 +71,8 @@ def network_from_file(architecture: str, path: Path, wanted: Wanted) -> nn.Modul
     weights = read_weights(path)
     said = said_in(weights.beside)
     chosen, notes = choose(architecture, weights, candidates(architecture, weights, said, wanted), said)
+    if said.architecture is None:  # a training that names its arguments has said all that is not the default
+        notes = (*notes, *assumed_pooling(chosen.arguments, chosen.reading.state, chosen.model))
     if chosen.reading.layout == "OpenCLIP" and "act_layer" not in chosen.arguments and "quickgelu" not in architecture:
         raise doubtful_activation(architecture, path)
     if wanted.num_classes is not None and chosen.reading.num_classes != wanted.num_classes:

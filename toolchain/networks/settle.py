@@ -117,6 +117,17 @@ def pooling(arguments: Mapping[str, Any], state: State, model: nn.Module) -> dic
     return {}
 
 
+def assumed_pooling(arguments: Mapping[str, Any], state: State, model: nn.Module) -> tuple[str, ...]:
+    """What is to be said where tensors fit two ways of pooling, and nothing but timm's default tells which it is."""
+    both_fit = {"cls_token", "norm.weight"} <= state.keys() and "fc_norm.weight" not in state
+    if not both_fit or "global_pool" in arguments or getattr(model, "global_pool", "") != "token":
+        return ()
+    return (
+        "The file does not say how features are pooled. The class token is taken, as timm does for this name; "
+        "`--model-arg global_pool=avg` takes the average of all others.",
+    )
+
+
 def size_of_weights(
     reading: Reading, model: nn.Module, name: str, said: Said, wanted: Wanted, path: Path
 ) -> tuple[Size, str]:

@@ -89,6 +89,16 @@ def test_average_pooling_without_a_norm_of_its_own(tmp_path: Path) -> None:
         assert any("global_pool=avg" in note for note in found_in(network).notes)
 
 
+def test_pooling_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
+    torch.save(built(VIT, global_pool="avg", fc_norm=False).state_dict(), tmp_path / "w.pth")
+    assumed = "The file does not say how features are pooled"
+    assert any(assumed in note for note in how_read(read(tmp_path / "w.pth", VIT)))
+    settled = read(tmp_path / "w.pth", VIT, model_args={**ARGS[VIT], "global_pool": "avg"})
+    assert not any(assumed in note for note in how_read(settled))
+    told = read(trained(tmp_path / "run", VIT, built(VIT)), VIT)
+    assert not any(assumed in note for note in how_read(told))
+
+
 def test_average_pooling_with_its_norm_and_other_activations(tmp_path: Path) -> None:
     torch.save(built(VIT, global_pool="avg").state_dict(), tmp_path / "avg.pth")
     pooled = read(tmp_path / "avg.pth", VIT)
