@@ -7,7 +7,9 @@ function of this file that only stores what it is given. Any other name ends the
 
 from __future__ import annotations
 
+import mmap
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -124,12 +126,33 @@ _TABLE: dict[str, Callable[..., object]] = {
 }
 
 
+_GROWS = b"bytearray"  # torch's own table has it, and `bytearray(10**11)` fills the memory
+
+
+def _require_modest(path: Path) -> None:
+    """Refuse what asks for more memory than the file has bytes: compressed entries (`torch.save` makes none), and the
+    one name of torch's table that makes much from a number.
+    """
+    if not zipfile.is_zipfile(path):  # a file of torch before 1.6: pickles, then the tensors as they are
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_GROWS) >= 0:
+                raise ValueError("it makes a bytearray")
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its entries are compressed, which torch.save never does")
+            if entry.filename.endswith(".pkl") and _GROWS in archive.read(entry):
+                raise ValueError("it makes a bytearray")
+
+
 def read_pickle(path: Path) -> object:
     """The object in a file of `torch.save`, on the CPU; objects of the table as their stand-ins.
 
     Raises:
         Exception: of any kind, where the file is damaged or holds anything else.
     """
+    _require_modest(path)
     with warnings.catch_warnings(), safe_globals([(stand_in, name) for name, stand_in in _TABLE.items()]):
         warnings.simplefilter("ignore")  # torch warns of unusual pickles; what matters is whether it reads them
         loaded: object = torch.load(path, map_location="cpu", weights_only=True)

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,23 @@ def test_settings_that_hold_themselves_or_stand_for_endless_text_are_left_out(tm
     content = {"weight": torch.ones(3), "args": args, "acc": argparse.Namespace(item=1, ndim=0), 10**500: 1}
     torch.save(content, tmp_path / "endless.pth")
     assert said_in(read_weights(tmp_path / "endless.pth").beside).accuracy is None
+
+
+class Much:
+    """A pickle of it asks for 100 GB."""
+
+    def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
+        return bytearray, (10**11,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "compressed"])
+def test_files_that_would_grow_in_memory_are_refused_before_they_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": Much()}, path, _use_new_zipfile_serialization=kind != "legacy")
+    if kind == "compressed":
+        torch.save({"w": torch.zeros(3)}, tmp_path / "plain.pth")
+        with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for entry in plain.infolist():
+                file.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        read_weights(path)
