@@ -210,7 +210,7 @@ def advice_on_formats(names: Iterable[str]) -> str:
         files = f"the {count} files {suffix}" if count > 1 else f"the file {suffix}"
         if lacking.get(suffix):
             package = "pillow" if suffix == ".avif" else "pillow-heif"
-            advice += f"To read {files}: pip install --upgrade {package}. "
+            advice += f"To read {files}: pip install -U {package}. "
         elif suffix in PICTURES - EXTENSIONS:
             advice += f"Convert {files} to PNG or JPEG: {'they are' if count > 1 else 'it is'} not read. "
     return advice

@@ -43,7 +43,7 @@ def sources() -> set[str]:
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-        if path.suffix in belongs or "demo_weights" in path.parts
+        if path.suffix in belongs or "demo_weights" in path.parts or path.name == "parameters.json"
     }
 
 
@@ -123,6 +123,7 @@ def test_optional_libraries_stay_in_extras(metadata: Message) -> None:
         "tensorrt-rtx",
         "openvino",
         "detection",
+        "heif",
         "dev",
         "docs",
     }

@@ -32,7 +32,7 @@ def change_interval(lost: int, won: int, images: int) -> tuple[float, float]:
         images: all labelled images.
 
     >>> [round(bound, 2) for bound in change_interval(lost=12, won=8, images=341)]
-    [-3.81, 1.48]
+    [-3.78, 1.45]
     """
     n = images + 2
     change, differing = (won - lost) / n, (won + lost + 1) / n

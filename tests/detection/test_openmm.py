@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.calib_data.installation import install_line
 from upvits.deploy.cli.app import app
 from upvits.detection import configs, openmm
 
@@ -60,5 +61,5 @@ def test_absent_packages_end_with_exit_code_3(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(UserError) as caught:
             CliRunner().invoke(app, ["detect", *command], catch_exceptions=False)
         assert caught.value.exit_code == 3, command
-        assert "upvits-deploy[detection]" in caught.value.fix
+        assert caught.value.fix == f"Run: {install_line('detection')}"
     openmm._loaded.cache_clear()

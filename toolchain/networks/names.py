@@ -71,6 +71,6 @@ def asked_weights(name: str, weights: str) -> tuple[str, str]:
         raise UserError(
             f"{weights} is not read from the hub.",
             why="Only the repositories of timm are.",
-            fix=f"Download it (`hf download {repository} --local-dir FOLDER`) and give the folder.",
+            fix=f"Download {repository} with Hugging Face's `hf download`, and give the folder.",
         )
     return architecture, weights

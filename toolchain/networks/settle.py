@@ -124,7 +124,7 @@ def assumed_pooling(arguments: Mapping[str, Any], state: State, model: nn.Module
         return ()
     return (
         "The file does not say how features are pooled. The class token is taken, as timm does for this name; "
-        "`--model-arg global_pool=avg` takes the average of all others.",
+        "the network's argument global_pool=avg would take the average of all others.",
     )
 
 

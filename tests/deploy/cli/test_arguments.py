@@ -41,7 +41,8 @@ def test_the_library_names_no_option(room: str, repository: Path) -> None:
 @pytest.mark.parametrize("room", LIBRARY)
 def test_every_argument_that_the_library_names_has_an_option(room: str, repository: Path) -> None:
     named = {name for _, text in strings_of(repository / room) for name in ARGUMENT.findall(text)}
-    only_in_python = {"images", "compensate"}  # the command line always has images
+    # The command line always has images, and an option for every entry of a preprocessing.
+    only_in_python = {"images", "compensate", "preprocess"}
     flags = {f"--{OTHER_NAMES.get(name, name).replace('_', '-')}" for name in named - only_in_python}
     assert flags <= OPTIONS
 

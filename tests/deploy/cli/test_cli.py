@@ -16,7 +16,7 @@ from upvits.deploy.cli import app as cli
 
 COMMANDS = (
     "build", "score", "plan", "prune", "distill", "export", "quantize", "engine", "bench", "report", "package",
-    "sweep", "models", "doctor", "recipe",
+    "sweep", "models", "doctor", "recipe", "inspect", "predict",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ PLAN = ("plan", "--model", "pvtv2_b0")
     [
         (("plan", "--model", "pvtv3_b0", "--ratio", "0.5"), "Did you mean"),
         (("plan", "--model", "resnet50", "--ratio", "0.5"), "not supported"),
-        ((*PLAN, "--ratio", "0.5", "--components", ""), "Cannot prune the components (none)"),
+        ((*PLAN, "--ratio", "0.5", "--components", ""), "--components is empty"),
         ((*PLAN, "--ratio", "0.5", "--components", "ffn,ffn"), "Cannot prune the components ffn, ffn"),
         ((*PLAN, "--ratio", "0.5", "--refit-images", "3"), "--refit-images 3 is too few"),
         ((*PLAN, "--depth-ratio", "0.01"), "no whole block"),
