@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return int(caught.value.code or 0), capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def _quiet_again() -> Iterator[None]:
+    """What one command logs is no business of the next: a process usually has one command."""
+    logger = logging.getLogger("upvits")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
