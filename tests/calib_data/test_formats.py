@@ -66,7 +66,7 @@ def test_heic_without_its_package_says_which(tmp_path: Path, monkeypatch: pytest
         (folder / "dog" / f"{index}.heic").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(UserError, match="2 of 122") as caught:
         open_data(f"imagefolder:{folder}")
-    assert "2 files .heic: pip install --upgrade pillow-heif" in caught.value.fix
+    assert "2 files .heic: pip install -U pillow-heif" in caught.value.fix
 
 
 def test_a_class_does_not_vanish(tmp_path: Path) -> None:
