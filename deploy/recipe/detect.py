@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
-from upvits.deploy.recipe.setting import RecipePart, setting
+from upvits.deploy.recipe.setting import setting
 from upvits.deploy.recipe.validation import validated
 from upvits.detection.configs import Detector, Schedule
 from upvits.toolchain.choices import Planner
@@ -19,13 +19,15 @@ Backbones = Literal["both", "dense", "pruned"]
 Task = Literal["detection", "random"]
 
 
-class DetectRecipe(RecipePart):
+class DetectRecipe(BaseModel):
     """A detector on the networks of a run, trained on a data set in COCO's format; None is resolved from the data.
 
     `scale` is the largest (long, short) side in pixels; `size` the (height, width) that it is exported for, `imitation`
     the weight of the dense detector's features in the training of the pruned one. Latency is measured at `batches`, AP
     of engines on `ap_images` validation images at most.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     coco: str = setting("demo", "Folder in COCO's format, TRAIN.json,VAL.json, or demo.", "--coco")
     detector: Detector = setting("retinanet", "What is built on the network.", "--detector")
@@ -63,13 +65,15 @@ class DetectRecipe(RecipePart):
     ap_images: int = setting(500, "Validation images that engines are judged on.", "--ap-images", ge=1)
 
 
-class PruneRecipe(RecipePart):
+class PruneRecipe(BaseModel):
     """What is cut from a detector.
 
     `ratio` or `target_macs` are for the backbone, as in the main job; `head_ratio` is the share of the channels of
     pyramid and head that leave. `task` says what the scores are: KL of the class maps and deviation of boxes
     (`detection`), or `random`.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ratio: float | None = setting(None, "Share of every dimension to remove.", "--ratio", "-r", ge=0, lt=1)
     target_macs: float | None = setting(None, "Share of the MACs to keep.", "--target-macs", gt=0, lt=1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from upvits.calib_data.choices import Order
 from upvits.calib_data.files import user_path
 from upvits.deploy.choices import MAX_STREAMS
 from upvits.deploy.recipe.detect import DetectRecipe
-from upvits.deploy.recipe.setting import BENCH, ENGINE, INPUT, PLAN, REQUIRED, RUN, TRAIN, RecipePart, setting
+from upvits.deploy.recipe.setting import BENCH, ENGINE, INPUT, PLAN, REQUIRED, RUN, TRAIN, setting
 from upvits.deploy.recipe.validation import validated
 from upvits.deploy.recipe.values import Batch, GpuTarget, ImageSize, ModelArgs, Precisions, Speedup, TargetLatency
 from upvits.deploy.speed.target import Target
@@ -35,8 +35,8 @@ IDENTITY = (
 """What makes a run this run: another value belongs into another directory."""
 
 
-class _Part(RecipePart):
-    model_config = ConfigDict(validate_default=True)
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class PlanRecipe(_Part):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 T = TypeVar("T")
 
@@ -42,24 +41,3 @@ def setting(
     extra: dict[str, Any] = {f"x-{name}": value for name, value in about.items() if value}
     field: T = Field(default, description=help, json_schema_extra=extra, **limits)
     return field
-
-
-class RecipePart(BaseModel):
-    """Settings that belong together. True and false are no numbers: `epochs = true` would be one epoch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_truth_values(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for name, value in values.items():
-                field = cls.model_fields.get(name)
-                given = value if isinstance(value, (list, tuple)) else [value]
-                if field and any(isinstance(one, bool) for one in given) and not _takes(field.annotation, bool):
-                    raise ValueError(f"{name} is {str(value).lower()}, and takes no truth value")
-        return values
-
-
-def _takes(annotation: Any, kind: type) -> bool:
-    return annotation in (kind, Any) or any(_takes(part, kind) for part in get_args(annotation))

@@ -59,17 +59,3 @@ def test_what_says_nothing_is_refused(part: str, values: dict[str, Any], text: s
     with pytest.raises(UserError) as caught:
         recipe_of(part, **values)
     assert text in caught.value.what
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"distill": {"epochs": True}},
-        {"plan": {"ratio": True}},
-        {"bench": {"batches": [True, 8]}},
-        {"detect": {"epochs": True}},
-    ],
-)
-def test_true_is_no_number(values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="takes no truth value"):
-        make_recipe({"model": "pvtv2_b0", "plan": {"ratio": 0.5}, **values})
