@@ -48,7 +48,6 @@ SUMS = "SHA256SUMS"
 MODEL_FOLDER, ONNX_FOLDER, ENGINES_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "5-engine", "7-detect/pruned"
 _MOST_CLASSES = 1_000_000
 _BUILD = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
-_EXPORT = f"Run `upvits-deploy build` again without {ONNX_FOLDER}: it is made again."
 
 
 class PackagedEngine(BaseModel):

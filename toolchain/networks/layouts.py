@@ -52,7 +52,6 @@ _PVT = (
     (r"^encoder\.layers\.(\d+)\.blocks\.(\d+)\.mlp\.dense(\d)\.", r"stages.\1.blocks.\2.mlp.fc\3."),
     (r"^encoder\.layers\.(\d+)\.blocks\.(\d+)\.mlp\.dwconv\.dwconv\.", r"stages.\1.blocks.\2.mlp.dwconv."),
 )
-_CLASSIFIER = re.compile(r"(.*\.)?(head|heads|fc|classifier|cls_head|linear|\d+)(\.(\d+|fc|head|linear))?\.weight")
 _HEADS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
 """Heads of transformers, which stand beside the network."""
 

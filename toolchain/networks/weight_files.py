@@ -44,8 +44,6 @@ _DEEPEST = 6
 _REPEATED = 1 << 24
 """Bytes of a tensor that may repeat what is stored, as `expand` makes it."""
 
-_EXPECTED = "Give a .safetensors, .pth or .pt file, an index of shards, or a model folder."
-
 
 @dataclass(frozen=True, slots=True)
 class Weights:
