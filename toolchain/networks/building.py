@@ -75,8 +75,9 @@ def hollow(config: ModelConfig) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = config.norm_eps
-    labels = {} if config.label_names is None else {"label_names": config.label_names}
-    update_config(model, **config.pretrained_cfg.given, **labels, architecture=config.architecture)
+    labels = config.label_names or config.pretrained_cfg.label_names
+    fitting = {"label_names": labels if labels is not None and len(labels) == model.num_classes else None}
+    update_config(model, **{**config.pretrained_cfg.given, **fitting}, architecture=config.architecture)
     return model
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from upvits.calib_data.documents import parse_document, read_document
 from upvits.calib_data.errors import UserError
@@ -36,6 +36,21 @@ _Stages = tuple[_Count, _Count, _Count, _Count]
 _Activation = Literal["gelu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu", "swish"]
 
 
+def _by_index(names: Any) -> Any:
+    """timm also writes names by index; those of only some classes are none."""
+    if not isinstance(names, dict):
+        return tuple(names) if isinstance(names, list) else names
+    ordered = tuple(names.get(str(index)) for index in range(len(names)))
+    return None if None in ordered else ordered
+
+
+_Labels = Annotated[
+    Annotated[tuple[_Text, ...], Field(max_length=1_000_000)] | None,
+    BeforeValidator(_by_index),
+    Field(validation_alias=AliasChoices("label_names", "labels")),
+]
+
+
 class _Arguments(BaseModel):
     """timm arguments that every family takes."""
 
@@ -43,7 +58,7 @@ class _Arguments(BaseModel):
 
     in_chans: _Channels | None = None
     num_classes: _Classes | None = None
-    global_pool: Literal["", "avg", "token"] | None = None
+    global_pool: Literal["", "avg", "token", "max", "avgmax"] | None = None
     qkv_bias: bool | None = None
     drop_rate: _Rate | None = None
     proj_drop_rate: _Rate | None = None
@@ -75,6 +90,8 @@ class VitArguments(_Arguments):
     patch_drop_rate: _Rate | None = None
     act_layer: _Activation | None = None
     norm_layer: Literal["layernorm"] | None = None
+    proj_bias: bool | None = None
+    weight_init: Literal["", "skip", "reset", "jax", "jax_nlhb", "moco"] | None = None
 
 
 class PvtArguments(_Arguments):
@@ -103,6 +120,7 @@ class PreprocessEntries(BaseModel):
     first_conv: _Text | tuple[_Text, ...] | None = None
     classifier: _Text | tuple[_Text, ...] | None = None
     num_classes: _Classes | None = None
+    label_names: _Labels = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -136,8 +154,9 @@ class ModelConfig(BaseModel):
     architecture: _Text
     num_classes: _Classes | None = None
     model_args: dict[_Text, JsonValue] = {}
+    global_pool: _Text | None = None
     pretrained_cfg: PreprocessEntries = PreprocessEntries()
-    label_names: Annotated[tuple[_Text, ...], Field(max_length=1_000_000)] | None = None
+    label_names: _Labels = None
     norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of every LayerNorm, where it is not what timm builds; timm alone does not read it."""
     upvits: UpvitsEntries | None = None
@@ -157,7 +176,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder} is no model folder.", fix=_EXPECTED)
     if is_transformers(folder):
         return parse_document(timm_config(folder), str(folder / "config.json"), ModelConfig, fix=_EXPECTED)
-    return read_document(folder / "config.json", ModelConfig, fix=_EXPECTED)
+    config = read_document(folder / "config.json", ModelConfig, fix=_EXPECTED)
+    if "pretrained_cfg" in config.model_fields_set:
+        return config
+    entries = read_document(folder / "config.json", PreprocessEntries, fix=_EXPECTED)  # as timm wrote it at first
+    return config.model_copy(update={"pretrained_cfg": entries})
 
 
 def has_config(folder: Path) -> bool:
@@ -185,9 +208,26 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
     arguments = parse_document(
         json.dumps(config.model_args), "config.json: model_args", ARGUMENTS[family], fix=_EXPECTED
     ).model_dump(exclude_unset=True)
-    if config.num_classes is not None:
-        arguments["num_classes"] = config.num_classes
-    return arguments
+    return (
+        _beside_arguments(config, family)
+        | arguments
+        | ({} if config.num_classes is None else {"num_classes": config.num_classes})
+    )
+
+
+def _beside_arguments(config: ModelConfig, family: str) -> dict[str, Any]:
+    """What timm takes from elsewhere in the file where `model_args` does not say it: its older folders have none."""
+    entries = config.pretrained_cfg
+    result: dict[str, Any] = {}
+    if entries.num_classes is not None:
+        result["num_classes"] = entries.num_classes
+    if config.global_pool in ("avg", "token", "max", "avgmax"):
+        result["global_pool"] = config.global_pool
+    if entries.input_size is not None:
+        result["in_chans"] = entries.input_size[0]
+        if entries.fixed_input_size and family == "vit":
+            result["img_size"] = entries.input_size[1:]
+    return result
 
 
 @cache
