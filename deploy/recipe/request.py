@@ -24,7 +24,7 @@ from upvits.deploy.recipe.detect import resolved as resolved_detection
 from upvits.deploy.recipe.detect_data import check_detection, open_detection_data
 from upvits.deploy.recipe.document import CUTS, PREPROCESS, PlanRecipe, Recipe
 from upvits.deploy.recipe.engines import deployment_of, engines_of
-from upvits.deploy.recipe.numbering import numbered
+from upvits.deploy.recipe.evidence import settled
 from upvits.deploy.runtimes import Runtime, RuntimeChoice, resolve_runtimes
 from upvits.deploy.speed.deployment import Deployment
 from upvits.deploy.speed.table import tables_folder
@@ -117,7 +117,8 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     preprocess = toolchain.preprocess_of(dense)
     check_classes(dense, source, recipe)
     check_forward(dense, source, preprocess)
-    recipe, source, about_order = numbered(recipe, source, dense.to(device), preprocess, quiet=quiet)
+    recipe, source, dense, found = settled(recipe, source, dense.to(device), _dense_network, quiet=quiet)
+    preprocess = toolchain.preprocess_of(dense)
     recipe = filled_in(recipe, dense, source, device)
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
@@ -143,7 +144,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         quiet=quiet,
         deployment=deployment,
         coco=coco,
-        notes=(*source.notes, *(() if about_order is None else (about_order,))),
+        notes=(*source.notes, *found),
     )
 
 

@@ -19,6 +19,8 @@ from upvits.deploy.stages.job import EVAL_BATCH, accuracy_of, accuracy_record, s
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import load_document, save_document
 from upvits.toolchain.networks.found import found_in
+from upvits.toolchain.networks.models import preprocess_of
+from upvits.toolchain.networks.settle import taken_for
 from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.evaluate import evaluate
 
@@ -146,6 +148,16 @@ def _normalisation(job: Job) -> Reason:
 
 def _size(job: Job) -> Reason:
     channels, height, width = job.preprocess.input_size
+    others = found_in(job.dense).other_sizes
+    if others:
+        images = job.source.val.spread(_TRIED)
+        networks = {f"{one} x {other}": taken_for(job.dense, (one, other)) for one, other in others}
+        found = {name: _top1(network, images, preprocess_of(network)) for name, network in networks.items()}
+        best = max(found, key=found.__getitem__)
+        return found[best], (
+            f"the image size (the position embedding is taken for {height} x {width} pixels and fits "
+            f"{', '.join(networks)}, too: at best, with {best}, {found[best]:.1f} % of {len(images)} images are right)"
+        )
     if getattr(job.dense.get_submodule("patch_embed"), "img_size", None) is not None:
         return 0.0, f"the image size ({height} x {width} belongs to the weights)"
     sizes = {

@@ -20,13 +20,16 @@ from upvits.toolchain.networks.found import Found, set_found
 from upvits.toolchain.networks.readings import Fit, Reading, fitted, preferred, readings, same_tensors
 from upvits.toolchain.networks.said import ARGUMENTS, Said, said_in
 from upvits.toolchain.networks.settle import (
+    SQUARE,
     Size,
     Wanted,
-    assumed_pooling,
+    assumed,
+    other_sizes,
     pooling,
     prepare,
     said_arguments,
     size_of_weights,
+    untold,
 )
 from upvits.toolchain.networks.weight_files import State, Weights, as_fp32, read_weights, some
 from upvits.toolchain.structure.layers import adopt_parameters
@@ -71,8 +74,10 @@ def network_from_file(architecture: str, path: Path, wanted: Wanted) -> nn.Modul
     weights = read_weights(path)
     said = said_in(weights.beside)
     chosen, notes = choose(architecture, weights, candidates(architecture, weights, said, wanted), said)
-    if said.architecture is None:  # a training that names its arguments has said all that is not the default
-        notes = (*notes, *assumed_pooling(chosen.arguments, chosen.reading.state, chosen.model))
+    doubts: dict[str, tuple[str, ...]] = {}
+    # a training that names its arguments has said all that is not the default, and other layouts have one form only
+    if said.architecture is None and chosen.reading.layout == "timm":
+        doubts = untold(chosen.arguments, chosen.reading.state, chosen.model)
     if chosen.reading.layout == "OpenCLIP" and "act_layer" not in chosen.arguments and "quickgelu" not in architecture:
         raise doubtful_activation(architecture, path)
     if wanted.num_classes is not None and chosen.reading.num_classes != wanted.num_classes:
@@ -92,7 +97,10 @@ def network_from_file(architecture: str, path: Path, wanted: Wanted) -> nn.Modul
     if said.labels is not None and len(said.labels) == chosen.reading.num_classes:
         update_config(model, label_names=said.labels)
         notes = (*notes, f"Names of {len(said.labels)} classes are in the file.")
-    set_found(model, Found(notes, {"input_size": source, **sources}, said.accuracy))
+    others = other_sizes(model) if source == SQUARE else ()
+    set_found(
+        model, Found((*notes, *assumed(doubts)), {"input_size": source, **sources}, said.accuracy, doubts, others)
+    )
     return model
 
 

@@ -18,11 +18,15 @@ class Found:
         notes: sentences about choices that were made: prefixes, extra tensors, heads, pooling.
         sources: for entries of the preprocessing (`input_size`, `mean`, `std`, ...), where their values come from.
         accuracy: top-1 in percent that the checkpoint recorded, if any.
+        untold: timm arguments that nothing tells, each with the values that fit the tensors alike; the first is taken.
+        other_sizes: heights and widths that fit the position embedding as well as the square that it is taken for.
     """
 
     notes: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     accuracy: float | None = None
+    untold: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    other_sizes: tuple[tuple[int, int], ...] = ()
 
 
 def found_in(model: nn.Module) -> Found:

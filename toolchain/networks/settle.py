@@ -6,6 +6,7 @@ configuration.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -28,6 +29,13 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 OPTIONS = "the options"
+SQUARE = "its position embedding, taken as a square"
+
+_POOLINGS = ("token", "avg")
+_ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
+"""Of networks whose tensors are alike, by the names of their classes."""
+
+MEANINGS = {"global_pool": "how features are pooled", "act_layer": "which activation the network has"}
 _FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -117,15 +125,53 @@ def pooling(arguments: Mapping[str, Any], state: State, model: nn.Module) -> dic
     return {}
 
 
-def assumed_pooling(arguments: Mapping[str, Any], state: State, model: nn.Module) -> tuple[str, ...]:
-    """What is to be said where tensors fit two ways of pooling, and nothing but timm's default tells which it is."""
-    both_fit = {"cls_token", "norm.weight"} <= state.keys() and "fc_norm.weight" not in state
-    if not both_fit or "global_pool" in arguments or getattr(model, "global_pool", "") != "token":
+def untold(arguments: Mapping[str, Any], state: State, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Arguments that neither the user nor the file gives, each with the values that fit the tensors alike: pooling and
+    activation of ViTs. The first value is the one of `model`.
+    """
+    vit: Any = model
+    if "blocks" not in dict(model.named_children()):
+        return {}
+    result: dict[str, tuple[str, ...]] = {}
+    both_fit = {"cls_token", "norm.weight"} <= state.keys() and not {"fc_norm.weight", "dist_token"} & state.keys()
+    if both_fit and "global_pool" not in arguments and vit.global_pool in _POOLINGS:
+        result["global_pool"] = tuple(sorted(_POOLINGS, key=lambda value: value != vit.global_pool))
+    activation = _ACTIVATIONS.get(type(vit.blocks[0].mlp.act).__name__)
+    if "act_layer" not in arguments and activation is not None:
+        result["act_layer"] = tuple(sorted(_ACTIVATIONS.values(), key=lambda value: value != activation))
+    return result
+
+
+def assumed(arguments: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """What is to be said about arguments that nothing tells."""
+    if not arguments:
         return ()
+    taken = " and ".join(f"{name}={values[0]}" for name, values in arguments.items())
+    others = " or ".join(f"{name}={value}" for name, values in arguments.items() for value in values[1:])
+    what = " and ".join(MEANINGS[name] for name in arguments)
     return (
-        "The file does not say how features are pooled. The class token is taken, as timm does for this name; "
-        "the network's argument global_pool=avg would take the average of all others.",
+        f"The file does not say {what}. Assumed is what timm takes for this name: {taken}. For other networks give the "
+        f"argument {others}.",
     )
+
+
+def other_sizes(model: nn.Module) -> tuple[Size, ...]:
+    """Heights and widths, other than the square that it is, whose patches are as many as those of a ViT; sides differ
+    by a factor of eight at most."""
+    embedding: Any = model.get_submodule("patch_embed")
+    rows, columns = embedding.grid_size
+    height, width = embedding.patch_size
+    grids = [(side, rows * columns // side) for side in range(1, rows * columns + 1) if rows * columns % side == 0]
+    close = [grid for grid in grids if grid != (rows, columns) and max(grid) <= 8 * min(grid)]
+    return tuple((one * height, other * width) for one, other in close)
+
+
+def taken_for(model: nn.Module, size: Size) -> nn.Module:
+    """A copy of a ViT whose position embedding is taken for images of another size with as many patches."""
+    result = copy.deepcopy(model)
+    embedding: Any = result.get_submodule("patch_embed")
+    embedding.set_input_size(img_size=size)
+    return result
 
 
 def size_of_weights(
@@ -156,7 +202,7 @@ def size_of_weights(
             return size, source
     side = math.isqrt(max(patches, 0))
     if side and side * side == patches:
-        return (side * height, side * width), "its position embedding, taken as a square"
+        return (side * height, side * width), SQUARE
     own: Size = tuple(config_of(model)["input_size"][-2:])
     if (own[0] // height) * (own[1] // width) == patches or patches <= 0:
         return own, "timm's configuration"

@@ -195,6 +195,8 @@ def test_other_inputs(tmp_path: Path) -> None:
     square = toolchain.create_model(VIT, **given)
     assert square.get_submodule("patch_embed").img_size == (64, 64)
     assert found_in(square).sources["input_size"] == "its position embedding, taken as a square"
+    assert found_in(square).other_sizes == ((32, 128), (128, 32))
+    assert found_in(read).other_sizes == ()
     torch.save(built(VIT, size=(32, 48)).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="6 patches, which is no square"):
         toolchain.create_model(VIT, weights=str(tmp_path / "w.pth"), model_args=TINY)

@@ -91,12 +91,24 @@ def test_average_pooling_without_a_norm_of_its_own(tmp_path: Path) -> None:
 
 def test_pooling_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
     torch.save(built(VIT, global_pool="avg", fc_norm=False).state_dict(), tmp_path / "w.pth")
-    assumed = "The file does not say how features are pooled"
+    assumed = "The file does not say how features are pooled and which activation the network has"
     assert any(assumed in note for note in how_read(read(tmp_path / "w.pth", VIT)))
     settled = read(tmp_path / "w.pth", VIT, model_args={**ARGS[VIT], "global_pool": "avg"})
-    assert not any(assumed in note for note in how_read(settled))
+    (note,) = [note for note in how_read(settled) if "does not say" in note]
+    assert "which activation the network has. Assumed is what timm takes for this name: act_layer=gelu" in note
+    both = {**ARGS[VIT], "global_pool": "avg", "act_layer": "gelu"}
+    assert not any("does not say" in note for note in how_read(read(tmp_path / "w.pth", VIT, model_args=both)))
+    clip = built("vit_base_patch32_clip_quickgelu_224", size=64)
+    torch.save(clip.state_dict(), tmp_path / "clip.pth")
+    named = toolchain.create_model(
+        "vit_base_patch32_clip_quickgelu_224", weights=str(tmp_path / "clip.pth"), model_args=ARGS[VIT]
+    )
+    assert found_in(named).untold == {"global_pool": ("token", "avg"), "act_layer": ("quick_gelu", "gelu")}
+    assert torch.equal(outputs(named, 64), outputs(clip, 64))
     told = read(trained(tmp_path / "run", VIT, built(VIT)), VIT)
     assert not any(assumed in note for note in how_read(told))
+    torch.save(built(PVT).state_dict(), tmp_path / "pvt.pth")
+    assert found_in(read(tmp_path / "pvt.pth", PVT, image_size=SIZE)).untold == {}
 
 
 def test_average_pooling_with_its_norm_and_other_activations(tmp_path: Path) -> None:
