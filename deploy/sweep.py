@@ -188,14 +188,29 @@ def _recipes(base: Recipe | Mapping[str, Any], cuts: Sequence[Mapping[str, Any]]
         raise UserError(f"The recipe has plan = {values['plan']!r}.", fix="Make it a table: [plan].") from error
     kept = {name: value for name, value in plan.items() if name not in CUTS}
     recipes: dict[str, Recipe] = {}
-    for cut in cuts:
+    for index, cut in enumerate(cuts):
         name = ",".join(f"{key}-{value}" for key, value in cut.items()).replace("/", "_").replace(" ", "")
         if name in recipes or not cut:
             raise UserError(f"The cut {name or '(none)'} was given twice or is empty.", fix="Give different ones.")
+        twin = next((other for other in cuts[:index] if _nearly_equal(cut, other)), None)
+        if twin is not None:
+            raise UserError(
+                f"The cuts {twin} and {cut} are nearly the same.",
+                why="Shares closer than 0.001 cut the same network, and each run takes its full time.",
+                fix="Give different ones.",
+            )
         recipes[name] = make_recipe({**values, "plan": {**kept, **cut}})
     if not recipes:
         raise UserError("A sweep of no cuts.", fix="Give some, e.g. --ratios 0.25,0.5,0.75.")
     return recipes
+
+
+def _nearly_equal(cut: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both ask for the same share of the same thing."""
+    return cut.keys() == other.keys() and all(
+        isinstance(value, float) and isinstance(other[key], float) and abs(value - other[key]) < 0.001
+        for key, value in cut.items()
+    )
 
 
 def _check_place(out: Path, names: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ PLAN = ("plan", "--model", "pvtv2_b0")
         ((*PLAN, "--ratio", "0.5", "--refit-images", "3"), "--refit-images 3 is too few"),
         ((*PLAN, "--depth-ratio", "0.01"), "no whole block"),
         (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,0.50"), "given twice"),
+        (("sweep", "--model", "pvtv2_b0", "--ratios", "0.3,0.5,0.5000001"), "nearly the same"),
         (("sweep", "--model", "pvtv2_b0", "--ratios", "0.5,half"), "no numbers"),
         (("plan", "--ratio", "0.5"), "Which model"),
         (PLAN, "How much is to be cut"),
