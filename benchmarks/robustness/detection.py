@@ -22,7 +22,7 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
     """detector.json and annotations with one change; registry names that are import paths; files that are damaged."""
     if find_spec("mmdet") is None:
         return
-    detector, scenes = _detector(ground), _scenes(ground)
+    detector, folder = _detector(ground), scenes(ground)
     document = json.loads((detector / "detector.json").read_text())
     for _ in range(_EACH):
         what, changed = mutated(document, random)
@@ -38,7 +38,7 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
     for damage in DAMAGES:
         for file in ("detector.json", "model.safetensors"):
             yield Case(f"detector: {file} {damage}", functools.partial(_damaged, ground, file, damage))
-    annotations = json.loads((scenes / "val/annotations.json").read_text())
+    annotations = json.loads((folder / "val/annotations.json").read_text())
     annotations = {**annotations, "annotations": annotations["annotations"][:20]}
     for _ in range(_EACH):
         what, changed = mutated(annotations, random)
@@ -51,7 +51,8 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
         yield _with_annotations(ground, what, raw)
 
 
-def _scenes(ground: Ground) -> Path:
+def scenes(ground: Ground) -> Path:
+    """Eight drawn scenes with boxes, in COCO's format."""
     from upvits.calib_data.writing import write_coco
 
     folder = ground.work / "given" / "scenes"
@@ -69,7 +70,7 @@ def _detector(ground: Ground) -> Path:
 
     folder = ground.work / "given" / "detector"
     if not folder.exists():
-        data = open_detection_data(str(_scenes(ground)), quiet=True)
+        data = open_detection_data(str(scenes(ground)), quiet=True)
         config: dict[str, Any] = configs.retinanet(
             {"type": "UPViT", "model": str(ground.dense), "out_indices": [1, 2, 3], "out_channels": 16},
             (16, 16, 16), len(data.classes), fpn_channels=16, stacked_convs=1,
@@ -87,7 +88,7 @@ def _with_detector(ground: Ground, what: str, raw: bytes) -> Case:
     def arrange(here: Path) -> Arguments:
         folder = Path(shutil.copytree(_detector(ground), here / "detector"))
         (folder / "detector.json").write_bytes(raw)
-        return _evaluated(folder, _scenes(ground))
+        return _evaluated(folder, scenes(ground))
 
     return Case(f"detector.json: {what}", arrange)
 
@@ -95,13 +96,13 @@ def _with_detector(ground: Ground, what: str, raw: bytes) -> Case:
 def _damaged(ground: Ground, file: str, damage: str, here: Path) -> Arguments:
     folder = Path(shutil.copytree(_detector(ground), here / "detector"))
     DAMAGES[damage](folder / file)
-    return _evaluated(folder, _scenes(ground))
+    return _evaluated(folder, scenes(ground))
 
 
 def _with_annotations(ground: Ground, what: str, raw: bytes) -> Case:
     def arrange(here: Path) -> Arguments:
-        scenes = Path(shutil.copytree(_scenes(ground), here / "scenes"))
-        (scenes / "val/annotations.json").write_bytes(raw)
-        return _evaluated(_detector(ground), scenes)
+        folder = Path(shutil.copytree(scenes(ground), here / "scenes"))
+        (folder / "val/annotations.json").write_bytes(raw)
+        return _evaluated(_detector(ground), folder)
 
     return Case(f"annotations: {what}", arrange)

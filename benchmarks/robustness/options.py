@@ -12,6 +12,7 @@ from typing import Any, get_args
 import typer
 
 from benchmarks.robustness.case import CHEAP, Arguments, Case, Ground
+from benchmarks.robustness.detection import scenes
 from benchmarks.robustness.mutations import TEXTS, shown
 from upvits.deploy.cli.app import app
 
@@ -32,6 +33,9 @@ _NO_WHOLE_NUMBERS = (
 _NO_NUMBERS = ("abc", "", "nan", "inf", "-inf", "1e309", "1,5", "[/]", "\u00b2", "\x1b]0;x\x07")
 _STRANGE_NUMBERS = ("-1", "0", "1", "10" * 15, str(2**63))
 _OPEN_ENDED = ("--seconds", "--bench-seconds")  # measured for so long: "1" is harmless, a day is what was asked for
+_SMALL_DETECTOR = (
+    "--epochs", "1", "--scale", "64x64", "--fpn-channels", "16", "--stacked-convs", "1", "--workers", "0",
+)  # fmt: skip
 _EACH = 14
 """Values per option."""
 
@@ -117,8 +121,10 @@ def _working(ground: Ground, command: str, here: Path) -> list[Any]:
         return ["detect", "export", run, "--output", str(here / "detector.onnx")]
     if command == "detect prune":
         return ["detect", "prune", run, "--output", str(here / "detector")]
+    if command == "detect eval":
+        return ["detect", "eval", run]
     if command.startswith("detect"):
-        return [*command.split(), *([run] if command.endswith("eval") else ["--run", run])]
+        return [*command.split(), "--run", ground.copy_of_run(here), *_SMALL_DETECTOR, "--coco", scenes(ground)]
     place = [] if command in ("plan", "recipe") else ["--output", str(here / "run")]
     return [command, *ground.job, *place]
 

@@ -33,10 +33,10 @@ class DetectRecipe(BaseModel):
     detector: Detector = setting("retinanet", "What is built on the network.", "--detector")
     backbones: Backbones = setting("both", "Networks that get a detector.", "--backbones")
     epochs: int | None = setting(
-        None, "Passes over the training images.", "--epochs", shown="8 on the demo, else 12", ge=1
+        None, "Passes over the training images.", "--epochs", shown="8 on the demo, else 12", ge=1, le=100_000
     )
     batch_size: int | None = setting(
-        None, "Images per step and process.", "--batch-size", shown="8 on the demo, else 2", ge=1
+        None, "Images per step and process.", "--batch-size", shown="8 on the demo, else 2", ge=1, le=65_536
     )
     lr: float | None = setting(
         None, "Peak rate for 16 images a step.", "--lr", shown="2e-3 on the demo, else 1e-4", gt=0
@@ -49,10 +49,10 @@ class DetectRecipe(BaseModel):
         None, "(height, width) that is exported, multiples of 32.", shown="what images of `scale` fit into"
     )
     fpn_channels: int | None = setting(
-        None, "Width of pyramid and head.", "--fpn-channels", shown="96 on the demo, else 256", ge=8
+        None, "Width of pyramid and head.", "--fpn-channels", shown="96 on the demo, else 256", ge=8, le=8_192
     )
     stacked_convs: int | None = setting(
-        None, "Convolutions of each branch of the head.", "--stacked-convs", shown="2 on the demo, else 4", ge=1
+        None, "Convolutions of each branch of the head.", "--stacked-convs", shown="2 on the demo, else 4", ge=1, le=64
     )
     warmup: int | None = setting(None, "Steps with a rising rate.", shown="50 on the demo, else 500", ge=1)
     grad_clip: float | None = setting(None, "Largest norm of all gradients.", shown="10 on the demo, else none", gt=0)

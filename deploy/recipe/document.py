@@ -108,6 +108,7 @@ class DistillRecipe(_Part):
         panel=TRAIN,
         shown="30; on the demo 2, or 3 with --no-compensate",
         ge=0,
+        le=100_000,
     )
     batch_size: int | None = setting(
         None, "Images per step.", "--batch-size", panel=TRAIN, shown="256; 32 below 20,000 images", ge=1
