@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser
 import upvits
 from docs import reference
 from upvits.calib_data import errors
+from upvits.toolchain.families import Family
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -187,6 +188,13 @@ def test_the_reference_is_up_to_date(page: str) -> None:
 
 def test_every_public_name_is_documented() -> None:
     assert set(re.findall(r"^::: upvits\.(\w+)$", text_of("docs/python.md"), re.MULTILINE)) == set(upvits.__all__)
+
+
+def test_adding_a_family_names_every_function_of_one() -> None:
+    table = (ROOT / "docs/extending.md").read_text().partition("## A runtime")[0]
+    functions = [name for name in vars(Family) if not name.startswith("_")]
+    assert len(functions) > 9
+    assert [name for name in functions if f"| `{name}(" not in table] == []
 
 
 def test_the_readme_is_short() -> None:

@@ -48,6 +48,9 @@ class Family(Protocol):
     def constructor_args(self, model: nn.Module) -> dict[str, Any]:
         """timm arguments that describe how `model` was built, apart from its prunable widths."""
 
+    def base_name(self, model: nn.Module) -> str:
+        """timm's name of an architecture from which arguments make any model of this class, for those without one."""
+
     def variant_args(self, model: nn.Module) -> dict[str, Any]:
         """timm arguments that an architecture's name usually fixes, such as activation and size of patches."""
 

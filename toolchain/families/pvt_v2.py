@@ -67,6 +67,8 @@ def unsupported(model: nn.Module) -> str | None:
     if type(model) is not PyramidVisionTransformerV2:
         return f"a forward of its own ({type(model).__name__})"
     pvt: Any = model
+    if not isinstance(pvt.head, (nn.Linear, nn.Identity)):
+        return "a head of several layers (`upvits.save` makes one of dropout and a linear layer: load that)"
     for stage in pvt.stages:
         for block in stage.blocks:
             if type(block.attn) not in (Attention, NarrowAttention) or type(block.mlp) is not MlpWithDepthwiseConv:
@@ -260,6 +262,11 @@ def constructor_args(model: nn.Module) -> dict[str, Any]:
     """Depths and pooling; the architecture name fixes the rest."""
     pvt: Any = model
     return {"depths": list(pvt.depths), "global_pool": pvt.global_pool}
+
+
+def base_name(model: nn.Module) -> str:
+    """B2, which is as wide as any."""
+    return "pvt_v2_b2"
 
 
 def variant_args(model: nn.Module) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def unsupported(model: nn.Module) -> str | None:
         return "attention pooling"
     if not vit.global_pool:
         return "no pooling: its output are tokens"
+    if not isinstance(vit.head, (nn.Linear, nn.Identity)):
+        return "a head of several layers (`upvits.save` makes one of dropout and a linear layer: load that)"
     norms = (vit.patch_embed.norm, vit.norm_pre, vit.norm, vit.fc_norm)
     if not all(_is_norm_or_none(norm) for norm in norms):
         return "norms that are not LayerNorm"
@@ -264,6 +266,15 @@ def constructor_args(model: nn.Module) -> dict[str, Any]:
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
 
 
+def base_name(model: nn.Module) -> str:
+    """The distilled one, or a plain one that is as wide."""
+    vit: Any = model
+    if type(vit) is VisionTransformerDistilled:
+        return "deit_tiny_distilled_patch16_224"
+    sizes = ((768, "vit_base_patch16_224"), (1024, "vit_large_patch16_224"))
+    return next((name for width, name in sizes if vit.embed_dim <= width), "vit_huge_patch14_224")
+
+
 def variant_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that an architecture's name usually fixes."""
     vit: Any = model
@@ -281,6 +292,8 @@ def variant_args(model: nn.Module) -> dict[str, Any]:
         "final_norm": not isinstance(vit.norm, nn.Identity) or not isinstance(vit.fc_norm, nn.Identity),
         "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
+        "pos_embed": "learn" if vit.pos_embed is not None else "none",
         "init_values": 1e-5 if scale is None and hasattr(block.ls1, "gamma") else scale,
     }
 

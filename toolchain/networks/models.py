@@ -30,6 +30,7 @@ from upvits.toolchain.families import family_of, groups_of
 from upvits.toolchain.networks.building import build, hollow
 from upvits.toolchain.networks.checkpoints import Candidate, choose, network_from_file
 from upvits.toolchain.networks.config_document import has_config, read_config
+from upvits.toolchain.networks.edited import as_timm_builds
 from upvits.toolchain.networks.found import Found, add_sources, found_in, set_found
 from upvits.toolchain.networks.names import asked_weights
 from upvits.toolchain.networks.readings import fitted, readings
@@ -191,7 +192,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     Raises:
         UserError: it takes pictures of other than three channels.
     """
-    config = resolve_model_data_config(model)
+    config = _data_config(model)
     channels = (config["input_size"][0], len(config["mean"]), len(config["std"]))
     if channels != (3, 3, 3):
         raise UserError(
@@ -199,12 +200,17 @@ def preprocess_of(model: nn.Module) -> Preprocess:
             why="Its configuration has input_size[0], mean and std for {}, {} and {} channels.".format(*channels),
             fix="Take a network for RGB, or put `pretrained_cfg` of its config.json right.",
         )
+    return Preprocess(**config)
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """The same by name, for any number of channels."""
+    config: dict[str, Any] = resolve_model_data_config(model)
     built_for = getattr(model.get_submodule("patch_embed"), "img_size", None)
     if built_for is not None and not getattr(model, "dynamic_img_size", False):
         config["input_size"] = (config["input_size"][0], *built_for)
-    fields: dict[str, Any] = {key: config[key] for key in _PREPROCESS_KEYS}
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Preprocess(**plain)
+    fields = {key: config[key] for key in _PREPROCESS_KEYS}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
 def label_names_of(model: nn.Module) -> tuple[str, ...] | None:
@@ -242,7 +248,8 @@ def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | N
     """Write a network as a model folder, and prove that it loads: it is read back and must give the same output.
 
     Args:
-        model: a timm network of a supported family, pruned or not.
+        model: a timm network of a supported family, pruned or not, from `timm.create_model` or its class; its head may
+            have been replaced by another linear layer, dropout before it included, or by none.
         folder: is created; must not exist yet.
         model_args: timm arguments that the model was built with, beyond image size, pooling and widths.
 
@@ -259,6 +266,7 @@ def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | N
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
+    model = as_timm_builds(model)
     config = structure_of(model, model_args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -285,7 +293,7 @@ def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
         "model_args": model_args,
         "pretrained_cfg": {
             **{key: known[key] for key in kept if known.get(key) is not None},
-            **asdict(preprocess_of(model)),
+            **_data_config(model),
             "num_classes": model.num_classes,
         },
     }
@@ -295,7 +303,7 @@ def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same_output(model: nn.Module, loaded: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *preprocess_of(model).input_size, generator=generator)
+    image = torch.randn(2, *_data_config(model)["input_size"], generator=generator)
     on_cpu = copy.deepcopy(model).cpu().eval()  # where both round alike
     with torch.inference_mode():
         same = torch.allclose(on_cpu(image), loaded(image), rtol=1e-5, atol=1e-6, equal_nan=True)
