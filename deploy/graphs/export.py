@@ -29,6 +29,7 @@ from upvits.deploy.graphs.files import (
     too_large_error,
     weight_bytes,
 )
+from upvits.deploy.graphs.names import name_after_modules
 from upvits.deploy.graphs.surgery import (
     add_uint8_input,
     ffn_to_channels_first,
@@ -105,6 +106,7 @@ def export_onnx(
     started = time.perf_counter()
     _check_request(model, opset, external_data)
     exported = _run_exporter(_frozen_copy(model), preprocess.input_size, opset)
+    name_after_modules(exported)
     nodes_before = len(exported.graph.node)
     with _silence():
         graph = gs.import_onnx(onnxslim.slim(exported))

@@ -82,7 +82,7 @@ class _Linear:
         if self.bias is not None:
             inputs.append(gs.Constant(f"{name}_bias", self.bias))
         attributes = {"kernel_shape": [1, 1], "strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1], "group": 1}
-        return gs.Node("Conv", f"{name}_conv", attributes, inputs, [result])
+        return gs.Node("Conv", f"{name.removesuffix('/MatMul')}/Conv", attributes, inputs, [result])
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +171,11 @@ def _rewrite_ffn(graph: gs.Graph, ffn: _Ffn) -> None:
         node.inputs[0] = last
         last = _variable(f"{node.name}_image")
         node.outputs = [last]
-    narrow = _variable(f"{name}_result")
+    narrow = _variable(f"{ffn.fc2.matmul.name}_result")
     graph.nodes.append(ffn.fc2.as_conv(last, narrow))
     _resize_channels(ffn.to_tokens, ffn.fc2.weight.shape[1])
     ffn.to_tokens.inputs[0] = narrow
-    ffn.to_tokens.outputs = [_variable(f"{name}_tokens")]
+    ffn.to_tokens.outputs = [_variable(f"{ffn.fc2.matmul.name}_tokens")]
     ffn.to_channels_last.inputs[0] = ffn.to_tokens.outputs[0]
     ffn.to_channels_last.outputs = [result]
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from upvits.deploy.graphs.names import module_of
 from upvits.deploy.measure.bench import LAUNCH_BOUND, LatencyStats
 from upvits.deploy.measure.document import Finding, Latency
 from upvits.deploy.measure.layer_table import layer_table
@@ -300,7 +301,7 @@ def _not_shrunk(dense: Measured, pruned: Measured) -> Finding | None:
     if together < 0.1 * total or not same:
         return None
     worst = "; ".join(
-        f"{name} {before:.3f} to {after:.3f} ms" for after, before, name in sorted(same, reverse=True)[:5]
+        f"{module_of(name)} {before:.3f} to {after:.3f} ms" for after, before, name in sorted(same, reverse=True)[:5]
     )
     return Finding(
         cause="layers that did not shrink",

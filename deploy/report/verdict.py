@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from upvits.deploy.graphs.names import module_of
 from upvits.deploy.measure.diagnosis import falls_short
 from upvits.deploy.measure.document import Best, Latency
 from upvits.deploy.measure.uncertainty import change_interval
@@ -139,7 +140,7 @@ def precision_remarks(report: Report) -> list[str]:
 
 def _put_back(figures: AccuracyFigures) -> str:
     """The layers that the search put back, and what that was good for."""
-    text = f"kept in {figures.rest or 'higher precision'}: {', '.join(figures.kept)}."
+    text = f"kept in {figures.rest or 'higher precision'}: {', '.join(map(module_of, figures.kept))}."
     if figures.drop_without_search is None:
         return text
     before = figures.drop_without_search

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upvits.deploy.graphs.names import module_of
 from upvits.deploy.measure.diagnosis import TRUSTED_SUM
 from upvits.deploy.measure.document import LayerTimes
 from upvits.deploy.report.document import Report
@@ -311,7 +312,7 @@ def _layers(number: int, profile: LayerTimes, report: Report) -> Section:
         ("layer", "dense ms", "pruned ms", "faster", "operator"),
         tuple(
             (
-                words(layer.name),
+                words(module_of(layer.name)),
                 fine_ms(layer.dense_ms),
                 fine_ms(layer.pruned_ms),
                 times(layer.dense_ms / layer.pruned_ms if layer.dense_ms and layer.pruned_ms else None),

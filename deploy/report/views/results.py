@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from upvits.deploy.graphs.names import module_of
 from upvits.deploy.measure.document import Best, Latencies, Latency
 from upvits.deploy.measure.uncertainty import share_interval
 from upvits.deploy.report.document import Report
@@ -136,7 +137,7 @@ def accuracy(report: Report) -> Section:
             Cell(signed(-a.drop), a.drop),
             percent(a.agreement),
             decibels(a.sqnr_db),
-            words(a.worst_layer or ""),
+            words(module_of(a.worst_layer or "")),
             decibels(a.worst_layer_sqnr_db),
             count(a.quantized),
             count(None if a.quantized is None else len(a.kept)),
