@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import statistics
 import time
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.loading import Transform
 from upvits.calib_data.progress import watched
+from upvits.deploy.measure.answers import best_classes, thumbnail
 from upvits.deploy.predict.networks import Logits, Network, open_networks
 from upvits.deploy.predict.pictures import pictures_in, read
 
@@ -125,7 +124,7 @@ def predict(
                 network.name: _predicted(network, transform, image, warm=not shown)
                 for network, transform in zip(networks, transforms, strict=True)
             }
-            small = _thumbnail(image) if thumbnails else ""
+            small = thumbnail(image, _THUMBNAIL) if thumbnails else ""
             shown.append(PicturePredictions(path=str(path), predictions=made, thumbnail=small))
         if not shown:
             raise UserError(
@@ -161,27 +160,16 @@ def _predicted(network: Network, transform: Transform, image: Image.Image, *, wa
 
 
 def _best(network: Network, logits: Logits) -> tuple[Guess, ...]:
-    values = logits.reshape(-1).astype(np.float64)
-    if not np.isfinite(values).all() or len(values) != len(network.labels):
+    if not np.isfinite(logits).all() or logits.size != len(network.labels):
         raise GateError(
             f"{network.name} ({network.runs_in}) gives no usable outputs.",
             why="They are NaN or infinity, or not one for each class.",
             fix="Use another precision.",
         )
-    shares = np.exp(values - values.max())
-    shares *= 100 / shares.sum()
-    best = np.argsort(-values, kind="stable")[:TOP]
     return tuple(
-        Guess(label=network.labels[index], index=int(index), percent=round(float(shares[index]), 2)) for index in best
+        Guess(label=network.labels[index], index=index, percent=round(percent, 2))
+        for index, percent in best_classes(logits, TOP)
     )
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
-    return base64.b64encode(stream.getvalue()).decode()
 
 
 def figures_of(predictions: Predictions) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from upvits.calib_data.documents import Count, Facts, Name, Natural, Number, Pos
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.paths import relative_path
 from upvits.deploy.measure.document import Best, Environment, Finding, Latencies, LayerTimes, Speedups, Throughput
+from upvits.deploy.report.answers import Answers, Epoch
 from upvits.deploy.report.detection import DetectionReport
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import StageRecord
@@ -254,6 +255,8 @@ class Report(_Document):
     compensation: Compensation | None = None
     target: Target | None = None
     detection: DetectionReport | None = None
+    answers: Answers | None = None
+    learning: list[Epoch] = []
     measurement: Facts = {}
     environment: Environment = Environment()
     reproduce: list[Text] = []

@@ -201,5 +201,5 @@ def _accuracy_part(report: Report) -> list[str]:
         return ["accuracy not measured"]
     if best is not None and cost is not None and best.precision != "fp32":
         again = f"{abs(cost.drop):.2f} points {'lost' if cost.drop >= 0 else 'gained'}"
-        parts.append(f"{again} by {best.precision} on {cost.images} images")
+        parts.append(f"{again} by {best.precision} on {cost.images:,} images")
     return parts

@@ -33,6 +33,7 @@ from upvits.deploy.report.document import (
 )
 from upvits.deploy.runtimes import Engine, runtime_named
 from upvits.deploy.speed.search import ALLOWED, LatencyRecord
+from upvits.deploy.stages.answers import answers, learning
 from upvits.deploy.stages.documents import (
     CompensationRecord,
     EngineAccuracies,
@@ -92,6 +93,7 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
     assert done.scored is not None
     assert done.pruned is not None
     assert done.tuned is not None
+    assert done.exported is not None
     assert done.benched is not None
     plan = PruningPlan.load(done.pruned.folder / "plan.json")
     scores = Scores.load(done.scored.folder)
@@ -135,6 +137,8 @@ def summarise(job: Job, done: Artifacts, detection: DetectionReport | None) -> R
         compensation=_compensation(compensated.report),
         target=_target(job.recipe.plan, done.pruned, latency),
         detection=detection,
+        answers=answers(job, done.exported),
+        learning=learning(done.tuned),
         measurement=_measurement(job, scores, done.benched, after.top1 is not None, after.images),
         environment=_environment(load_document(done.benched.folder / "environment.json", Environment)),
         reproduce=_reproduce(job),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -78,7 +78,8 @@ class LatencyChart:
 class Choice:
     """One thing to deploy: a model in a precision, its latency and accuracy.
 
-    `label` is drawn, `name` is the full name; points of a `series` have the same shape, number `mark`.
+    `label` is drawn, `name` is the full name; points of a `series` have the same shape, number `mark`. `within` and
+    `ms_within` are the 95 % interval of the accuracy and the middle 80 % of the calls, where these are known.
     """
 
     label: str
@@ -88,11 +89,13 @@ class Choice:
     mark: int
     ms: float
     accuracy: float
+    within: tuple[float, float] | None = None
+    ms_within: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point, with its label `dx`, `dy` pixels away."""
+    """A point, with its label `dx`, `dy` pixels away, and bars for its uncertainty."""
 
     choice: Choice
     x: float
@@ -102,11 +105,12 @@ class Mark:
     before: bool
     on_front: bool
     text: str
+    bars: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A part of the Pareto front."""
+    """A part of a front, a curve or a bar."""
 
     x1: float
     y1: float
@@ -139,7 +143,7 @@ def latency_chart(title: str, calls: Sequence[Calls]) -> LatencyChart | None:
     return LatencyChart(
         title,
         f"Distribution of the time of a call in ms. Medians: {told}.",
-        tuple(Tick(_place(value, 0, end), f"{value:g}") for value in nice_ticks(0, end)),
+        tuple(Tick(place(value, 0, end), f"{value:g}") for value in nice_ticks(0, end)),
         tuple(_strip(call, end) for call in drawn),
         any(call.quantiles[-1] > end for call in drawn),
     )
@@ -149,14 +153,25 @@ def scatter(title: str, choices: Sequence[Choice], y_name: str, height: int = 32
     """Lay out accuracy over latency with the Pareto front; None without two points."""
     if len(choices) < 2:
         return None
-    best, worst = max(c.accuracy for c in choices), min(c.accuracy for c in choices)
-    pad = max(0.15 * (best - worst), 0.25)
-    low, high = worst - pad, best + pad
+    every: list[float] = [value for c in choices for value in (c.accuracy, *(c.within or ()))]
+    pad = max(0.15 * (max(every) - min(every)), 0.25)
+    low, high = min(every) - pad, max(every) + pad
     end = 1.12 * max(c.ms for c in choices)
     front = pareto(choices)
 
+    def up(value: float) -> float:
+        return round(height - height * (value - low) / (high - low), 2)
+
     def at(choice: Choice) -> tuple[float, float]:
-        return _place(choice.ms, 0, end), height - height * (choice.accuracy - low) / (high - low)
+        return place(choice.ms, 0, end), up(choice.accuracy)
+
+    def bars(choice: Choice) -> tuple[Line, ...]:
+        x, y = at(choice)
+        drawn = [] if choice.within is None else [Line(x, up(choice.within[0]), x, up(choice.within[1]))]
+        if choice.ms_within is not None:
+            left, right = (place(min(ms, end), 0, end) for ms in choice.ms_within)
+            drawn.append(Line(left, y, right, y))
+        return tuple(drawn)
 
     told = "; ".join(f"{c.name} {three_digits(c.ms)} ms {c.accuracy:.2f} %" for c in front)
     steps = [at(c) for c in front]
@@ -166,11 +181,9 @@ def scatter(title: str, choices: Sequence[Choice], y_name: str, height: int = 32
         "ms per batch",
         y_name,
         height,
-        tuple(Tick(_place(value, 0, end), f"{value:g}") for value in nice_ticks(0, end)),
-        tuple(
-            Tick(height - height * (v - low) / (high - low), f"{v:g}") for v in nice_ticks(low, high) if low < v < high
-        ),
-        tuple(_marks([(c, *at(c)) for c in choices], front, height)),
+        tuple(Tick(place(value, 0, end), f"{value:g}") for value in nice_ticks(0, end)),
+        tuple(Tick(up(v), f"{v:g}") for v in nice_ticks(low, high) if low < v < high),
+        tuple(replace(m, bars=bars(m.choice)) for m in _marks([(c, *at(c)) for c in choices], front, height)),
         tuple(Line(*start, *stop) for start, stop in pairwise(steps)),
     )
 
@@ -193,7 +206,8 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def _place(value: float, low: float, high: float) -> float:
+def place(value: float, low: float, high: float) -> float:
+    """Percent of a chart's width where a value of an axis from `low` to `high` stands."""
     return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 3)
 
 
@@ -208,7 +222,7 @@ def _strip(calls: Calls, end: float) -> Strip:
     share = np.diff(below)
     width = (RIGHT - LEFT) / BINS
     columns = tuple(
-        Column(_place(float(edge), 0, end), round(width, 3), round(float(part / share.max()), 3))
+        Column(place(float(edge), 0, end), round(width, 3), round(float(part / share.max()), 3))
         for edge, part in zip(edges, share, strict=False)
         if part > 0.001
     )
@@ -219,9 +233,9 @@ def _strip(calls: Calls, end: float) -> Strip:
         calls.model,
         f"{three_digits(calls.median)} ms",
         columns,
-        _place(_percentile(calls.quantiles, 25), 0, end),
-        _place(_percentile(calls.quantiles, 75), 0, end),
-        _place(calls.median, 0, end),
+        place(_percentile(calls.quantiles, 25), 0, end),
+        place(_percentile(calls.quantiles, 75), 0, end),
+        place(calls.median, 0, end),
         columns[0].x if before else last,
         before,
     )

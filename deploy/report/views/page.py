@@ -8,21 +8,30 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from upvits.deploy.measure.document import Latency
+from upvits.deploy.measure.uncertainty import share_interval
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import comparisons, headline, verdict
+from upvits.deploy.report.views.answers import told_of_pictures
 from upvits.deploy.report.views.charts import Calls, Choice, LatencyChart, Scatter, latency_chart, scatter
+from upvits.deploy.report.views.curves import Curve, learning_curves
 from upvits.deploy.report.views.results import measured
 from upvits.deploy.report.views.section import Section
 from upvits.deploy.report.views.summary import shortcomings, subject, tiles
+from upvits.deploy.report.views.terms import explained, terms_in, terms_of
 from upvits.deploy.report.views.text import sections
 
+_FIRST = ("classes", "learning")
+"""Sections that stand open, after the chart and the pictures."""
+
 _CHAPTERS = (
-    ("Result", ("result", "best", "target")),
+    ("Dense against pruned", ("result", "best", "target")),
     ("Latency", ("latency", "parts")),
-    ("Accuracy", ("accuracy",)),
+    ("Accuracy of each precision", ("accuracy",)),
     ("What was really built", ("built",)),
     ("Why is it not faster?", ("findings",)),
     ("Widths", ("widths", "compensation")),
@@ -31,6 +40,7 @@ _CHAPTERS = (
     ("Checks and files", ("parity", "engines", "throughput", "gpu")),
     ("How and where", ("environment", "measurement", "reproduce", "stages", "notes")),
 )
+"""The others, folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,39 +53,50 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """A second-level heading with its sections and charts."""
+    """A second-level heading with its sections and charts; folded unless it is `open`."""
 
     key: str
     title: str
     sections: tuple[Section, ...]
     strips: tuple[LatencyChart, ...] = ()
-    scatters: tuple[Scatter, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    open: bool = False
 
 
 def html(report: Report) -> str:
     """Return report.html."""
+    shown, large = shortcomings(report), tiles(report)
     return render(
         "report.html",
         title=f"{report.model}: dense and pruned",
         report=report,
         verdict=verdict(report),
         subject=subject(report),
-        tiles=tiles(report),
-        shortcomings=shortcomings(report),
+        tiles=large,
+        shortcomings=shown,
+        terms=terms_in(verdict(report), *shown, *(tile.name for tile in large)),
+        charts=accuracy_charts(report),
+        told_of_pictures=told_of_pictures,
         chapters=chapters(report),
     )
 
 
 def chapters(report: Report) -> list[Chapter]:
-    """The sections of a report under their headings, charts first."""
+    """The sections of a report under their headings, charts first; pictures have a part of the page of their own."""
     shown = sections(report)
-    made = []
+    curves = tuple(learning_curves(report))
+    made = [
+        Chapter(f"chapter-{s.key}", s.title, (s,), open=True)
+        if s.key != "learning"
+        else Chapter(f"chapter-{s.key}", s.title, (s,), curves=curves, open=bool(curves))
+        for s in shown
+        if s.key in _FIRST
+    ]
     for title, keys in _CHAPTERS:
         inside = tuple(section for section in shown if section.key in keys)
         strips = tuple(latency_charts(report)) if keys[0] == "latency" else ()
-        scatters = tuple(accuracy_charts(report)) if keys[0] == "accuracy" else ()
         if inside:
-            made.append(Chapter(f"chapter-{keys[0]}", title, inside, strips, scatters))
+            made.append(Chapter(f"chapter-{keys[0]}", title, inside, strips))
     return made
 
 
@@ -95,7 +116,10 @@ def accuracy_charts(report: Report) -> list[Scatter]:
     head = headline(report)
     if head is None:
         return []
-    chart = scatter(f"Accuracy over latency, batch {head.batch}", choices(report, head.batch), accuracy_name(report))
+    images = {a.images for a in report.accuracy}
+    of = f" of {images.pop():,} images" if len(images) == 1 else ""
+    name = accuracy_name(report) + of
+    chart = scatter(f"Accuracy over latency, batch {head.batch}", choices(report, head.batch), name)
     return [chart] if chart is not None else []
 
 
@@ -104,7 +128,7 @@ def choices(report: Report, batch: int) -> list[Choice]:
     runtimes = list(dict.fromkeys(a.runtime for a in report.accuracy))
     labelled = all(a.top1 is not None for a in report.accuracy)
     latencies = {
-        (model, runtime, precision): latency.median
+        (model, runtime, precision): latency
         for model, tree in (("dense", report.dense.latency_ms), ("pruned", report.pruned.latency_ms))
         for runtime, precision, own_batch, latency in measured(tree)
         if own_batch == batch
@@ -116,12 +140,22 @@ def choices(report: Report, batch: int) -> list[Choice]:
             model=a.model,
             series=a.runtime,
             mark=runtimes.index(a.runtime),
-            ms=latencies[a.model, a.runtime, a.precision],
-            accuracy=a.top1 if labelled and a.top1 is not None else a.agreement,
+            ms=latencies[a.model, a.runtime, a.precision].median,
+            accuracy=(share := a.top1 if labelled and a.top1 is not None else a.agreement),
+            within=share_interval(share, a.images),
+            ms_within=_middle(latencies[a.model, a.runtime, a.precision]),
         )
         for a in report.accuracy
         if (a.model, a.runtime, a.precision) in latencies
     ]
+
+
+def _middle(latency: Latency) -> tuple[float, float] | None:
+    """The times between which 80 % of the calls lie."""
+    if len(latency.quantiles) < 2:
+        return None
+    low, high = np.interp((10, 90), np.linspace(0, 100, len(latency.quantiles)), latency.quantiles)
+    return float(low), float(high)
 
 
 def accuracy_name(report: Report) -> str:
@@ -166,6 +200,6 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.globals.update(row_groups=row_groups, legend=legend)
-    environment.filters["breakable"] = breakable
+    environment.globals.update(row_groups=row_groups, legend=legend, terms_of=terms_of)
+    environment.filters.update(breakable=breakable, explained=explained)
     return environment

@@ -13,9 +13,10 @@ from rich.text import Text
 from upvits.calib_data.printable import printable
 from upvits.deploy.report.document import Report
 from upvits.deploy.report.verdict import verdict
-from upvits.deploy.report.views import details, detection, results
+from upvits.deploy.report.views import answers, details, detection, results
 from upvits.deploy.report.views.section import Section, without_empty_columns
 from upvits.deploy.report.views.summary import shortcomings, subject
+from upvits.deploy.report.views.terms import terms_in
 
 _HTML = re.compile("<(?=[A-Za-z/!?])")
 """Where Markdown would take HTML for what it is."""
@@ -30,6 +31,9 @@ def sections(report: Report) -> list[Section]:
         results.latency(report),
         results.latency_parts(report),
         results.accuracy(report),
+        answers.pictures(report),
+        answers.classes(report),
+        answers.learning(report),
         details.built(report),
         details.findings(report),
         details.widths(report),
@@ -56,7 +60,9 @@ def markdown(report: Report) -> str:
     short = shortcomings(report)
     if short:
         lines += ["## What fell short", "", *(_plain(f"- {text}") for text in short), ""]
-    return "\n".join(lines + markdown_sections(sections(report))).rstrip() + "\n"
+    lines += markdown_sections(sections(report))
+    words = [f"- {term}: {meaning}" for term, meaning in terms_in(*lines)]
+    return "\n".join([*lines, "## Words", "", *words]) + "\n"
 
 
 def terminal(report: Report) -> Group:

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from statistics import NormalDist
 from typing import Any
 
+from PIL import Image
+
+from upvits.deploy.measure.answers import thumbnail
 from upvits.deploy.report.document import Report
 
+JPEG = thumbnail(Image.new("RGB", (64, 48), (120, 40, 90)), 192)
 QUANTILES = 51
 GEMMS = 50
 BLOCKS = 8
@@ -110,6 +114,11 @@ def sample_document() -> dict[str, Any]:
             "measured": {"dense_ms": 11.38, "ms": 5.97, "speedup": 1.91, "low": 1.88, "high": 1.95},
             "met": True,
         },
+        "answers": answers(),
+        "learning": [
+            {"epoch": epoch, "loss": 12.3 / epoch, "top1": 96.5 + 0.5 * epoch, "agreement": None, "seconds": 51.2}
+            for epoch in (1, 2, 3)
+        ],
         "measurement": {
             "accuracy": "top-1 on 1200 validation images, by PyTorch in fp32",
             "scores": "fisher on 256 training images",
@@ -136,6 +145,29 @@ def sample_document() -> dict[str, Any]:
             "tensorrt-rtx engines were built but not run here: No NVIDIA GPU with a working driver was found.",
         ],
     }
+
+
+CLASSES = tuple(f"{pattern} {shape}" for pattern in ("plain", "striped", "dotted", "checkered") for shape in
+                ("disk", "square", "triangle", "cross"))  # fmt: skip
+
+
+def answers() -> dict[str, Any]:
+    """100 images of each class; the first classes lose, the last one wins. Two answers differ, one does not."""
+
+    def given(*names: str) -> list[dict[str, Any]]:
+        return [{"label": name, "percent": 70.0 / 3**place} for place, name in enumerate(names)]
+
+    classes = [
+        {"name": name, "images": 100, "dense": 98 - place % 3, "lost": max(0, 6 - place), "won": int(place == 15)}
+        for place, name in enumerate(CLASSES)
+    ]
+    disk, square, cross = (f"plain {shape}" for shape in ("disk", "square", "cross"))
+    samples = [
+        {"truth": truth, "dense": given(dense, cross), "pruned": given(pruned, cross), "agree": dense == pruned,
+         "image": JPEG}
+        for truth, dense, pruned in ((disk, disk, square), (square, disk, square), (disk, disk, disk))
+    ]  # fmt: skip
+    return {"images": 1600, "differing": 24, "classes": classes, "samples": samples}
 
 
 def latency(median: float, batch: int = 1, cv: float = 0.011, **parts: float) -> dict[str, Any]:

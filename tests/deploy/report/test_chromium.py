@@ -78,7 +78,7 @@ def opened(browser: Any, folder: Path) -> Iterator[Callable[..., Any]]:
 def test_a_page_renders_silently_and_never_scrolls_sideways(
     opened: Callable[..., Any], name: str, width: int, scheme: str
 ) -> None:
-    page = opened(name, width, scheme)
+    page = unfold(opened(name, width, scheme))
     assert page.locator("h1").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # nothing sticks out of the page except inside boxes that scroll on their own
@@ -114,7 +114,7 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_all_text_can_be_read(opened: Callable[..., Any], name: str, scheme: str) -> None:
-    found = opened(name, scheme=scheme).evaluate(CONTRASTS)
+    found = unfold(opened(name, scheme=scheme)).evaluate(CONTRASTS)
     assert len(found) > 100
     assert [text for ratio, text in found if ratio < 4.5] == []
 
@@ -134,6 +134,12 @@ def test_light_and_dark_differ_and_the_button_changes_over(opened: Callable[...,
     assert background(light) == before
 
 
+def unfold(page: Any) -> Any:
+    """The page with all of its parts open."""
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    return page
+
+
 def column(page: Any, section: str, number: int) -> list[str]:
     """Texts of one column of the first table of a section, from top to bottom."""
     rows = page.locator(f"table[data-section='{section}']").first.locator("tbody tr")
@@ -145,7 +151,7 @@ def sort_button(page: Any, section: str, name: str) -> Any:
 
 
 def test_tables_sort_by_number_by_text_and_by_keyboard(opened: Callable[..., Any]) -> None:
-    page = opened()
+    page = unfold(opened())
     as_written = column(page, "latency", 3)
     button = sort_button(page, "latency", "dense ms")
     button.click()
@@ -164,8 +170,9 @@ def test_tables_sort_by_number_by_text_and_by_keyboard(opened: Callable[..., Any
 
 def test_rows_stay_whole_and_empty_cells_stay_last(opened: Callable[..., Any]) -> None:
     page = opened()
-    page.locator("details summary").first.click()
-    table = page.locator("details table[data-section='layers-0']")
+    page.get_by_role("heading", name="Time per layer").click()
+    page.locator("#chapter-layers details summary").first.click()
+    table = page.locator("details details table[data-section='layers-0']")
     rows = table.locator("tbody tr")
     before = sorted(rows.all_inner_texts())
     for direction in ("ascending", "descending"):
@@ -209,8 +216,8 @@ def test_the_page_shows_the_values_of_report_json(opened: Callable[..., Any], fo
 
 
 def test_charts_have_a_title_and_a_description(opened: Callable[..., Any]) -> None:
-    images = opened().locator("svg[role=img]")
-    assert images.count() == 5  # two runtimes at two batch sizes, and accuracy over latency
+    images = unfold(opened()).locator("svg[role=img]")
+    assert images.count() == 7  # accuracy over latency, two learning curves, two runtimes at two batch sizes
     for image in images.all():
         assert len(image.locator("> desc").text_content()) > 40
         assert image.locator("> title").text_content()
@@ -221,7 +228,7 @@ def test_charts_have_a_title_and_a_description(opened: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_labels_in_charts_do_not_cover_each_other(opened: Callable[..., Any], width: int) -> None:
-    covered = opened(width=width).evaluate(
+    covered = unfold(opened(width=width)).evaluate(
         """() => [...document.querySelectorAll('svg[role=img]')].flatMap((svg) => {
           const all = [...svg.querySelectorAll('text')].map((e) => [e.textContent, e.getBoundingClientRect()]);
           const cover = (p, q) => p.left < q.right - 1 && q.left < p.right - 1
@@ -249,7 +256,7 @@ def test_paper_is_white_whole_and_without_buttons(opened: Callable[..., Any], na
 
 
 def test_a_phone_shows_the_main_table_whole(opened: Callable[..., Any]) -> None:
-    box = opened(width=PHONE).locator(".table:has(table[data-section='result'])")
+    box = unfold(opened(width=PHONE)).locator(".table:has(table[data-section='result'])")
     assert box.evaluate("(e) => e.scrollWidth - e.clientWidth") <= 0
 
 
