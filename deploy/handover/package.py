@@ -158,7 +158,7 @@ def _collect(run: Path) -> _Parts:
     """Find and check everything, before anything is written."""
     for name in (RECIPE, REPORT):
         path_inside(run, name)
-    recipe, report = read_recipe(run), load_report(run)
+    recipe, report = read_recipe(run), _without_pictures(load_report(run))
     names = shortened_paths(run, recipe, report)
     exported, tuned = _artifact(run, ONNX_FOLDER), _artifact(run, MODEL_FOLDER)
     onnx_files, network = _files(exported, "pruned"), _files(tuned, "model")
@@ -183,6 +183,13 @@ def _collect(run: Path) -> _Parts:
         engines=tuple(_engines(run, report)),
         detector=_detector(run, tuned),
     )
+
+
+def _without_pictures(report: Report) -> Report:
+    """The report without images of the validation set: a package goes to others."""
+    if report.answers is None:
+        return report
+    return report.model_copy(update={"answers": report.answers.model_copy(update={"samples": []})})
 
 
 def _files(artifact: Artifact, folder: str) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.deploy.handover.conftest import MakeRun, report_of
+from tests.deploy.report.sample_report import answers
 from upvits.calib_data.errors import UserError
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.handover import placing
@@ -306,6 +307,15 @@ def test_paths_are_shortened_in_whole_parts_only() -> None:
     texts = ["imagefolder:/d", "/d/x.png, /data", "x/d", "</d", "/d.png", "see /srv/a/b/c and /srv/a.", "a~/d", "(/d)"]
     right = ["imagefolder:d", "d/x.png, /data", "x/d", "</d", "/d.png", "see b/c and a.", "a~/d", "(d)"]
     assert shortened({"k": [texts, 1, None]}, names) == {"k": [right, 1, None]}
+
+
+def test_validation_images_stay_at_home(make_run: MakeRun) -> None:
+    run = make_run()
+    edited(run / "report.json", lambda report: report.update(answers=answers()))
+    folder = package(run)
+    assert "image/jpeg" not in (folder / "report.html").read_text()
+    assert answers()["samples"][0]["image"] not in (folder / "report.json").read_text()
+    assert "Accuracy of every class" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("data", ["/d", "/"])
