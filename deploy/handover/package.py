@@ -42,6 +42,7 @@ from upvits.deploy.store.artifacts import Artifact, file_digest, open_artifact, 
 from upvits.deploy.store.disk import disk_errors, unwritable_error
 from upvits.deploy.store.run_dir import RECIPE, read_recipe
 from upvits.toolchain.networks.config_document import ModelConfig, read_config
+from upvits.toolchain.networks.models import load, save
 
 PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
@@ -74,6 +75,7 @@ class PackageDocument(BaseModel):
     onnx: RelativePath
     pytorch: RelativePath
     stock_timm: bool
+    transformers: RelativePath | None = None
     engines: tuple[PackagedEngine, ...]
     triton: tuple[Name, ...]
 
@@ -120,7 +122,8 @@ class _Parts:
 def package(run: Path | str, out: Path | str | None = None, *, quiet: bool = True) -> Path:
     """Write the hand-over folder of a finished run.
 
-    Handed over are the pruned network as ONNX and PyTorch, and of its engines the best one of every runtime that was
+    Handed over are the pruned network as ONNX and PyTorch (where its weights came as a folder of transformers and its
+    widths allow it, in that layout, too), and of its engines the best one of every runtime that was
     measured, and all of those for devices that were not at hand.
 
     Args:
@@ -285,6 +288,7 @@ def _write(folder: Path, parts: _Parts) -> None:
     for place, files in (("model", parts.onnx_files), ("pytorch", parts.network)):
         for file in files:
             copy_regular(file, folder / place / file.name)
+    transformers, inexpressible = _write_transformers(folder, parts)
     if parts.detector is not None:
         copy_regular(parts.detector, folder / "detector" / "model.onnx")
     engines = [_copy_engine(folder, engine, artifact, parts.names) for engine, artifact in parts.engines]
@@ -300,6 +304,7 @@ def _write(folder: Path, parts: _Parts) -> None:
         onnx="model/model.onnx",
         pytorch="pytorch",
         stock_timm=parts.stock_timm,
+        transformers=transformers,
         engines=tuple(engines),
         triton=tuple(triton),
     )
@@ -313,6 +318,8 @@ def _write(folder: Path, parts: _Parts) -> None:
         labels=parts.labels,
         preprocess=parts.preprocess,
         stock_timm=parts.stock_timm,
+        transformers=transformers is not None,
+        inexpressible=inexpressible,
         triton=tuple(triton),
         triton_plan=parts.triton_plan is not None,
         detector=parts.detector is not None,
@@ -324,6 +331,17 @@ def _write(folder: Path, parts: _Parts) -> None:
         "MODEL_CARD.md": model_card(subject),
     }.items():
         write_new(folder / name, text)
+
+
+def _write_transformers(folder: Path, parts: _Parts) -> tuple[str | None, str | None]:
+    """The network in the layout of transformers, where its weights came in that: where it is, or why it is not."""
+    if parts.config.layout != "transformers":
+        return None, None
+    try:
+        save(load(parts.network[0].parent), folder / "transformers", layout="transformers")
+    except UserError as error:
+        return None, error.what
+    return "transformers", None
 
 
 def _copy_engine(folder: Path, engine: Engine, artifact: Artifact, names: Mapping[str, str]) -> PackagedEngine:

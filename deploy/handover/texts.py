@@ -48,6 +48,8 @@ class Subject:
         triton: names of the models in the Triton repository.
         triton_plan: one of them is a TensorRT engine.
         detector: a detector on this network is in the package.
+        transformers: the network is in the layout of transformers, too.
+        inexpressible: why it is not, although its weights came in that.
     """
 
     report: Report
@@ -61,6 +63,8 @@ class Subject:
     triton: tuple[str, ...]
     triton_plan: bool
     detector: bool = False
+    transformers: bool = False
+    inexpressible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

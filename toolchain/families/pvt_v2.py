@@ -242,6 +242,8 @@ def attention(old: nn.Module, dim: int, num_heads: int, qk_dim: int, v_dim: int)
     else:
         new = NarrowAttention(dim, num_heads, qk_dim, v_dim, sr_ratio, linear, qkv_bias)
     new.attn_drop, new.proj_drop, new.fused_attn = timm_old.attn_drop, timm_old.proj_drop, timm_old.fused_attn
+    if timm_old.norm is not None:
+        new.norm.eps = timm_old.norm.eps
     return cast(nn.Module, new)
 
 

@@ -77,7 +77,8 @@ def hollow(config: ModelConfig) -> nn.Module:
                 module.eps = config.norm_eps
     labels = config.label_names or config.pretrained_cfg.label_names
     fitting = {"label_names": labels if labels is not None and len(labels) == model.num_classes else None}
-    update_config(model, **{**config.pretrained_cfg.given, **fitting}, architecture=config.architecture)
+    came_in = {} if config.layout is None else {"layout": config.layout}
+    update_config(model, **{**config.pretrained_cfg.given, **fitting, **came_in}, architecture=config.architecture)
     return model
 
 

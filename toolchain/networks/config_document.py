@@ -159,6 +159,8 @@ class ModelConfig(BaseModel):
     label_names: _Labels = None
     norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of every LayerNorm, where it is not what timm builds; timm alone does not read it."""
+    layout: Literal["transformers"] | None = None
+    """The layout that the weights came in, where it was not timm's."""
     upvits: UpvitsEntries | None = None
 
 

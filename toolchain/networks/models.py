@@ -13,13 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from upvits.calib_data import Preprocess, demo_weights
 from upvits.calib_data.errors import MissingDependencyError, UserError
@@ -44,6 +44,7 @@ from upvits.toolchain.networks.settle import (
     prepare,
 )
 from upvits.toolchain.networks.transformers_config import is_transformers
+from upvits.toolchain.networks.transformers_writing import preprocessor_config, transformers_config, transformers_state
 from upvits.toolchain.networks.weight_files import as_fp32, read_weights
 from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
@@ -244,7 +245,13 @@ def _norm_eps(model: nn.Module) -> set[float]:
     return {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
 
 
-def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    model_args: dict[str, Any] | None = None,
+    layout: Literal["timm", "transformers"] = "timm",
+) -> None:
     """Write a network as a model folder, and prove that it loads: it is read back and must give the same output.
 
     Args:
@@ -252,9 +259,12 @@ def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | N
             have been replaced by another linear layer, dropout before it included, or by none.
         folder: is created; must not exist yet.
         model_args: timm arguments that the model was built with, beyond image size, pooling and widths.
+        layout: of files and names; that of transformers is for `from_pretrained`, and takes networks whose blocks have
+            the same widths.
 
     Raises:
-        UserError: the folder exists, or the model was built with timm arguments that are not recorded.
+        UserError: the folder exists, the model was built with timm arguments that are not recorded, or transformers
+            has no form for it.
 
     Example:
         >>> import tempfile, upvits
@@ -267,20 +277,40 @@ def save(model: nn.Module, folder: Path | str, *, model_args: dict[str, Any] | N
     if folder.exists():
         raise UserError(f"{folder} exists already.", fix="Give a new folder; nothing is overwritten.")
     model = as_timm_builds(model)
-    config = structure_of(model, model_args)
+    files = _transformers_files(model) if layout == "transformers" else _timm_files(model, model_args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         share(draft)
-        save_tensors(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
-            draft / "model.safetensors",
-        )
-        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_tensors(files.state, draft / "model.safetensors", {"format": "pt"})  # transformers asks for it
+        for name, document in files.documents.items():
+            (draft / name).write_text(json.dumps(document, indent=2) + "\n")
         _check_same_output(model, load(draft))
         os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What a model folder is written from: tensors, what the file with them says, JSON documents by name."""
+
+    state: dict[str, Tensor]
+    documents: Mapping[str, dict[str, Any]]
+
+
+def _timm_files(model: nn.Module, model_args: dict[str, Any] | None) -> _Files:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return _Files(state, {"config.json": structure_of(model, model_args)})
+
+
+def _transformers_files(model: nn.Module) -> _Files:
+    data = _data_config(model)
+    documents = {
+        "config.json": transformers_config(model, label_names_of(model), data),
+        "preprocessor_config.json": preprocessor_config(data),
+    }
+    return _Files(transformers_state(model), documents)
 
 
 def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
@@ -297,8 +327,12 @@ def _config(model: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
             "num_classes": model.num_classes,
         },
     }
-    names = label_names_of(model)
-    return config if names is None else {**config, "label_names": list(names)}
+    names, layout = label_names_of(model), known.get("layout")
+    return {
+        **config,
+        **({} if names is None else {"label_names": list(names)}),
+        **({} if layout is None else {"layout": layout}),
+    }
 
 
 def _check_same_output(model: nn.Module, loaded: nn.Module) -> None:

@@ -18,13 +18,14 @@ _Count = Annotated[int, Field(ge=1, le=65_536)]
 _Side = Annotated[int, Field(ge=1, le=4_096)]
 _Stages = tuple[_Count, _Count, _Count, _Count]
 _Ratio = Annotated[float, Field(gt=0, le=1_000)]
+_Eps = Annotated[float, Field(gt=0, lt=1)]
 _FIX = "Give the folder as `save_pretrained` of transformers wrote it."
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers."""
 
 
@@ -61,7 +62,7 @@ class _Vit(_Common):
     patch_size: _Side | tuple[_Side, _Side] = 16
     num_register_tokens: Annotated[int, Field(ge=0, le=1_000)] = 4
     layerscale_value: float = 1.0
-    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-12
+    layer_norm_eps: _Eps = 1e-12
     use_swiglu_ffn: bool = False
 
     @property
@@ -78,6 +79,7 @@ class _Pvt(_Common):
     sr_ratios: _Stages = (8, 4, 2, 1)
     mlp_ratios: tuple[_Ratio, _Ratio, _Ratio, _Ratio] = (8, 8, 4, 4)
     linear_attention: bool = False
+    layer_norm_eps: _Eps = 1e-6
 
 
 class _Kind(_Document):
@@ -118,7 +120,7 @@ def timm_config(folder: Path) -> str:
     """
     place = folder / "config.json"
     kind = read_document(place, _Kind, fix=_FIX).model_type
-    config: _Common
+    config: _Vit | _Pvt
     if kind == "pvt_v2":
         pvt = read_document(place, _Pvt, fix=_FIX)
         architecture = "pvt_v2_b2_li" if pvt.linear_attention else "pvt_v2_b0"
@@ -141,18 +143,19 @@ def timm_config(folder: Path) -> str:
             "num_classes": len(labels) if config.has_head else 0,
             "model_args": {**arguments, **_common_arguments(config, place)},
             "pretrained_cfg": {**_preprocess(folder, config.num_channels, sides)},
-            **({"norm_eps": config.layer_norm_eps} if isinstance(config, _Vit) else {}),
+            "norm_eps": config.layer_norm_eps,
+            "layout": "transformers",
             **({} if generic or not config.has_head or not all(labels) else {"label_names": labels}),
         }
     )
 
 
 def _common_arguments(config: _Common, place: Path) -> dict[str, Any]:
-    if config.hidden_act not in _ACTIVATIONS:
+    if config.hidden_act not in ACTIVATIONS:
         raise UserError(
             f"{place}: the activation {config.hidden_act[:100]!r} has no counterpart in timm.", fix="Another network."
         )
-    act = {} if isinstance(config, _Pvt) else {"act_layer": _ACTIVATIONS[config.hidden_act]}
+    act = {} if isinstance(config, _Pvt) else {"act_layer": ACTIVATIONS[config.hidden_act]}
     if isinstance(config, _Pvt) and config.hidden_act != "gelu":
         raise UserError(f"{place}: timm's PVTv2 has gelu, not {config.hidden_act[:100]!r}.", fix="Another network.")
     return {"in_chans": config.num_channels, "qkv_bias": config.qkv_bias, **act}
@@ -214,11 +217,12 @@ def _preprocess(folder: Path, channels: int, size: tuple[int, int]) -> dict[str,
         entries |= {"mean": given.image_mean, "std": given.image_std}
     elif not given.do_normalize:
         entries |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    if given.resample in _RESAMPLING:
-        entries["interpolation"] = _RESAMPLING[given.resample]
+    if given.resample in RESAMPLING:
+        entries["interpolation"] = RESAMPLING[given.resample]
     resized, cropped = _side(given.size), _side(given.crop_size)
     if given.do_center_crop and resized and cropped:
-        entries |= {"crop_pct": min(cropped / resized, 1.0), "crop_mode": "center"}
+        both = isinstance(given.size, dict) and {"height", "width"} <= given.size.keys()  # whatever the picture's shape
+        entries |= {"crop_pct": min(cropped / resized, 1.0), "crop_mode": "squash" if both else "center"}
     else:  # the whole picture, not its middle
         entries |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return entries

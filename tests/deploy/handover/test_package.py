@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.deploy.conftest import Exported
 from tests.deploy.handover.conftest import BEST, LABELS, MakeRun
+from upvits import toolchain
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.surgery import add_uint8_input
@@ -352,6 +353,44 @@ def test_uneven_widths_are_not_offered_to_stock_timm(make_run: MakeRun) -> None:
     assert not (folder / "run_timm.py").exists()
     assert json.loads((folder / PACKAGE).read_text())["stock_timm"] is False
     assert "which stock timm cannot build" in (folder / "README.md").read_text()
+
+
+def test_a_network_of_transformers_goes_back_in_its_layout(
+    make_run: MakeRun, vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    assert not (package(run, tmp_path / "plain") / "transformers").exists()
+    config = run / "3-distill/model/config.json"
+    draft = Path(shutil.copytree(run / "3-distill/model", tmp_path / "model"))
+    entries = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**entries, "layout": "transformers"}))
+    shutil.rmtree(config.parents[1])
+    run_stage(run, "3-distill", {}, {}, lambda folder: shutil.copytree(draft, folder / "model"))  # type: ignore[arg-type]
+    folder = package(run)
+    told = json.loads((folder / "transformers/config.json").read_text())
+    assert told["architectures"] == ["ViTForImageClassification"]
+    assert json.loads((folder / PACKAGE).read_text())["transformers"] == "transformers"
+    assert 'AutoModelForImageClassification.from_pretrained("transformers")' in (folder / "README.md").read_text()
+    image = torch.randn(2, *vit.preprocess.input_size)
+    with torch.inference_mode():
+        assert torch.allclose(toolchain.load(folder / "transformers")(image), vit.model(image), atol=1e-5)
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        network = transformers.AutoModelForImageClassification.from_pretrained(folder / "transformers").eval()
+        assert torch.allclose(network(image).logits, vit.model(image), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_transformers_cannot_express_says_why(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    draft = Path(shutil.copytree(run / "3-distill/model", tmp_path / "model"))
+    entries = json.loads((draft / "config.json").read_text())
+    entries["model_args"] |= {"global_pool": "avg", "fc_norm": False}
+    (draft / "config.json").write_text(json.dumps({**entries, "layout": "transformers"}))
+    shutil.rmtree(run / "3-distill")
+    run_stage(run, "3-distill", {}, {}, lambda folder: shutil.copytree(draft, folder / "model"))  # type: ignore[arg-type]
+    folder = package(run)
+    assert not (folder / "transformers").exists()
+    assert json.loads((folder / PACKAGE).read_text())["transformers"] is None
+    assert "no form in transformers: it pools by average" in (folder / "README.md").read_text()
 
 
 def test_weights_in_separate_files_go_along(
