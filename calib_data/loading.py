@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -19,6 +20,17 @@ Transform = Callable[[Image.Image], Tensor]
 
 _MIN_CROP_SCALE = 0.5
 """Smallest share of the picture in a training crop. ImageNet's 0.08 is for training from scratch, not fine-tuning."""
+
+NORMALISATIONS = {
+    "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mean and deviation 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "CLIP's mean and deviation": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "no normalisation": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and deviation that networks are usually trained with, by name: what is tried where accuracy is poor."""
+
+SIZES = (32, 64, 128, 224, 384)
+"""Pixels of a side, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,13 @@ class Preprocess:
                 std=self.std,
             ),
         )
+
+
+def raw_pixels(images: Tensor, preprocess: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Normalised images [B, 3, H, W] as the pixels that they were, uint8 [B, H, W, 3]."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return np.asarray(pixels.contiguous().numpy())
 
 
 class _Prepared(Dataset[tuple[Tensor, int]]):

@@ -11,6 +11,9 @@ from upvits.calib_data.errors import UserError
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
+"""The two networks of a run."""
+
 MAX_STREAMS = 256
 """So many sessions at once can be measured at most."""
 

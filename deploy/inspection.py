@@ -21,9 +21,8 @@ from upvits.calib_data.choices import Order
 from upvits.calib_data.classes import is_ambiguous, with_order
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
+from upvits.calib_data.loading import NORMALISATIONS, SIZES
 from upvits.calib_data.printable import printable
-from upvits.deploy.stages.dense import NORMALISATIONS, SIZES
-from upvits.deploy.stages.job import EVAL_BATCH
 from upvits.toolchain.families import family_of
 from upvits.toolchain.networks.config_document import has_config
 from upvits.toolchain.networks.explain import described, first_reading, looks_like, nearest
@@ -245,7 +244,7 @@ def _figure(
     model: nn.Module, source: DataSource, preprocess: Preprocess, name: str, options: Sequence[str]
 ) -> ReadingFigure:
     images = source.val.spread(_IMAGES)
-    judged = evaluate(model, batches(images, preprocess, EVAL_BATCH))
+    judged = evaluate(model, batches(images, preprocess, _IMAGES))
     return ReadingFigure(reading=name, options=tuple(options), top1=judged.top1 or 0.0, images=judged.images)
 
 

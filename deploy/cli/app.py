@@ -22,6 +22,7 @@ from upvits.deploy.cli.detect import app as detect_app
 from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_address_space, require_working_folder
 from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.look import inspect, predict
+from upvits.deploy.cli.quick import leave_out_compiler
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
 from upvits.deploy.recipe.document import CUTS, Recipe
@@ -371,6 +372,7 @@ def _options(
 
 def main() -> None:
     """Entry point: a command ends with its exit code and at most one message, not with a traceback."""
+    leave_out_compiler()
     prepare_streams()
     sys.exit(exit_code_of_output(_run()))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from upvits.deploy.choices import MODELS
 from upvits.deploy.detectors.accuracy import read_record
 from upvits.deploy.detectors.draw import pictures
 from upvits.deploy.detectors.engines import Work, read_records
@@ -28,7 +29,7 @@ from upvits.deploy.report.detection import (
 from upvits.deploy.runtimes import Engine, read_engine, runtime_named
 from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.stages.engines import engine_of, runs_here
-from upvits.deploy.stages.job import MODELS, Pixels, stage
+from upvits.deploy.stages.job import Pixels, stage
 from upvits.deploy.store.artifacts import Artifact, open_artifact
 from upvits.deploy.store.documents import load_document, save_document
 from upvits.detection.average_precision import AveragePrecision

@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from upvits import toolchain
+from upvits.deploy.choices import MODELS
 from upvits.deploy.detectors.compare import compare
 from upvits.deploy.detectors.engines import Work, engines
 from upvits.deploy.detectors.train_stage import DETECT, require_same_training, trained
 from upvits.deploy.recipe.detect import DetectRecipe, make_detect_recipe, place_of, resolved
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.documents import ModelName
-from upvits.deploy.stages.job import MODELS, write_json
+from upvits.deploy.stages.job import write_json
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import load_document
 from upvits.detection.coco import CocoData

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
-import onnxslim
 import torch
 from torch import nn
 
@@ -103,6 +102,8 @@ def export_onnx(
         UserError: the opset is out of range, the model is too large for a single file, or the path cannot be written.
         BuildError: the model cannot be exported; says what the exporter stumbled over.
     """
+    import onnxslim  # imports sympy, which takes longer than everything else here
+
     started = time.perf_counter()
     _check_request(model, opset, external_data)
     exported = _run_exporter(_frozen_copy(model), preprocess.input_size, opset)

@@ -11,18 +11,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from upvits.calib_data.documents import Name, parse_json, read_document, read_regular
+from upvits.calib_data.documents import parse_json, read_document, read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
-from upvits.calib_data.paths import RelativePath, copy_regular, path_inside, write_new
+from upvits.calib_data.paths import copy_regular, path_inside, write_new
 from upvits.calib_data.progress import watched
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.files import load_model
 from upvits.deploy.graphs.metadata import labels_said, preprocess_said
+from upvits.deploy.handover.document import PACKAGE, PackagedEngine, PackageDocument
 from upvits.deploy.handover.placing import draft_of, put_in_place
 from upvits.deploy.handover.texts import (
     Subject,
@@ -44,40 +43,10 @@ from upvits.deploy.store.run_dir import RECIPE, read_recipe
 from upvits.toolchain.networks.config_document import ModelConfig, read_config
 from upvits.toolchain.networks.models import load, save
 
-PACKAGE = "package.json"
 SUMS = "SHA256SUMS"
 MODEL_FOLDER, ONNX_FOLDER, ENGINES_FOLDER, DETECTOR_FOLDER = "3-distill", "4-export", "5-engine", "7-detect/pruned"
 _MOST_CLASSES = 1_000_000
 _BUILD = "Run `upvits-deploy build` again without the folder that this file is in: it is made again."
-
-
-class PackagedEngine(BaseModel):
-    """One engine of the package: `file` is relative to it; `targets` is empty where any device will do."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    runtime: Name
-    precision: Name
-    targets: tuple[Name, ...]
-    library: Name
-    library_version: Name
-    file: RelativePath
-
-
-class PackageDocument(BaseModel):
-    """`package.json`: what is in the folder, for programs; README.md says it to people."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[1] = 1
-    made_by: Name
-    model: Name
-    onnx: RelativePath
-    pytorch: RelativePath
-    stock_timm: bool
-    transformers: RelativePath | None = None
-    engines: tuple[PackagedEngine, ...]
-    triton: tuple[Name, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,14 @@ from upvits.calib_data.classes import read_class_map
 from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
+from upvits.calib_data.loading import raw_pixels
 from upvits.calib_data.paths import path_inside
+from upvits.deploy.choices import MODELS
 from upvits.deploy.graphs.files import load_model
 from upvits.deploy.graphs.metadata import labels_in, metadata_of, preprocess_in, takes_pixels
-from upvits.deploy.handover.package import PACKAGE, PackageDocument
+from upvits.deploy.handover.document import PACKAGE, PackageDocument
 from upvits.deploy.measure.compare_targets import find_targets
 from upvits.deploy.runtimes import BUILD_RECORD, Session, open_model, read_engine, runtime_named
-from upvits.deploy.stages.job import MODELS, raw_pixels
 from upvits.deploy.store.run_dir import RECIPE
 from upvits.toolchain.networks.config_document import has_config
 from upvits.toolchain.networks.models import label_names_of, load, preprocess_of

@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from upvits.calib_data.errors import GateError
+from upvits.deploy.choices import MODELS
 from upvits.deploy.machine.environment import environment
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
@@ -27,15 +28,7 @@ from upvits.deploy.runtimes import (
 )
 from upvits.deploy.stages.documents import EngineAccuracies, EngineAccuracy
 from upvits.deploy.stages.engines import engine_of, runs_here
-from upvits.deploy.stages.job import (
-    MODELS,
-    Pixels,
-    model_input,
-    parity_images,
-    stage,
-    validation_outputs,
-    write_json,
-)
+from upvits.deploy.stages.job import Pixels, model_input, parity_images, stage, validation_outputs, write_json
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import load_document, save_document
 from upvits.toolchain.planning import PruningPlan

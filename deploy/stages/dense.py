@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upvits.calib_data import Images, Preprocess, batches
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import NORMALISATIONS, SIZES
 from upvits.calib_data.tensors import save_tensors
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.documents import DenseAccuracy, NetworkAccuracy
@@ -34,13 +35,6 @@ FAR_BELOW = 10
 """Points below the accuracy that a checkpoint recorded, beyond two deviations of chance, that end a run."""
 
 _TRIED = 64  # images that another preparation is tried on
-NORMALISATIONS = {
-    "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "mean and deviation 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "CLIP's mean and deviation": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "no normalisation": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-SIZES = (32, 64, 128, 224, 384)
 
 Reason = tuple[float, str]
 """Percent of images that would be right, and what would have to change."""

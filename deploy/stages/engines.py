@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from upvits.calib_data.errors import GateError
+from upvits.deploy.choices import MODELS
 from upvits.deploy.graphs.files import load_model
 from upvits.deploy.machine.environment import builder_facts
 from upvits.deploy.measure.parity import TOLERANCES, Parity, measure_parity, require_parity, session_outputs
@@ -29,13 +30,7 @@ from upvits.deploy.runtimes import (
 )
 from upvits.deploy.runtimes.nvinfer import device_here
 from upvits.deploy.stages.documents import Parities
-from upvits.deploy.stages.job import (
-    MODELS,
-    Pixels,
-    model_input,
-    parity_images,
-    stage,
-)
+from upvits.deploy.stages.job import Pixels, model_input, parity_images, stage
 from upvits.deploy.stages.precision import graph_name, holds
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.cache import cache_folder

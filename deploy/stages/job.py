@@ -6,14 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data import DataSource, Images, Preprocess, batches
+from upvits.calib_data import DataSource, Images, batches
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import raw_pixels
 from upvits.deploy.measure.accuracy import outputs_of
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import Session
@@ -23,7 +24,6 @@ from upvits.toolchain.training.evaluate import Accuracy, evaluate
 
 _LOGGER = logging.getLogger(__name__)
 
-MODELS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 EVAL_BATCH = 64
 VERSIONS = {
     "0-dense": 1, "1-score": 3, "2-prune": 4, "3-distill": 1, "4-export": 3, "4-precision": 1, "5-engine": 2,
@@ -94,13 +94,6 @@ def validation_outputs(
 def model_input(job: Job, images: Tensor) -> Pixels:
     """A batch as the exported model takes it: normalised, or raw pixels with `uint8_input`."""
     return raw_pixels(images, job.preprocess) if job.recipe.export.uint8_input else np.asarray(images.numpy())
-
-
-def raw_pixels(images: Tensor, preprocess: Preprocess) -> Pixels:
-    """Normalised images [B, 3, H, W] as the pixels that they were, uint8 [B, H, W, 3]."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
-    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return np.asarray(pixels.contiguous().numpy())
 
 
 def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:

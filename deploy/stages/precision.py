@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from upvits.calib_data import Images, batches, proxy_set
 from upvits.calib_data.errors import GateError
+from upvits.deploy.choices import MODELS
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
@@ -23,13 +24,7 @@ from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, fo
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import Runtime, open_model
 from upvits.deploy.stages.documents import Calibration, PrecisionRecord, Precisions
-from upvits.deploy.stages.job import (
-    MODELS,
-    Pixels,
-    model_input,
-    stage,
-    validation_outputs,
-)
+from upvits.deploy.stages.job import Pixels, model_input, stage, validation_outputs
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import load_document, save_document
 

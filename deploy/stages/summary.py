@@ -10,6 +10,7 @@ from typing import Any
 
 from upvits.calib_data.documents import Facts
 from upvits.calib_data.installation import version_line
+from upvits.deploy.choices import MODELS
 from upvits.deploy.measure.document import Bench, Environment
 from upvits.deploy.measure.figures import EnginePair
 from upvits.deploy.precision.half import HALVES
@@ -45,7 +46,6 @@ from upvits.deploy.stages.documents import (
     TunedAccuracy,
 )
 from upvits.deploy.stages.engines import Engines, engine_of, runs_here
-from upvits.deploy.stages.job import MODELS
 from upvits.deploy.stages.precision import graph_name, left_out, read_precisions
 from upvits.deploy.stages.steadiness import unsteady
 from upvits.deploy.store.artifacts import Artifact, package_versions

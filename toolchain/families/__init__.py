@@ -16,6 +16,7 @@ from upvits.calib_data.errors import UserError
 from upvits.toolchain.families import pvt_v2, vit
 from upvits.toolchain.structure.groups import ChannelGroup, Widths, narrowed_shapes
 from upvits.toolchain.structure.layers import resize_leaf
+from upvits.toolchain.structure.meta import on_meta
 from upvits.toolchain.structure.segments import Segment
 
 
@@ -112,7 +113,7 @@ def narrow(model: nn.Module, widths: Widths) -> nn.Module:
     groups = family.groups(model)
     shapes = narrowed_shapes({name: tensor.shape for name, tensor in model.state_dict().items()}, groups, widths)
     result = skeleton(model)
-    with torch.device("meta"):
+    with on_meta():
         sizes = {group.name: group.size for group in groups} | widths.channels
         for group in groups:
             if group.kind == "qk":

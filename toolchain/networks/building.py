@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import timm
-import torch
 from torch import nn
 
 from upvits.calib_data.errors import UserError
@@ -13,6 +12,7 @@ from upvits.toolchain.families import groups_of, narrow
 from upvits.toolchain.networks.config_document import ModelConfig, WidthEntries, arguments_of, family_name
 from upvits.toolchain.networks.settle import Size, fitting_channels
 from upvits.toolchain.structure.groups import Widths
+from upvits.toolchain.structure.meta import on_meta
 from upvits.toolchain.structure.timm_config import config_of, update_config
 
 
@@ -59,7 +59,7 @@ def hollow(config: ModelConfig) -> nn.Module:
         UserError: timm cannot build it.
     """
     arguments = arguments_of(config)
-    with torch.device("meta"):
+    with on_meta():
         model = build(config.architecture, **arguments)
         try:
             if config.upvits is not None:

@@ -104,11 +104,11 @@ def _natural(name: str) -> list[int | str]:
 def count_all() -> dict[str, int]:
     """Parameters of every architecture that can be pruned, by name, from building each without memory."""
     import timm
-    import torch
 
     from upvits.toolchain.structure.macs import count_params
+    from upvits.toolchain.structure.meta import on_meta
 
-    with torch.device("meta"):
+    with on_meta():
         return {one.name: count_params(timm.create_model(one.name)) for one in architectures()}
 
 

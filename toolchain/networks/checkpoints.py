@@ -33,6 +33,7 @@ from upvits.toolchain.networks.settle import (
 )
 from upvits.toolchain.networks.weight_files import State, Weights, as_fp32, read_weights, some
 from upvits.toolchain.structure.layers import adopt_parameters
+from upvits.toolchain.structure.meta import on_meta
 from upvits.toolchain.structure.timm_config import update_config
 
 _LOGGER = logging.getLogger(__name__)
@@ -132,10 +133,10 @@ def candidates(architecture: str, weights: Weights, said: Said, wanted: Wanted) 
         UserError: nothing tells the size of the images, or arguments contradict each other.
     """
     told = {} if said.architecture is None else said_arguments(architecture, said)
-    with torch.device("meta"):
+    with on_meta():
         probe = build(architecture, **{**told, **wanted.model_args})
     found = list(readings(weights.states, probe))
-    with torch.device("meta"):
+    with on_meta():
         return [_candidate(architecture, reading, weights.path, said, wanted, told) for reading in found]
 
 
@@ -154,7 +155,7 @@ def _candidate(
 
 def _at_other_size(architecture: str, chosen: Candidate, state: State, size: Size) -> tuple[nn.Module, State]:
     """The network for images of another size, its position embedding resampled (bicubic, as timm does)."""
-    with torch.device("meta"):
+    with on_meta():
         model = build(architecture, num_classes=chosen.reading.num_classes, image_size=size, **chosen.arguments)
     return model, resample_position_embedding(state, chosen.model, model)
 

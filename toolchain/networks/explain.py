@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
-import torch
 
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.networks.building import build
@@ -15,6 +14,7 @@ from upvits.toolchain.networks.catalogue import Architecture, architectures
 from upvits.toolchain.networks.layouts import State
 from upvits.toolchain.networks.readings import Fit, Reading, fitted, readings
 from upvits.toolchain.networks.weight_files import Weights, lora, some
+from upvits.toolchain.structure.meta import on_meta
 
 _LOOKS = (
     (r"(^|\.)(bbox_head|rpn_head|roi_head|mask_head|rpn|detr|class_embed|bbox_embed)\.", "a detector"),
@@ -58,7 +58,7 @@ def nearest(reading: Reading, most: int = 3) -> list[tuple[str, Fit]]:
     found = []
     for one in alike:
         try:
-            with torch.device("meta"):
+            with on_meta():
                 model = build(one.name, num_classes=reading.num_classes)
         except UserError:
             continue
@@ -168,7 +168,7 @@ def doubtful_activation(architecture: str, path: Path) -> UserError:
 def first_reading(weights: Weights) -> Reading | None:
     """A reading of weights without a name of an architecture, by either family; None where no layout is known."""
     for name in ("pvt_v2_b0", "vit_tiny_patch16_224"):
-        with torch.device("meta"):
+        with on_meta():
             model = build(name)
         for reading in readings(weights.states, model):
             stages = any(part.startswith("stages.") for part in reading.state)

@@ -48,6 +48,7 @@ from upvits.toolchain.networks.transformers_writing import preprocessor_config, 
 from upvits.toolchain.networks.weight_files import as_fp32, read_weights
 from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.layers import adopt_parameters
+from upvits.toolchain.structure.meta import on_meta
 from upvits.toolchain.structure.timm_config import architecture_of, config_of, update_config
 
 FORMAT = 1
@@ -89,7 +90,7 @@ def create_model(
     architecture, weights = asked_weights(name, weights)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     wanted = Wanted(num_classes, size, checked_arguments(architecture, model_args or {}), dict(preprocess or {}))
-    with torch.device("meta"):
+    with on_meta():
         family_of(build(architecture))  # refuses what cannot be pruned before it fills memory
     if weights in ("demo", "random", "timm"):
         model = _create_known(architecture, weights, wanted)
@@ -171,7 +172,7 @@ def _check_folder(model: nn.Module, architecture: str, weights: str, wanted: Wan
 
 def _check_same_kind(model: nn.Module, architecture: str, weights: str) -> None:
     """A folder of transformers names no architecture of timm: family, widths and depths have to be the same."""
-    with torch.device("meta"):
+    with on_meta():
         named = build(architecture)
     family = family_of(model)
     if family is not family_of(named) or _dimensions(model) != _dimensions(named):
@@ -229,7 +230,7 @@ def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> 
     """
     family = family_of(model)
     uniform = family.uniform_args(model)
-    with torch.device("meta"):
+    with on_meta():
         stock = build(architecture_of(model))
         usual = family.variant_args(stock)
     unusual = {name: value for name, value in family.variant_args(model).items() if value != usual.get(name)}

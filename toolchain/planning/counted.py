@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from upvits.toolchain.families import family_of, groups_of, narrow, skeleton
 from upvits.toolchain.networks.depth import shorten
 from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.structure.groups import ChannelGroup, Widths
+from upvits.toolchain.structure.macs import flop_counter
 
 _NETWORKS = 10  # more than the terms of any part, so that the fit can be seen to be one
 _WIDEST = 16  # widths (per head) that are counted go up to this, at least
@@ -124,7 +124,7 @@ def _random_widths(groups: Sequence[ChannelGroup], generator: np.random.Generato
 
 def _macs_by_module(network: nn.Module, shape: tuple[int, int, int]) -> Callable[[str], float]:
     network.eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with flop_counter() as counter, torch.inference_mode():
         network(torch.empty(1, *shape, device="meta"))
     flops = counter.get_flop_counts()
     top = type(network).__name__

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -25,9 +28,16 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         24576
     """
     meta = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with flop_counter() as counter, torch.inference_mode():
         meta(torch.empty(1, *input_size, device="meta"))
     return int(counter.get_total_flops()) // 2
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, silent. It is imported here: it brings in Triton's compiler, which takes a third of a second."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
 
 
 def count_params(model: nn.Module) -> int:

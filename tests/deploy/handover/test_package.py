@@ -24,7 +24,8 @@ from upvits import toolchain
 from upvits.calib_data import Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.surgery import add_uint8_input
-from upvits.deploy.handover.package import PACKAGE, SUMS, package
+from upvits.deploy.handover.document import PACKAGE
+from upvits.deploy.handover.package import SUMS, package
 from upvits.deploy.handover.texts import _render
 from upvits.deploy.predict.predictions import predict
 from upvits.deploy.runtimes import BuildOptions, runtime_named
