@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
+from upvits.calib_data.depth import Depth, depth_fitting
 from upvits.calib_data.documents import read_regular
 
 EXTENSIONS = frozenset((
@@ -118,13 +119,17 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, depth: Depth = Depth()) -> Image.Image:  # noqa: B008  # frozen
     """RGB with the EXIF orientation applied. Transparency is dropped, as timm and torchvision do.
 
-    Pictures of more than 179 million pixels come at reduced size. Those of more than 8 bits are scaled by the smallest
-    of 1 (floating point), 8, 12 and 16 bits that their values fit into.
+    Pictures of more than 179 million pixels come at reduced size. Those of more than 8 bits are scaled by the range of
+    their set, where `depth` has one, else by the smallest of 1 (real numbers), 8, 12 and 16 bits that they fit into.
+
+    Raises:
+        ValueError: the values are of no known range, or beyond that of the set. Pillow has other errors for damaged
+            pictures, all among `DECODING_ERRORS`.
     """
-    image = _in_eight_bits(ImageOps.exif_transpose(_sized(image)))
+    image = _in_eight_bits(ImageOps.exif_transpose(_sized(image)), depth)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image.convert("RGB")
@@ -162,38 +167,41 @@ def _bytes_of_pixel(image: Image.Image) -> int:
     return 4 if image.mode in ("I", "F") else 2 if image.mode.startswith("I;16") else max(1, len(image.getbands()))
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 12 or 16 bits, which Pillow would clip at 255, scaled by its range; others as they are.
-
-    Raises:
-        ValueError: its values are of no known range.
-    """
-    if not image.mode.startswith("I") and image.mode != "F":
+def _in_eight_bits(image: Image.Image, depth: Depth) -> Image.Image:
+    """A picture of 12 or 16 bits, which Pillow would clip at 255, scaled by its range; others as they are."""
+    own = _depth_of(image)
+    if own == Depth():
         return image
+    full = (depth.real if own.real else depth.whole) or own.real or own.whole
+    if full < max(own.whole, own.real):
+        raise ValueError(f"values up to {np.asarray(image).max()}, in a set whose other pictures go up to {full}")
+    return Image.fromarray((np.asarray(image).astype(np.float64) * 255 / full + 1e-6).astype(np.uint8))
+
+
+def _depth_of(image: Image.Image) -> Depth:
+    if not image.mode.startswith("I") and image.mode != "F":
+        return Depth()
     values = np.asarray(image)
-    low, high = values.min(), values.max()
-    ranges = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
-    full = next((top for top in ranges if low >= 0 and high <= top), None)
-    if full is None:
-        raise ValueError(f"values from {low} to {high}")
-    return Image.fromarray((values.astype(np.float64) * 255 / full + 1e-6).astype(np.uint8))
+    return depth_fitting(values.min().item(), values.max().item(), real=image.mode == "F")
 
 
-def load_rgb(file: Path | bytes) -> Image.Image:
+def load_rgb(file: Path | bytes, depth: Depth = Depth()) -> Image.Image:  # noqa: B008  # frozen
     """The picture in a file, or in the bytes of one. Raises one of `DECODING_ERRORS`, or like `open_image`."""
     with open_image(file) as image:
-        return to_rgb(image)
+        return to_rgb(image, depth)
 
 
-def is_readable(data: bytes) -> bool:
-    """Whether the whole picture decodes; JPEGs at an eighth of their size, which still reads all of their data."""
+def depth_in(data: bytes) -> Depth | None:
+    """The range that a picture needs, nothing for 8 bits; None where it cannot be read.
+
+    The whole picture is decoded, JPEGs at an eighth of their size, which still reads all of their data.
+    """
     try:
         with open_image(data) as image:
             image.draft("RGB", (1, 1))
-            _in_eight_bits(_sized(image))
-        return True
+            return _depth_of(_sized(image))
     except DECODING_ERRORS:
-        return False
+        return None
 
 
 def advice_on_formats(names: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ from PIL import Image
 from upvits.calib_data.classes import natural_order
 from upvits.calib_data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns, label_text
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import open_image, to_rgb
+from upvits.calib_data.decoding import DECODING_ERRORS, depth_in, load_rgb, read_picture
+from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
@@ -21,6 +22,9 @@ from upvits.calib_data.printable import printable
 
 _SAFE = 4
 """Since this version the package runs no program that lies in a data set."""
+
+_LOOKED_AT = 512
+"""Pictures of a split that are decoded to find the range of their values."""
 
 
 def open_hfds(spec: str, name: str, columns: Columns = Columns()) -> DataSource:  # noqa: B008  # frozen
@@ -62,12 +66,14 @@ def open_hfds(spec: str, name: str, columns: Columns = Columns()) -> DataSource:
         val = splits[split]
         break
     names, labels, by_name = _labels(train, val, label, spec)
+    parts = [_encoded(part, image) for part in (train, val) if part is not None]
+    depth, checked = _depth(parts, image)
     if val is None:
         order = [str(index) for index in range(len(train))]
         at_train, at_val = split_by_hash(list(range(len(train))), labels[0], order)
-        chosen = [_images(train, image, labels[0], at) for at in (at_train, at_val)]
+        chosen = [_images(parts[0], image, labels[0], at, depth) for at in (at_train, at_val)]
     else:
-        chosen = [_images(part, image, of, range(len(part))) for part, of in zip((train, val), labels, strict=True)]
+        chosen = [_images(part, image, of, range(len(part)), depth) for part, of in zip(parts, labels, strict=True)]
     return DataSource(
         spec=spec,
         class_names=names,
@@ -75,7 +81,7 @@ def open_hfds(spec: str, name: str, columns: Columns = Columns()) -> DataSource:
         val=chosen[1],
         digest=published_digest(name, *chosen),
         numbered_by_name=by_name,
-        notes=tuple(notes),
+        notes=(*notes, *depth_notes(depth, checked)),
     )
 
 
@@ -168,15 +174,31 @@ def _number(value: object, spec: str) -> int:
     return value
 
 
-def _images(split: Any, column: str, labels: Sequence[int], at: Sequence[int]) -> Images:
+def _encoded(split: Any, column: str) -> Any:
+    """The split with its pictures as files: our own decoding reads known formats only."""
     import datasets
 
-    encoded = split.cast_column(column, datasets.Image(decode=False))  # ours reads known formats only
+    return split.cast_column(column, datasets.Image(decode=False))
 
+
+def _file(split: Any, column: str, index: int) -> bytes:
+    """The content of a picture file."""
+    found = split[index][column]
+    return found["bytes"] if found["bytes"] is not None else read_picture(Path(found["path"]))
+
+
+def _depth(parts: Sequence[Any], column: str) -> tuple[Depth, int]:
+    """The range of pictures with more than 8 bits, and how many pictures were looked at: some of every split."""
+    depths = [depth_in(_file(p, column, at)) for p in parts for at in range(0, len(p), max(1, len(p) // _LOOKED_AT))]
+    return deepest(depth for depth in depths if depth is not None), len(depths)
+
+
+def _images(split: Any, column: str, labels: Sequence[int], at: Sequence[int], depth: Depth) -> Images:
     def read(index: int) -> Image.Image:
-        content = encoded[at[index]][column]
-        with open_image(content["bytes"] if content["bytes"] is not None else Path(content["path"])) as image:
-            return to_rgb(image)
+        try:
+            return load_rgb(_file(split, column, at[index]), depth)
+        except DECODING_ERRORS as error:
+            raise UserError(f"Cannot read image {at[index]} of the data set: {error}.", fix="Repair it.") from None
 
     return Images([labels[index] for index in at], read)
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from upvits.calib_data.classes import natural_order
 from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import DECODING_ERRORS, advice_on_formats, is_readable, load_rgb, read_picture
+from upvits.calib_data.decoding import DECODING_ERRORS, advice_on_formats, depth_in, load_rgb, read_picture
+from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 
@@ -63,7 +64,7 @@ def open_files(spec: str, root: Path, splits: Splits, known: Collection[str], *,
     """
     train, val = splits.train, splits.val
     files = [*train, *val]
-    unreadable, hashes = _check(files, quiet=quiet)
+    unreadable, hashes, depth = _check(files, quiet=quiet)
     skipped = tuple(str(file.path) for file in unreadable)
     refuse_many_unreadable(skipped, len(files), root)
     bad = set(unreadable)
@@ -79,22 +80,22 @@ def open_files(spec: str, root: Path, splits: Splits, known: Collection[str], *,
     return DataSource(
         spec=spec,
         class_names=class_names,
-        train=_images(train, label_of),
-        val=_images(val, label_of),
-        digest=_digest(train, val, root, hashes),
+        train=_images(train, label_of, depth),
+        val=_images(val, label_of, depth),
+        digest=_digest(train, val, root, hashes, depth),
         skipped=skipped,
         numbered_by_name=not splits.numbered,
-        notes=splits.notes,
+        notes=(*splits.notes, *depth_notes(depth, len(hashes))),
     )
 
 
-def _images(files: list[File], label_of: dict[str, int]) -> Images:
+def _images(files: list[File], label_of: dict[str, int], depth: Depth) -> Images:
     paths = [file.path for file in files]
     labels = [UNLABELLED if file.class_name is None else label_of[file.class_name] for file in files]
 
     def read(index: int) -> Image.Image:
         try:
-            return load_rgb(paths[index])
+            return load_rgb(paths[index], depth)
         except DECODING_ERRORS as error:
             raise UserError(
                 f"Cannot read the image {paths[index]}: {error}.",
@@ -138,23 +139,26 @@ def shortened(names: Collection[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check(files: list[File], *, quiet: bool) -> tuple[list[File], dict[Path, str]]:
-    """Decodes and hashes the files (an even sample of very many). Returns the unreadable ones and hashes by path."""
+def _check(files: list[File], *, quiet: bool) -> tuple[list[File], dict[Path, str], Depth]:
+    """Decodes and hashes the files (an even sample of very many). Returns the unreadable ones, hashes by path, and the
+    range of those with more than 8 bits."""
     step = max(1, -(-len(files) // FULL_CHECK_LIMIT))
 
-    def inspect(file: File) -> str | None:
+    def inspect(file: File) -> tuple[str, Depth] | None:
         try:
             data = read_picture(file.path)
         except UserError:  # a pipe, a device, a dead link
             return None
-        return hashlib.sha256(data).hexdigest() if is_readable(data) else None
+        depth = depth_in(data)
+        return None if depth is None else (hashlib.sha256(data).hexdigest(), depth)
 
     sample = files[::step]
     # Pillow decodes outside the interpreter lock, so threads do.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        hashes = list(watched(pool.map(inspect, sample), "checking images", quiet=quiet, total=len(sample)))
-    unreadable = [file for file, value in zip(sample, hashes, strict=True) if value is None]
-    return unreadable, {file.path: value for file, value in zip(sample, hashes, strict=True) if value is not None}
+        found = list(watched(pool.map(inspect, sample), "checking images", quiet=quiet, total=len(sample)))
+    unreadable = [file for file, seen in zip(sample, found, strict=True) if seen is None]
+    hashes = {file.path: seen[0] for file, seen in zip(sample, found, strict=True) if seen is not None}
+    return unreadable, hashes, deepest(seen[1] for seen in found if seen is not None)
 
 
 def refuse_many_unreadable(skipped: Sequence[str], total: int, root: Path) -> None:
@@ -203,9 +207,9 @@ def _relative(file: File, root: Path) -> str:
     return file.path.relative_to(root).as_posix()
 
 
-def _digest(train: list[File], val: list[File], root: Path, hashes: dict[Path, str]) -> str:
-    """sha256 over split, relative path, class, size and (where it was read) content of every file."""
-    digest = hashlib.sha256()
+def _digest(train: list[File], val: list[File], root: Path, hashes: dict[Path, str], depth: Depth) -> str:
+    """sha256 over split, relative path, class, size and (where it was read) content of every file, and the range."""
+    digest = hashlib.sha256(b"" if depth == Depth() else repr(depth).encode())
     for split, files in (("train", train), ("val", val)):
         for file in files:
             size = file.path.stat().st_size

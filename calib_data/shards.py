@@ -19,7 +19,8 @@ from pydantic import BaseModel, RootModel
 from upvits.calib_data.classes import natural_order
 from upvits.calib_data.columns import is_number, label_text, only_label
 from upvits.calib_data.datasets import MAX_CLASSES, UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, LARGEST_PICTURE, is_readable, load_rgb
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, LARGEST_PICTURE, depth_in, load_rgb
+from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.documents import parse_document, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
@@ -108,7 +109,7 @@ def open_shards(
     if val and tests and all(s.label is None for s in val) and any(s.label is not None for s in train):
         notes = (f"{len(val)} images in {val_shards[0].name} have no labels and were left out.",)
         val, val_shards = [], []
-    unreadable = _unreadable([*train, *val], quiet=quiet)
+    unreadable, depth, checked = _check([*train, *val], quiet=quiet)
     skipped = tuple(str(sample) for sample in unreadable)
     refuse_many_unreadable(skipped, len(train) + len(val), root)
     bad = set(unreadable)
@@ -121,19 +122,19 @@ def open_shards(
     return DataSource(
         spec=spec,
         class_names=names,
-        train=_images(train, names, by_name=by_name),
-        val=_images(val, names, by_name=by_name),
-        digest=_digest(root, train_shards, val_shards, image_key, label_column),
+        train=_images(train, names, depth, by_name=by_name),
+        val=_images(val, names, depth, by_name=by_name),
+        digest=_digest(root, train_shards, val_shards, image_key, label_column, depth),
         skipped=skipped,
         numbered_by_name=by_name and info.class_names is None,
-        notes=notes,
+        notes=(*notes, *depth_notes(depth, checked)),
     )
 
 
-def _images(samples: list[_Sample], names: tuple[str, ...] | None, *, by_name: bool) -> Images:
+def _images(samples: list[_Sample], names: tuple[str, ...] | None, depth: Depth, *, by_name: bool) -> Images:
     def read(index: int) -> Image.Image:
         try:
-            return load_rgb(samples[index].read())
+            return load_rgb(samples[index].read(), depth)
         except DECODING_ERRORS as error:
             raise UserError(f"Cannot read the image {samples[index]}: {error}.", fix="Repair the shard.") from None
 
@@ -257,11 +258,12 @@ def _json_label(content: bytes, name: str, label_column: str | None) -> str:
     return _bounded(label_text(entries[key], f"{name}: {key}"))
 
 
-def _unreadable(samples: list[_Sample], *, quiet: bool) -> list[_Sample]:
-    step = max(1, -(-len(samples) // FULL_CHECK_LIMIT))
-    return [
-        sample for sample in watched(samples[::step], "checking images", quiet=quiet) if not is_readable(sample.read())
-    ]
+def _check(samples: list[_Sample], *, quiet: bool) -> tuple[list[_Sample], Depth, int]:
+    """The unreadable ones, the range of those with more than 8 bits, and how many were looked at."""
+    sample = samples[:: max(1, -(-len(samples) // FULL_CHECK_LIMIT))]
+    depths = [depth_in(one.read()) for one in watched(sample, "checking images", quiet=quiet)]
+    unreadable = [one for one, depth in zip(sample, depths, strict=True) if depth is None]
+    return unreadable, deepest(depth for depth in depths if depth is not None), len(sample)
 
 
 def _class_names(info: _Info, samples: list[_Sample], root: Path) -> tuple[tuple[str, ...] | None, bool]:
@@ -297,9 +299,12 @@ def _class_names(info: _Info, samples: list[_Sample], root: Path) -> tuple[tuple
     return names, False
 
 
-def _digest(root: Path, train: list[Path], val: list[Path], *read: str | None) -> str:
-    """sha256 over split, relative path and content of each shard, and what is read of samples where that was said."""
-    digest = hashlib.sha256(repr(read).encode() if any(read) else b"")
+def _digest(
+    root: Path, train: list[Path], val: list[Path], image_key: str | None, label_column: str | None, depth: Depth
+) -> str:
+    """sha256 over split, relative path and content of each shard, and how samples are read where that is not usual."""
+    asked = repr((image_key, label_column)) if image_key or label_column else ""
+    digest = hashlib.sha256((asked + ("" if depth == Depth() else repr(depth))).encode())
     for split, shards in (("train", train), ("val", val)):
         for shard in shards:
             digest.update(f"{split}\0{os.path.relpath(shard, root)}\0{shard.stat().st_size}\n".encode())

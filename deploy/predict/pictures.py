@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, load_rgb
+from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, depth_in, load_rgb, read_picture
+from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.printable import printable
+
+_LOGGER = logging.getLogger(__name__)
+
+_LOOKED_AT = 512
+"""Pictures that are decoded to find the range of their values."""
 
 
 def pictures_in(paths: Sequence[Path]) -> list[Path]:
@@ -40,10 +48,22 @@ def _below(folder: Path) -> list[Path]:
     return files
 
 
-def read(path: Path) -> Image.Image | str:
+def common_depth(paths: Sequence[Path]) -> Depth:
+    """The range of those with more than 8 bits, found on some of them: two pictures of a set have one scale."""
+    found = []
+    for path in paths[:: max(1, len(paths) // _LOOKED_AT)]:
+        with suppress(UserError):
+            found.append(depth_in(read_picture(path)))
+    depth = deepest(one for one in found if one is not None)
+    for note in depth_notes(depth, len(found)):
+        _LOGGER.info(note)
+    return depth
+
+
+def read(path: Path, depth: Depth) -> Image.Image | str:
     """The picture in a file as RGB, or why it cannot be read."""
     try:
-        return load_rgb(path)
+        return load_rgb(path, depth)
     except UserError as error:
         return printable(" ".join(part for part in (error.what, error.why) if part), 200)
     except UnidentifiedImageError:

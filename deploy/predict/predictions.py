@@ -18,7 +18,7 @@ from upvits.calib_data.loading import Transform
 from upvits.calib_data.progress import watched
 from upvits.deploy.measure.answers import best_classes, thumbnail
 from upvits.deploy.predict.networks import Logits, Network, open_networks
-from upvits.deploy.predict.pictures import pictures_in, read
+from upvits.deploy.predict.pictures import common_depth, pictures_in, read
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -114,8 +114,9 @@ def predict(
     unread: list[Unread] = []
     with open_networks(source, runtime=runtime, precision=precision, class_map=class_map) as networks:
         transforms = [network.preprocess.eval_transform() for network in networks]
+        depth = common_depth(paths)
         for path in watched(paths, "predicting", quiet=quiet):
-            image = read(path)
+            image = read(path, depth)
             if isinstance(image, str):
                 unread.append(Unread(path=str(path), why=image))
                 _LOGGER.warning("%s cannot be read: %s", path, image)

@@ -73,6 +73,20 @@ def test_labels_as_text_and_as_plain_numbers(tmp_path: Path) -> None:
     assert Counter(source.train.labels + source.val.labels) == {0: 10, 1: 10, 2: 10}
 
 
+def test_pictures_of_more_than_eight_bits_have_one_range(tmp_path: Path) -> None:
+    """Five dark ones are in the training split alone, and the bright one is in the other."""
+    made = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (4000, 4000, 4000, 4000, 50_000, 65_535)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    splits = [
+        datasets.Dataset.from_dict({"image": part, "label": [0, 1] * (len(part) // 2)}, features=features)
+        for part in (made[:4], made[4:])
+    ]
+    source = open_data(saved(tmp_path, train=splits[0], test=splits[1]))
+    assert [np.asarray(image)[0, 0].tolist() for image, _ in source.train] == [[15] * 3] * 4
+    assert np.asarray(source.val[1][0])[0, 0].tolist() == [255] * 3
+    assert "65535" in source.notes[0]
+
+
 def test_versions_that_run_programs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
     with pytest.raises(MissingDependencyError, match=r"newer package datasets than 3\.6\.0"):

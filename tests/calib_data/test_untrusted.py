@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from upvits.calib_data import Images, open_data
-from upvits.calib_data.decoding import is_readable, load_rgb
+from upvits.calib_data.decoding import depth_in, load_rgb
 from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
@@ -61,7 +61,7 @@ def test_known_formats_are_read_whatever_their_name_says(kind: str, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "JPEG2000", "PDF"])
 def test_other_formats_are_no_pictures(kind: str) -> None:
-    assert not is_readable(encoded(kind))
+    assert depth_in(encoded(kind)) is None
 
 
 @pytest.mark.parametrize("what", ["pipe", "device", "loop", "dangling", "folder"])
