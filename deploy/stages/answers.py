@@ -10,10 +10,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from upvits.calib_data.documents import parse_document, read_regular
+from upvits.deploy.choices import MODELS
 from upvits.deploy.measure.answers import Array, best_classes, counts_by_class, thumbnail, worth_showing
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.report.answers import MOST_CLASSES, Answer, Answers, ClassFigures, Epoch, Sample
-from upvits.deploy.stages.job import MODELS, validation_images
+from upvits.deploy.stages.job import validation_images
 from upvits.deploy.store.artifacts import Artifact
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.structure.timm_config import num_classes_of
