@@ -228,6 +228,7 @@ def _strip(calls: Calls, end: float) -> Strip:
     )
     last = columns[-1].x + width
     before = last > 80
+    first = columns[0].x if columns[0].x > 2 * LEFT else RIGHT  # over the thin end: before it stands the strip's label
     return Strip(
         calls.label,
         calls.model,
@@ -236,7 +237,7 @@ def _strip(calls: Calls, end: float) -> Strip:
         place(_percentile(calls.quantiles, 25), 0, end),
         place(_percentile(calls.quantiles, 75), 0, end),
         place(calls.median, 0, end),
-        columns[0].x if before else last,
+        first if before else last,
         before,
     )
 

@@ -22,10 +22,10 @@ from upvits.deploy.report.views.curves import Curve, learning_curves
 from upvits.deploy.report.views.results import measured
 from upvits.deploy.report.views.section import Section
 from upvits.deploy.report.views.summary import shortcomings, subject, tiles
-from upvits.deploy.report.views.terms import explained, terms_in, terms_of
+from upvits.deploy.report.views.terms import LABELLED, explained, terms_in, terms_of
 from upvits.deploy.report.views.text import sections
 
-_FIRST = ("classes", "learning")
+_FIRST = ("classes", "learning", "detection")
 """Sections that stand open, after the chart and the pictures."""
 
 _CHAPTERS = (
@@ -35,7 +35,7 @@ _CHAPTERS = (
     ("What was really built", ("built",)),
     ("Why is it not faster?", ("findings",)),
     ("Widths", ("widths", "compensation")),
-    ("Detection", ("detection",)),
+    ("Detectors: latency, engines, classes", ("detection-latency", "detection-engines", "detection-classes")),
     ("Time per layer", ("layers",)),
     ("Checks and files", ("parity", "engines", "throughput", "gpu")),
     ("How and where", ("environment", "measurement", "reproduce", "stages", "notes")),
@@ -200,6 +200,6 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.globals.update(row_groups=row_groups, legend=legend, terms_of=terms_of)
+    environment.globals.update(row_groups=row_groups, legend=legend, terms_of=terms_of, labelled=LABELLED)
     environment.filters.update(breakable=breakable, explained=explained)
     return environment

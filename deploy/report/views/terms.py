@@ -45,6 +45,9 @@ TERMS = {
     "top-1": "The share of images whose right class is the network's first answer.",
 }  # fmt: skip
 
+LABELLED = ("result", "compensation", "detection")
+"""Sections whose first column names figures, not things of a network."""
+
 _BY_SPELLING = {spelling: term for term in TERMS for spelling in (term, term[0].upper() + term[1:])}
 _PATTERN = re.compile(
     r"(?<![\w-])(?:" + "|".join(re.escape(term) for term in sorted(_BY_SPELLING, key=len, reverse=True)) + r")(?![\w-])"
@@ -63,7 +66,7 @@ def terms_of(sections: Iterable[Section]) -> list[tuple[str, str]]:
     """Those of titles, headings, labels of rows and remarks of sections, but for words that stand everywhere."""
     texts: list[str] = []
     for section in sections:
-        labels = (row[0].text for row in section.rows) if section.key in ("result", "compensation") else ()
+        labels = (row[0].text for row in section.rows) if section.key in LABELLED else ()
         texts += (section.title, *section.header, *labels, *section.remarks)
     return [(term, meaning) for term, meaning in terms_in(*texts) if term not in _PLAIN]
 

@@ -13,6 +13,8 @@ from upvits.deploy.report.verdict import verdict
 from upvits.deploy.report.views import html
 from upvits.deploy.report.views.summary import shortcomings, tiles
 
+Bounds = tuple[float, float]
+
 
 def report_of(dense: float, pruned: float, **paired: int) -> Report:
     document = sample_document()
@@ -35,6 +37,22 @@ def test_the_interval_of_a_change_is_that_of_matched_pairs() -> None:
         (100 * (change - spread), 100 * (change + spread))
     )
     assert change_interval(lost=0, won=0, images=1000)[0] < 0 < change_interval(lost=0, won=0, images=1000)[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "right", "lost", "won", "dense", "pruned", "change"),
+    [  # counts of two real reports and one more; bounds by bisection of Wilson's inequality, and from four cells in exact fractions
+        (1200, 1187, 6, 1, (98.155, 99.366), (97.641, 99.049), (-0.877, 0.045)),
+        (341, 90, 4, 2, (21.996, 31.315), (21.450, 30.702), (-2.094, 0.927)),
+        (341, 332, 12, 8, (95.061, 98.605), (93.588, 97.759), (-3.782, 1.449)),
+    ],
+)
+def test_intervals_are_those_that_were_worked_out_by_another_way(
+    images: int, right: int, lost: int, won: int, dense: Bounds, pruned: Bounds, change: Bounds
+) -> None:
+    assert share_interval(100 * right / images, images) == pytest.approx(dense, abs=0.002)
+    assert share_interval(100 * (right - lost + won) / images, images) == pytest.approx(pruned, abs=0.002)
+    assert change_interval(lost, won, images) == pytest.approx(change, abs=0.002)
 
 
 def test_a_change_within_chance_is_no_gain() -> None:
