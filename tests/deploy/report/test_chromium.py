@@ -268,6 +268,39 @@ def test_everything_can_be_read_without_scripts(opened: Callable[..., Any]) -> N
     assert without.locator("tr").count() == with_scripts.locator("tr").count() > 150
 
 
+def test_pictures_are_drawn_and_tables_fold_out_without_scripts(opened: Callable[..., Any]) -> None:
+    page = opened(java_script_enabled=False)
+    assert page.locator(".samples img").count() == 3
+    assert [image.bounding_box()["width"] for image in page.locator(".samples img").all()] == [112, 112, 112]
+    table = page.locator("table[data-section='result']")
+    assert table.is_hidden()
+    page.get_by_role("heading", name="Dense against pruned").click()
+    assert table.is_visible()
+    words = page.locator("details.terms").first
+    words.get_by_text("What the words mean").click()
+    assert words.get_by_text("The share of images whose right class").is_visible()
+
+
+def test_pictures_decode_in_the_browser(opened: Callable[..., Any]) -> None:
+    sizes = opened().locator(".samples img").evaluate_all("all => all.map((image) => image.naturalWidth)")
+    assert sizes == [64, 64, 64]
+
+
+def test_paper_shows_what_is_folded_without_scripts(opened: Callable[..., Any]) -> None:
+    page = opened(width=PAPER, java_script_enabled=False)
+    page.emulate_media(media="print")
+    assert page.locator("table[data-section='result']").is_visible()
+    assert page.locator("summary:visible").count() == page.locator(".fold > summary").count()
+
+
+def test_values_stand_on_hover(opened: Callable[..., Any]) -> None:
+    page = unfold(opened())
+    told = page.locator("svg[role=img] g > title").all_text_contents()
+    assert any("dense openvino fp32: 98.92 % (95 % interval " in text and "80 % of calls" in text for text in told)
+    assert any(text == "epoch 3: 98.00 %" for text in told)
+    assert any("int8 pruned: median" in text for text in told)
+
+
 def test_the_keyboard_reaches_the_skip_link_first_and_scrolling_boxes(opened: Callable[..., Any]) -> None:
     page = opened(width=PHONE)
     page.keyboard.press("Tab")

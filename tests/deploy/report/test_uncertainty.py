@@ -41,7 +41,9 @@ def test_the_interval_of_a_change_is_that_of_matched_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("images", "right", "lost", "won", "dense", "pruned", "change"),
-    [  # counts of two real reports and one more; bounds by bisection of Wilson's inequality, and from four cells in exact fractions
+    # counts of two real reports and one more; bounds by bisection of Wilson's inequality, and from four cells in exact
+    # fractions
+    [
         (1200, 1187, 6, 1, (98.155, 99.366), (97.641, 99.049), (-0.877, 0.045)),
         (341, 90, 4, 2, (21.996, 31.315), (21.450, 30.702), (-2.094, 0.927)),
         (341, 332, 12, 8, (95.061, 98.605), (93.588, 97.759), (-3.782, 1.449)),
