@@ -58,6 +58,9 @@ class Family(Protocol):
     def uniform_args(self, model: nn.Module) -> dict[str, Any] | None:
         """timm arguments for the widths of `model`, or None when stock timm cannot build them."""
 
+    def wide_args(self, model: nn.Module) -> dict[str, Any]:
+        """timm arguments of a network from which `model` can be cut, whatever its widths."""
+
 
 FAMILIES: dict[str, Family] = {"vit": vit, "pvt_v2": pvt_v2}
 

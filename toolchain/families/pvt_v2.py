@@ -300,3 +300,17 @@ def uniform_args(model: nn.Module) -> dict[str, Any] | None:
         num_heads.append(heads)
         mlp_ratios.append(mlp_ratio(hidden, dim))
     return {"embed_dims": dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios}
+
+
+def wide_args(model: nn.Module) -> dict[str, Any]:
+    """In every stage as many heads and as wide as its largest block."""
+    pvt: Any = model
+    dims, num_heads, mlp_ratios = [], [], []
+    for stage, width in zip(pvt.stages, _embed_dims(pvt), strict=True):
+        heads = max(block.attn.num_heads for block in stage.blocks)
+        widest = max(max(block.attn.q.out_features, block.attn.proj.in_features) for block in stage.blocks)
+        dim = -(-max(width, widest) // heads) * heads
+        dims.append(dim)
+        num_heads.append(heads)
+        mlp_ratios.append(mlp_ratio(max(block.mlp.fc1.out_features for block in stage.blocks), dim))
+    return {"embed_dims": dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios}

@@ -308,3 +308,14 @@ def uniform_args(model: nn.Module) -> dict[str, Any] | None:
     if num_heads * head_dim != vit.embed_dim:
         return None
     return {"embed_dim": vit.embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio(hidden, vit.embed_dim)}
+
+
+def wide_args(model: nn.Module) -> dict[str, Any]:
+    """As many heads and as wide as the largest block."""
+    vit: Any = model
+    heads = max(block.attn.num_heads for block in vit.blocks)
+    v = max(block.attn.proj.in_features for block in vit.blocks)
+    qk = max((block.attn.qkv.out_features - block.attn.proj.in_features) // 2 for block in vit.blocks)
+    dim = -(-max(vit.embed_dim, qk, v) // heads) * heads
+    hidden = max(block.mlp.fc1.out_features for block in vit.blocks)
+    return {"embed_dim": dim, "num_heads": heads, "mlp_ratio": mlp_ratio(hidden, dim)}

@@ -26,6 +26,7 @@ from upvits.toolchain.networks.settle import (
     assumed,
     other_sizes,
     pooling,
+    positioned_prefix,
     prepare,
     said_arguments,
     size_of_weights,
@@ -168,9 +169,8 @@ def resample_position_embedding(state: State, old: nn.Module, new: nn.Module) ->
     grids = [list(embedding.grid_size) for embedding in embeddings]
     if grids[0] == grids[1]:
         return state
-    prefix = 0 if getattr(old, "no_embed_class", False) else int(getattr(old, "num_prefix_tokens", 1))
     position: Tensor = resample_abs_pos_embed(
-        state["pos_embed"], new_size=grids[1], old_size=grids[0], num_prefix_tokens=prefix
+        state["pos_embed"], new_size=grids[1], old_size=grids[0], num_prefix_tokens=positioned_prefix(old)
     )
     return {**state, "pos_embed": position}
 

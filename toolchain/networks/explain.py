@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
+from torch import nn
 
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.networks.building import build
 from upvits.toolchain.networks.catalogue import Architecture, architectures
 from upvits.toolchain.networks.layouts import State
 from upvits.toolchain.networks.readings import Fit, Reading, fitted, readings
+from upvits.toolchain.networks.settle import positioned_prefix, without_position
 from upvits.toolchain.networks.weight_files import Weights, lora, some
 from upvits.toolchain.structure.meta import on_meta
 
@@ -62,7 +65,8 @@ def nearest(reading: Reading, most: int = 3) -> list[tuple[str, Fit]]:
                 model = build(one.name, num_classes=reading.num_classes)
         except UserError:
             continue
-        found.append((one.name, _without_sizes(fitted(reading, model))))
+        fit = fitted(reading, model)
+        found.append((one.name, without_position(fit) if _is_square(state, model) else fit))
     found.sort(key=lambda pair: (_faults(pair[1]), not timm.is_model_pretrained(pair[0]), len(pair[0])))
     return found[:most]
 
@@ -81,10 +85,11 @@ def _same_size(one: Architecture, state: State) -> bool:
     return one.depth == depths and one.embed_dim[0] == len(patch)
 
 
-def _without_sizes(fit: Fit) -> Fit:
-    """The fit at any size of the images."""
-    shapes = tuple(shape for shape in fit.shapes if not shape.startswith("pos_embed "))
-    return Fit(fit.state, fit.left_out, fit.missing, fit.unknown, shapes)
+def _is_square(state: State, model: nn.Module) -> bool:
+    """Whether the position embedding, if any, is for a square, with the first tokens of this network."""
+    position = state.get("pos_embed")
+    patches = 0 if position is None or position.ndim != 3 else position.shape[1] - positioned_prefix(model)
+    return patches >= 0 and math.isqrt(patches) ** 2 == patches
 
 
 def _faults(fit: Fit) -> int:

@@ -234,12 +234,22 @@ def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> 
         stock = build(architecture_of(model))
         usual = family.variant_args(stock)
     unusual = {name: value for name, value in family.variant_args(model).items() if value != usual.get(name)}
-    config = _config(model, {**family.constructor_args(model), **unusual, **(model_args or {}), **(uniform or {})})
+    args = {**family.constructor_args(model), **unusual, **(model_args or {}), **(uniform or {})}
+    if uniform is None and not _holds(architecture_of(model), args, model):
+        args |= family.wide_args(model)
+    config = _config(model, args)
     if _norm_eps(model) != _norm_eps(stock) and len(_norm_eps(model)) == 1:
         (config["norm_eps"],) = _norm_eps(model)
     if uniform is None:
         config["upvits"] = {"format": FORMAT, "widths": asdict(widths_of(groups_of(model)))}
     return config
+
+
+def _holds(architecture: str, args: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a network of timm is in every group at least as wide as this one, so that this one can be cut from it."""
+    with on_meta():
+        sizes = {group.name: group.size for group in groups_of(build(architecture, **args))}
+    return all(group.size <= sizes.get(group.name, 0) for group in groups_of(model))
 
 
 def _norm_eps(model: nn.Module) -> set[float]:

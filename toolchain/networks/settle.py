@@ -10,7 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from upvits.calib_data.documents import parse_document
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.networks.config_document import ARGUMENTS, PreprocessEntries, family_name
 from upvits.toolchain.networks.layouts import State
-from upvits.toolchain.networks.readings import Reading
+from upvits.toolchain.networks.readings import Fit, Reading, fitted
 from upvits.toolchain.networks.said import Said
 from upvits.toolchain.structure.timm_config import config_of, update_config
 
@@ -194,8 +194,7 @@ def size_of_weights(
     position, patch = reading.state.get("pos_embed"), reading.state.get("patch_embed.proj.weight")
     if position is None or patch is None or position.ndim != 3:
         return _size_without_position(name, said, said_size, wanted, path)
-    prefix = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 1))
-    patches, height, width = position.shape[1] - prefix, *patch_size(reading, model)
+    patches, height, width = position.shape[1] - positioned_prefix(model), *patch_size(reading, model)
     guesses = [(said_size, "the checkpoint's arguments"), (wanted.image_size, OPTIONS)]
     for size, source in guesses:
         if size is not None and (size[0] // height) * (size[1] // width) == patches:
@@ -204,13 +203,25 @@ def size_of_weights(
     if side and side * side == patches:
         return (side * height, side * width), SQUARE
     own: Size = tuple(config_of(model)["input_size"][-2:])
-    if (own[0] // height) * (own[1] // width) == patches or patches <= 0:
+    fits_own = (own[0] // height) * (own[1] // width) == patches
+    if fits_own or patches <= 0 or not without_position(fitted(reading, model)).exact:
         return own, "timm's configuration"
     raise UserError(
         f"The position embedding of {path} has {patches} patches, which is no square.",
         why="Height and width of the images that it was trained on cannot be told from it.",
         fix=f"Give them: `image_size=(H, W)`, with H / {height} times W / {width} = {patches}.",
     )
+
+
+def positioned_prefix(model: nn.Module) -> int:
+    """How many tokens before the patches have a position of their own."""
+    return 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 1))
+
+
+def without_position(fit: Fit) -> Fit:
+    """The fit at any size of the images."""
+    shapes = tuple(shape for shape in fit.shapes if not shape.startswith("pos_embed "))
+    return replace(fit, shapes=shapes)
 
 
 def patch_size(reading: Reading, model: nn.Module) -> Size:

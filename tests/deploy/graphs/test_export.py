@@ -16,13 +16,16 @@ from torch import nn
 import upvits.deploy.graphs.export
 import upvits.deploy.graphs.files
 from tests.deploy.conftest import Exported, export_small, preprocess_for, small_model
+from upvits import toolchain
 from upvits.calib_data.errors import BuildError, UserError
-from upvits.deploy.graphs.export import export_onnx
+from upvits.deploy.graphs.export import export, export_onnx
 from upvits.deploy.graphs.files import load_model
+from upvits.deploy.graphs.metadata import labels_in, preprocess_in, takes_pixels
 from upvits.deploy.graphs.surgery import ffn_to_channels_first
 from upvits.deploy.measure.parity import check_parity, model_outputs, session_outputs
 from upvits.deploy.runtimes import open_onnx
 from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
+from upvits.toolchain.structure.timm_config import update_config
 
 
 @pytest.mark.parametrize("name", ["vit", "pvt"])
@@ -238,3 +241,14 @@ def test_rewrite_leaves_what_differs_alone(change: dict[str, Any]) -> None:
     count, untouched = rewrite(model)
     assert count == 0
     assert [node.op_type for node in untouched.graph.node] == [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_is_written_beside_the_graph_is_read_back(tmp_path: Path, raw: bool) -> None:
+    model = toolchain.create_model("pvt_v2_b0", weights="random", num_classes=3, image_size=64)
+    update_config(model, mean=(0.1, 0.2, 0.3), crop_pct=0.8, interpolation="bilinear", label_names=("a", "b", "c é"))
+    export(model, tmp_path / "m.onnx", uint8_input=raw)
+    read = onnx.load(tmp_path / "m.onnx")
+    assert preprocess_in(read, "m.onnx") == toolchain.preprocess_of(model)
+    assert labels_in(read, "m.onnx") == ("a", "b", "c é")
+    assert takes_pixels(read) == raw

@@ -17,8 +17,10 @@ from torch import nn
 from tests.toolchain.networks.tiny import ARGS, PVT, SIZE, VIT, built, outputs
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.families import groups_of, narrow
 from upvits.toolchain.networks.edited import as_timm_builds
 from upvits.toolchain.networks.models import label_names_of
+from upvits.toolchain.structure.groups import Widths
 
 HEADS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "linear": (lambda: nn.Linear(32, 7), 7),
@@ -152,3 +154,24 @@ def test_they_can_be_pruned(tmp_path: Path, name: str) -> None:
 def test_what_is_no_network_of_ours_stays_as_it_is() -> None:
     layer = nn.Linear(2, 2)
     assert as_timm_builds(layer) is layer
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 256, "num_heads": 8, "depth": 2}, SIZE),
+        (PVT, {"embed_dims": (64, 128, 160, 256), "depths": (2, 1, 1, 1)}, 64),
+    ],
+)
+def test_uneven_widths_of_networks_wider_than_their_names_say(
+    tmp_path: Path, name: str, args: dict[str, Any], size: int
+) -> None:
+    model = toolchain.create_model(name, weights="random", num_classes=5, image_size=size, model_args=args)
+    groups = groups_of(model)
+    sizes = {group.name: group.size for group in groups if group.kind == "ffn"}
+    attention = next(group for group in groups if group.kind == "attention")
+    uneven = {**sizes, next(iter(sizes)): 40, attention.name: attention.size - attention.num_heads}
+    cut = narrow(model, Widths(uneven, {})).to_empty(device="cpu")
+    for parameter in cut.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    round_trip(cut.eval(), tmp_path / "m", size)
