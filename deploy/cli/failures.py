@@ -30,6 +30,8 @@ _OF_THE_SYSTEM = (
     errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT,
     errno.EFBIG, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
+_NO_UTF8 = ("surrogates not allowed", "is not valid UTF-8", "as a unicode string")
+"""What Python, safetensors and pydantic say of such a name."""
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment", "bad_alloc",
               "could not create a primitive")  # fmt: skip
 _ADDRESS_SPACE = 8_000_000_000  # bytes; with 4 GB, a build ended in a segmentation fault inside a library
@@ -119,9 +121,7 @@ def _of_the_machine(error: Exception) -> UserError | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
         return UserError("Links lead in a circle.", why=f"{error}.", fix="Give another path.")
-    said = any(
-        words in str(error) for words in ("surrogates not allowed", "is not valid UTF-8")
-    )  # the latter: safetensors
+    said = any(words in str(error) for words in _NO_UTF8)
     if said or any("\ud800" <= letter <= "\udfff" for letter in str(error)):
         # Python's stand-ins for bytes that are no UTF-8: some libraries take no such path
         return UserError(

@@ -17,7 +17,7 @@ from upvits.calib_data.documents import read_regular
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 from upvits.calib_data.paths import path_inside
-from upvits.deploy.graphs.nodes import copied
+from upvits.deploy.graphs.nodes import circle_of, copied
 from upvits.deploy.store.artifacts import atomic_write, whole_file
 from upvits.deploy.store.disk import disk_full_error, is_disk_full, unwritable_error
 
@@ -38,6 +38,9 @@ def load_model(path: Path) -> ModelProto:
     model = _parse(path)
     if not model.graph.node or not model.opset_import:
         raise UserError(f"{path} is not an ONNX model", why="It holds no graph.", fix=_AGAIN)
+    if circle := circle_of(model):
+        why = f"These tensors need each other before they can be computed: {', '.join(map(repr, circle[:6]))}."
+        raise UserError(f"{path} is damaged", why=why, fix=_AGAIN)
     _check_shapes(path, model)
     for tensor in _tensors(model):
         claimed = _claimed_bytes(path, tensor)

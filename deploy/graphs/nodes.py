@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 _MOST_ROUNDS = 1_000_000
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -54,9 +55,7 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
     while waiting:
         node = waiting.pop()
         yield node
-        waiting += [
-            inner for attribute in node.attribute for graph in (attribute.g, *attribute.graphs) for inner in graph.node
-        ]
+        waiting += [inner for graph in _graphs_in(node) for inner in graph.node]
 
 
 def endless_loops(model: ModelProto) -> tuple[str, ...]:
@@ -69,6 +68,29 @@ def endless_loops(model: ModelProto) -> tuple[str, ...]:
             small.add(node.output[0])
     loops = (node for node in all_nodes(model) if node.op_type == "Loop")
     return tuple(node.name or node.output[0] for node in loops if not node.input or node.input[0] not in small)
+
+
+def circle_of(model: ModelProto) -> tuple[str, ...]:
+    """Names of tensors that need each other before they can be computed; empty where there are none."""
+    inner = (graph for node in all_nodes(model) for graph in _graphs_in(node))
+    for part in (model.graph, *model.functions, *inner):
+        needs = {name: _read_by(node) for node in part.node for name in node.output if name}
+        try:
+            TopologicalSorter(needs).prepare()
+        except CycleError as error:
+            return tuple(error.args[1])
+    return ()
+
+
+def _read_by(node: NodeProto) -> set[str]:
+    """Names that a node reads, by itself and within its branches or its body."""
+    within = (name for graph in _graphs_in(node) for inner in graph.node for name in _read_by(inner))
+    return {*node.input, *within} - {""}
+
+
+def _graphs_in(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:  # one without a graph gives an empty graph
+        yield from (attribute.g, *attribute.graphs)
 
 
 def _is_small(tensor: TensorProto) -> bool:

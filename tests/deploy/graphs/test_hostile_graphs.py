@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from benchmarks.robustness.graphs import endless, model_of, node, references, structures, value
 from upvits.calib_data.errors import UserError
 from upvits.deploy.graphs.files import load_model
-from upvits.deploy.graphs.nodes import endless_loops
+from upvits.deploy.graphs.nodes import circle_of, endless_loops
 from upvits.deploy.measure.inputs import inputs_of
 from upvits.deploy.runtimes import onnxruntime_session
 from upvits.deploy.runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -55,6 +55,18 @@ def test_loops_are_told_by_their_rounds() -> None:
     within = helper.make_graph(onnx.load_model_from_string(ENDLESS).graph.node, "g", [], [value("y", None)])
     assert endless_loops(model_of([node("If", "x", "z", then_branch=within)])) == ("y",)
     assert endless_loops(model_of()) == ()
+
+
+def test_tensors_that_need_each_other_are_refused(tmp_path: Path) -> None:
+    circle = [node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "a", "y")]
+    branch = helper.make_graph([node("Relu", "y", "inner")], "branch", [], [value("inner", None)])
+    for nodes in (circle, [node("Add", "x y", "y")], [node("If", "x", "y", then_branch=branch)]):
+        path = tmp_path / "model.onnx"
+        path.write_bytes(model_of(nodes).SerializeToString())
+        with pytest.raises(UserError, match="need each other"):
+            load_model(path)
+    unsorted = [node("Relu", "a", "y"), node("Relu", "x", "a")]
+    assert circle_of(model_of(unsorted)) == circle_of(model_of()) == ()
 
 
 def test_openvino_takes_no_loop_that_it_cannot_stop() -> None:
