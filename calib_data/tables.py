@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated
 
 from pydantic import FailFast, RootModel
@@ -20,6 +21,8 @@ from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
 from upvits.calib_data.labelled import File, Splits, open_files
 from upvits.calib_data.paths import relative_path
 from upvits.calib_data.printable import printable
+
+_LOGGER = logging.getLogger(__name__)
 
 _LARGEST = 1 << 29
 """Bytes of a table."""
@@ -43,8 +46,8 @@ class _Lines(RootModel[Annotated[list[dict[str, object]], FailFast()]]):
 def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[str] = (), quiet: bool) -> DataSource:
     """Opens a table of files and labels, or a folder with one for training and perhaps one for validation.
 
-    Paths are relative to the folder of the table, or to the one folder in it where the files lie. Labels are names, or
-    numbers from 0 on. A column `split` divides the rows.
+    Paths are relative to the folder of the table, or to the one folder in it where the files lie; absolute ones are
+    below it, or were on another machine. Labels are names, or numbers from 0 on. A column `split` divides the rows.
 
     Args:
         known: names of the network's classes or of a class map, see `open_files`.
@@ -133,12 +136,13 @@ def _text(value: object, path: Path) -> str:
 def _places(texts: list[str], path: Path) -> list[Path]:
     """The files of the rows, below the table's folder; the first row shows in which folder and with which ending."""
     folder = path.parent
-    inside = [text.removeprefix(f"{folder.absolute()}/").replace("\\", "/") for text in texts]
     try:
-        names = [relative_path(name) for name in inside]
+        names = [relative_path(name) for name in _from_folder(texts, path)]
     except ValueError as error:
         raise UserError(
-            f"{path} names a file that is not below {folder}.", why=f"{error}.", fix="Give paths from there."
+            f"{path} names a file that is not below {folder}.",
+            why=f"{error}.",
+            fix="Give paths from there, or put the table into the folder above all of its files.",
         ) from error
     bases = [folder, *sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))]
     for base in bases:
@@ -156,6 +160,38 @@ def _places(texts: list[str], path: Path) -> list[Path]:
         f"The files of {path} are not there, for example {names[0]}.",
         why=f"Looked in {folder} and the folders in it.",
         fix="Give paths from the folder of the table.",
+    )
+
+
+def _from_folder(texts: Sequence[str], path: Path) -> list[str]:
+    """Paths as they are seen from the table's folder. What absolute ones share is left out where it is that folder, or
+    where it belongs to another machine and what follows it lies below the folder.
+
+    Raises:
+        UserError: absolute paths name files that are elsewhere on this machine.
+    """
+    folder = path.parent.absolute()
+    plain = [text.replace("\\", "/") for text in texts]
+    if not all(text.startswith("/") or PureWindowsPath(text).drive for text in plain):
+        return plain
+    shared = PurePosixPath(os.path.commonpath([text.rpartition("/")[0] or "/" for text in plain]))
+    if shared.is_relative_to(folder):
+        return [text.removeprefix(f"{folder}/") for text in plain]
+    if os.path.lexists(plain[0]):
+        raise UserError(
+            f"{path} names files below {shared}, for example {plain[0]}.",
+            why="Files are read from the folder of the table alone, since a table may come from somebody else.",
+            fix=f"Copy the table into {shared}, and give that copy: its paths may stay as they are.",
+        )
+    for start in (*reversed(shared.parents), shared):  # the longest path that is here
+        found = [text[len(f"{start}".rstrip("/")) + 1 :] for text in plain]
+        if os.path.isfile(folder / found[0]):
+            _LOGGER.info("%s: paths begin with %s, and are looked for in %s.", path, start, folder)
+            return found
+    raise UserError(
+        f"{path} names files that are not on this machine, for example {plain[0]}.",
+        why=f"No end of this path is a file below {folder}.",
+        fix="Put the table into the folder of its pictures.",
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -114,10 +115,46 @@ def test_tables_in_a_folder_and_columns_by_name(tmp_path: Path) -> None:
     assert bare.class_names is None
 
 
+def absolute(place: str) -> str:
+    return "file,label\n" + "".join(f"{place}/{file},{label}\n" for file, label in ROWS)
+
+
+def test_absolute_paths_below_the_table(tmp_path: Path) -> None:
+    source = open_data(f"csv:{table(tmp_path, 't.csv', absolute(str(tmp_path)))}")
+    assert counts(source) == ({0: 4, 1: 4}, {0: 1, 1: 1})
+
+
+def test_the_advice_about_files_elsewhere_works(tmp_path: Path) -> None:
+    """The pictures are where the table says, and the table is not."""
+    table(tmp_path / "data", "t.csv", "")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "t.csv").write_text(absolute(str(tmp_path / "data")))
+    with pytest.raises(UserError, match=f"names files below {tmp_path}/data/pictures") as caught:
+        open_data(f"csv:{tmp_path / 'home' / 't.csv'}")
+    assert f"Copy the table into {tmp_path}/data/pictures" in caught.value.fix
+    shutil.copy(tmp_path / "home" / "t.csv", tmp_path / "data" / "pictures")
+    copied = open_data(f"csv:{tmp_path / 'data' / 'pictures' / 't.csv'}")
+    assert counts(copied) == ({0: 4, 1: 4}, {0: 1, 1: 1})
+    assert np.asarray(copied.val[0][0]).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("start", ["/kaggle/input/pets", "C:\\\\Users\\\\me\\\\pets", "/"])
+def test_absolute_paths_of_another_machine(tmp_path: Path, start: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    content = absolute(start.replace("\\\\", "\\").rstrip("/"))
+    source = open_data(f"csv:{table(tmp_path, 't.csv', content)}")
+    assert counts(source) == ({0: 4, 1: 4}, {0: 1, 1: 1})
+    assert "paths begin with" in caplog.text
+    with pytest.raises(UserError, match="not on this machine"):
+        open_data(f"csv:{table(tmp_path, 't.csv', content.replace('.png', '.gif'))}")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("file,label\n/etc/passwd,a\n", "not below"),
+        ("file,label\n/etc/passwd,a\n", "files below /etc"),
+        ("file,label\n/etc/passwd,a\n../x.png,b\n", "not below"),
+        ("file,label\n/x/pictures/cat/0.png,a\n/x/pictures/../../x.png,b\n", "not below"),
         ("file,label\n../x.png,a\n", "not below"),
         ("file,label\npictures/cat/0.png,a\npictures/cat/99.png,b\n", "1 of 2 files"),
         ("file,label\nnowhere.png,a\n", "not there"),
