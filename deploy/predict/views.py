@@ -11,11 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from upvits.calib_data.documents import read_regular
-from upvits.calib_data.errors import UserError
 from upvits.calib_data.printable import printable
 from upvits.deploy.predict.predictions import PicturePredictions, Predictions
 from upvits.deploy.report.views.page import render
+from upvits.deploy.report.views.place import check_page_place
 from upvits.deploy.store.artifacts import atomic_write
 
 _MADE_BY = '<meta name="generator" content="upvits-deploy predictions">'
@@ -90,23 +89,5 @@ def predictions_html(predictions: Predictions) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place where a page would overwrite something else.
-
-    Raises:
-        UserError: it is no `.html` file, its folder does not exist, or this file exists and is no page of predictions.
-    """
-    if path.suffix != ".html":
-        raise UserError(f"{path} is no place for a page.", why="It is written in HTML.", fix="End its name in .html.")
-    if not path.parent.is_dir():
-        raise UserError(f"There is no folder {path.parent}.", fix="Make it first, or choose another --output.")
-    if path.exists() or path.is_symlink():
-        try:
-            ours = _MADE_BY.encode() in read_regular(path, fix="", largest=1 << 30)
-        except UserError:
-            ours = False
-        if not ours:
-            raise UserError(
-                f"{path} exists and is no page of predictions.",
-                why="Writing it would overwrite something of yours.",
-                fix="Choose another --output, or move this file away.",
-            )
+    """Refuse a place where the page would overwrite something else; raises like `check_page_place`."""
+    check_page_place(path, _MADE_BY, "page of predictions")

@@ -9,13 +9,14 @@ from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from upvits.calib_data.documents import read_document, read_regular
+from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
 from upvits.deploy.report.document import REPORT
 from upvits.deploy.report.runs import RunChoice, RunComparison, RunLine, drawn
 from upvits.deploy.report.views.charts import Scatter, pareto, scatter
 from upvits.deploy.report.views.details import stage_of
 from upvits.deploy.report.views.page import render
+from upvits.deploy.report.views.place import check_page_place, not_ours
 from upvits.deploy.report.views.section import (
     Cell,
     Row,
@@ -34,6 +35,7 @@ from upvits.deploy.store.artifacts import MANIFEST, atomic_write
 from upvits.deploy.store.run_dir import RECIPE
 
 _MADE_BY = '<meta name="generator" content="upvits-deploy comparison">'
+_WHAT = "comparison of runs"
 
 
 def save_comparison(path: Path, document: RunComparison) -> None:
@@ -51,13 +53,9 @@ def check_place(path: Path) -> None:
     """Refuse a place where a comparison would overwrite something else.
 
     Raises:
-        UserError: it is no `.html` file, its folder does not exist or belongs to a run, or this file (or the one
-            beside it with the suffix `.json`) exists and is no comparison.
+        UserError: it lies in a run; see `check_page_place`; or the file beside it with the suffix `.json` exists and is
+            no comparison.
     """
-    if path.suffix != ".html":
-        raise UserError(f"{path} cannot hold a comparison.", why="It is a page in HTML.", fix="End its name in .html.")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}.", fix="Make it first, or choose another --output.")
     run = next((f for f in path.absolute().resolve().parents if _is_run(f)), None)
     if run is not None:
         raise UserError(
@@ -65,28 +63,18 @@ def check_place(path: Path) -> None:
             why="A comparison in a run's folder could overwrite the report of that run.",
             fix="Choose an --output outside of runs.",
         )
-    for file in (path, path.with_suffix(".json")):
-        if (file.exists() or file.is_symlink()) and not _is_comparison(file):
-            raise UserError(
-                f"{file} exists and is no comparison of runs.",
-                why="A comparison is a page and a JSON file beside it; writing it would overwrite something of yours.",
-                fix="Choose another --output, or move this file away.",
-            )
+    check_page_place(path, _MADE_BY, _WHAT)
+    document = path.with_suffix(".json")
+    if document.exists() or document.is_symlink():
+        try:
+            read_document(document, RunComparison, fix="")
+        except UserError:
+            raise not_ours(document, _WHAT) from None
 
 
 def _is_run(folder: Path) -> bool:
     """A recipe alone does not make a run: people also keep recipes in other folders."""
     return (folder / RECIPE).is_file() and any(any(folder.glob(name)) for name in (REPORT, "*/" + MANIFEST))
-
-
-def _is_comparison(file: Path) -> bool:
-    try:
-        if file.suffix == ".html":
-            return _MADE_BY.encode() in read_regular(file, fix="")
-        read_document(file, RunComparison, fix="")
-    except UserError:
-        return False
-    return True
 
 
 def comparison_sections(document: RunComparison) -> list[Section]:

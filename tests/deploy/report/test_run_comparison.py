@@ -213,7 +213,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("folder.html", "folder.html exists and is no comparison"),
         ("dangling.html", "dangling.html exists and is no comparison"),
         ("all.json", "cannot hold a comparison"),
-        ("new/all.html", "there is no folder"),
+        ("new/all.html", "There is no folder"),
     ],
 )
 def test_a_comparison_overwrites_nothing_else(
