@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.predict.sample_predictions import sample_predictions
 from tests.deploy.report.sample_report import sample_report
 from tests.deploy.report.test_run_comparison import three_runs
+from upvits.deploy.predict.views import save_page
 from upvits.deploy.report.runs import compare_runs
 from upvits.deploy.report.views import save_report
 from upvits.deploy.report.views.runs import save_comparison
@@ -26,7 +28,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PAGES = ("report.html", "comparison.html")
+PAGES = ("report.html", "comparison.html", "predictions.html")
 PHONE, DESKTOP, PAPER = 390, 1280, 700
 
 
@@ -46,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("run")
     save_report(made, sample_report())
     save_comparison(made / "comparison.html", compare_runs(three_runs()))
+    save_page(made / "predictions.html", sample_predictions())
     return made
 
 
