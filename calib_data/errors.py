@@ -51,3 +51,9 @@ class TargetError(UserError):
     """A requested target (latency, size) was not met (exit code 6)."""
 
     exit_code = 6
+
+
+class LostProcessError(UserError):
+    """One of several processes ended before its work was done (exit code 75, EX_TEMPFAIL: try again)."""
+
+    exit_code = 75

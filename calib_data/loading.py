@@ -91,21 +91,21 @@ def raw_pixels(images: Tensor, preprocess: Preprocess) -> np.ndarray[Any, np.dty
 
 
 class _Prepared(Dataset[tuple[Tensor, int]]):
-    """Transformed pictures. With a `stream`, each one's random changes depend on (stream, index) alone."""
+    """Transformed pictures. With a `seed`, each one's random changes depend on (seed, index) alone."""
 
-    def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Transform, stream: int | None) -> None:
-        self._images, self._transform, self._stream = images, transform, stream
+    def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Transform, seed: int | None) -> None:
+        self._images, self._transform, self._seed = images, transform, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self._images[index]
-        if self._stream is None:
+        if self._seed is None:
             return self._transform(image), label
         # timm's transforms draw from Python's and torch's global generators: seed both, and put them back.
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
-            seed = random.Random(f"{self._stream}/{index}").getrandbits(63)
-            random.seed(seed)
-            torch.default_generator.manual_seed(seed)
+            own = stream(self._seed, index)
+            random.seed(own)
+            torch.default_generator.manual_seed(own)
             tensor = self._transform(image)
         random.setstate(state)
         return tensor, label
@@ -120,24 +120,53 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+    skip: int = 0,
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Batches (images [B, 3, H, W] float32, labels [B] int64).
 
     For evaluation all pictures in order. With `train`, random crops and flips in a random order, without the last
     incomplete batch (unless it is the only one); the same (seed, epoch) gives the same batches whatever the number of
     workers, so that a continued run sees what the uninterrupted one would have seen.
+
+    Args:
+        dataset: the pictures.
+        preprocess: how they are prepared.
+        batch_size: pictures of a batch, over all processes.
+        train: whether they are trained on.
+        seed: decides order and changes, with `epoch`.
+        epoch: its number.
+        workers: processes that read.
+        share: (rank, processes) of the process that asks. Of every training batch it gets its part, B / processes
+            pictures; of the evaluation's batches, every so-many-th.
+        skip: so many training batches were seen already.
     """
-    generator = torch.Generator().manual_seed(_stream(seed, epoch))
-    order = torch.randperm(len(dataset), generator=generator).tolist() if train else list(range(len(dataset)))
+    generator = torch.Generator().manual_seed(stream(seed, epoch))
+    if train:
+        order, batch_size = _share_of_epoch(
+            torch.randperm(len(dataset), generator=generator).tolist(), batch_size, share, skip
+        )
+    else:
+        rank, processes = share
+        starts = range(rank * batch_size, len(dataset), processes * batch_size)
+        order = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
     transform = preprocess.train_transform() if train else preprocess.eval_transform()
     return DataLoader(
-        _Prepared(dataset, transform, _stream(seed, epoch) if train else None),
+        _Prepared(dataset, transform, stream(seed, epoch) if train else None),
         batch_size=batch_size,
         sampler=order,
-        drop_last=train and len(dataset) >= batch_size,
         num_workers=workers,
         generator=generator,  # otherwise the loader takes a number from the global generator
     )
+
+
+def _share_of_epoch(order: list[int], batch_size: int, share: tuple[int, int], skip: int) -> tuple[list[int], int]:
+    """One process's pictures of the whole batches of an epoch, in order, and how many of them make a step."""
+    rank, processes = share
+    batch_size = min(batch_size, len(order))
+    part = batch_size // processes
+    starts = range(skip * batch_size, len(order) - batch_size + 1, batch_size) if part else ()
+    return [i for start in starts for i in order[start + rank * part : start + (rank + 1) * part]], max(part, 1)
 
 
 def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> Tensor:
@@ -153,7 +182,7 @@ def proxy_set(source: DataSource, num_images: int, seed: int) -> Images:
     Classes take turns, so that their numbers differ by one at most as long as each has enough pictures
     (the proxy set of UP-ViTs, arXiv 2111.15127: random training images, evenly over the classes).
     """
-    generator = torch.Generator().manual_seed(_stream(seed, 0))
+    generator = torch.Generator().manual_seed(stream(seed, 0))
     turns: dict[int, int] = {}
     ranked: list[tuple[int, int]] = []
     for position, index in enumerate(torch.randperm(len(source.train), generator=generator).tolist()):
@@ -166,6 +195,6 @@ def proxy_set(source: DataSource, num_images: int, seed: int) -> Images:
     return Images([source.train.labels[index] for index in chosen], lambda i: source.train[chosen[i]][0])
 
 
-def _stream(seed: int, epoch: int) -> int:
-    """One number for the pair; consecutive seeds and epochs don't meet."""
-    return random.Random(f"{seed}/{epoch}").getrandbits(63)
+def stream(seed: int, number: int) -> int:
+    """A seed for one epoch, batch or other part of what is drawn; those of consecutive seeds and numbers don't meet."""
+    return random.Random(f"{seed}/{number}").getrandbits(63)

@@ -23,6 +23,7 @@ from upvits.deploy.stages.precision import convert_graphs
 from upvits.deploy.stages.prune import choose_plan, compensation_images, prune
 from upvits.deploy.stages.score import score, scores_of
 from upvits.deploy.stages.summary import Artifacts, summarise
+from upvits.deploy.stages.together import together
 from upvits.deploy.store.disk import disk_errors
 from upvits.deploy.store.run_dir import open_run
 
@@ -113,7 +114,7 @@ def preview(recipe: Recipe, *, quiet: bool = True) -> tuple[toolchain.PruningPla
     if job.first_plan is not None:
         return job.first_plan, None
     images = compensation_images(job) if job.recipe.plan.planner != "uniform" else None
-    return choose_plan(job, scores_of(job), images)
+    return choose_plan(job, together(job, scores_of), images)
 
 
 def run_stages(job: Job, until: str) -> Artifacts:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from upvits.detection.decode import Levels
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.scores.divergence import half_sums
-from upvits.toolchain.scores.fisher import DRAWS, mask_fisher
+from upvits.toolchain.scores.fisher import DRAWS, drawn_from, mask_fisher
 from upvits.toolchain.scores.masks import masked
 from upvits.toolchain.scores.measure import check_finite, images_digest
 from upvits.toolchain.scores.stability import stability_of
@@ -120,7 +121,6 @@ def score_detector(
     net, maps = detector.get_submodule("backbone.net"), Maps(detector).eval()
     groups, convs = groups_of(net), conv_groups(detector)
     sizes = {group.name: group.size for group in groups} | {group.name: group.size for group in convs}
-    generator = torch.Generator().manual_seed(seed)
     halves = {name: torch.zeros(2, size, dtype=torch.float64) for name, size in sizes.items()}
 
     @contextmanager
@@ -129,12 +129,15 @@ def score_detector(
         with masked(net, groups, of_backbone), _masked_channels(detector, convs, masks):
             yield
 
-    number = 0
-    batches = torch.split(images, batch_size)
-    for scores in mask_fisher(maps, sizes, masked_by, batches, lambda out: maps.probes(out, generator), quiet):
+    batches = shared().mine(torch.split(images, batch_size))
+
+    def probes(outputs: Tensor, number: int) -> Iterator[Tensor]:
+        return maps.probes(outputs, drawn_from(seed, number))
+
+    for number, scores in mask_fisher(maps, sizes, masked_by, batches, probes, quiet):
         for name, per_image in scores.items():
-            halves[name] += half_sums(per_image, number).cpu()
-        number += len(next(iter(scores.values())))
+            halves[name] += half_sums(per_image, number * batch_size).cpu()
+    shared().sum(*halves.values())
     means = {name: sums.sum(dim=0) / len(images) for name, sums in halves.items()}
     check_finite(means)
     in_backbone = {group.name for group in groups}

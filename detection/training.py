@@ -20,7 +20,7 @@ from upvits.detection import openmm
 from upvits.detection.coco import CocoData
 from upvits.detection.configs import Config, Schedule, training
 from upvits.detection.detector import load_detector, read_weights
-from upvits.toolchain.training.crew import ALONE, Crew
+from upvits.toolchain.processes.crew import crew
 
 Losses = dict[str, float]
 
@@ -53,10 +53,9 @@ def train_detector(
     teacher: Path | None = None,
     distill_weight: float = 1.0,
     start: Path | None = None,
-    crew: Crew = ALONE,
     quiet: bool = True,
 ) -> Trained:
-    """Train a detector, or go on where a training in the same folder was stopped.
+    """Train a detector, or go on where a training in the same folder was stopped. All processes of the crew train.
 
     Args:
         model: its configuration (`detection.configs`).
@@ -68,25 +67,38 @@ def train_detector(
         teacher: folder of a detector whose pyramid's features are imitated too.
         distill_weight: of that imitation.
         start: folder of a detector of the same structure whose weights it starts from.
-        crew: processes that train on a share each; others than the leader call `train_along`.
         quiet: no progress bar.
 
     Raises:
         MissingDependencyError: mmdet is not installed.
         UserError: an option names no key of the configuration, or a value that nothing can be built from.
     """
-    last, options = openmm.last_checkpoint(work_dir), dict(options or {})
-    if last is not None:
+    options = dict(options or {})
+    if openmm.last_checkpoint(work_dir) is not None:
         options.pop("load_from", None)  # was for the first epoch
-    if crew.is_leader:
-        _check_options(options, model)
-        _require_same_crew(work_dir, crew.size)
-        crew.tell({
-            "model": model, "data": data, "schedule": schedule, "work_dir": work_dir, "seed": seed, "options": options,
-            "teacher": teacher, "distill_weight": distill_weight, "start": start,
-        })  # fmt: skip
+    _check_options(options, model)
+    _require_same_crew(work_dir, crew().size)
+    return crew().together(
+        _train, model, data, schedule, work_dir, seed, options, teacher, distill_weight, start, quiet
+    )
+
+
+def _train(
+    model: Config,
+    data: CocoData,
+    schedule: Schedule,
+    work_dir: Path,
+    seed: int,
+    options: Mapping[str, Any],
+    teacher: Path | None,
+    distill_weight: float,
+    start: Path | None,
+    quiet: bool,
+) -> Trained:
+    """One of the processes of a training."""
+    last, quiet = openmm.last_checkpoint(work_dir), quiet or not crew().is_leader
     values = training(model, data, schedule, work_dir=str(work_dir), seed=seed, gpu=torch.cuda.is_available(),
-                      processes=crew.size)  # fmt: skip
+                      processes=crew().size)  # fmt: skip
     if last is not None:
         values |= {"resume": True, "load_from": str(last.path)}
     config = openmm.config_of(values, options)
@@ -104,9 +116,9 @@ def train_detector(
             )
             if step + 1 == steps:
                 history[epoch + 1] = {name: sum(values) / len(values) for name, values in sums[epoch + 1].items()}
-                if crew.is_leader:
+                if crew().is_leader:
                     (work_dir / _HISTORY).write_text(json.dumps(history))
-                    (work_dir / _PROCESSES).write_text(str(crew.size))
+                    (work_dir / _PROCESSES).write_text(str(crew().size))
 
         try:
             runner = openmm.make_runner(config, [openmm.progress_hook(advance)])
@@ -122,7 +134,6 @@ def train_detector(
                 f"mmengine cannot build what `options=` asks for: {str(error).strip().splitlines()[-1]}",
                 fix=f"Check {', '.join(options)}.",
             ) from error
-    crew.finish()
     return Trained(openmm.trained_model(runner), config.model.to_dict(), history)
 
 
@@ -165,12 +176,6 @@ def _history_until(work_dir: Path, last: int) -> dict[int, Losses]:
         history = read_document(work_dir / _HISTORY, dict[Count, dict[Name, Number]], fix="")
         return {epoch: losses for epoch, losses in history.items() if epoch <= last}
     return {}
-
-
-def train_along(crew: Crew) -> None:
-    """Take part in every training of the leader, until it sends this process home."""
-    for order in crew.orders():
-        train_detector(**order, crew=crew, quiet=True)
 
 
 def imitation(teacher: nn.Module, weight: float) -> Any:

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("calib_data", "toolchain", "detection", "deploy")  # each may import those before it
 TOOLCHAIN = (
-    "choices", "structure", "families", "networks", "scores", "planning", "surgery", "compensation", "training",
-    "steps",
+    "choices", "processes", "structure", "families", "networks", "scores", "planning", "surgery", "compensation",
+    "training", "steps",
 )  # fmt: skip
 """Rooms inside `toolchain/`: each may import those before it."""
 DEPLOY = (

@@ -176,7 +176,7 @@ def slug(title: str) -> str:
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
-    rows = re.findall(r"^\| (\d) \| .+ \| .+ \| `(\w+)` \|$", text_of("docs/troubleshooting.md"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| .+ \| .+ \| `(\w+)` \|$", text_of("docs/troubleshooting.md"), flags=re.MULTILINE)
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
     assert {name: int(code) for code, name in rows} == {kind.__name__: kind.exit_code for kind in kinds}
 

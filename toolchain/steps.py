@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from upvits.calib_data import DataSource, batches, proxy_images
+from upvits.calib_data import DataSource, proxy_images
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.compensation import (
     TooFewImagesError,
@@ -31,7 +31,7 @@ from upvits.toolchain.planning import (
 )
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.surgery.deletion import delete_units, require_same_network
-from upvits.toolchain.training.evaluate import Accuracy, evaluate
+from upvits.toolchain.training.evaluate import Accuracy, evaluate_images
 
 CURVE_IMAGES = 256
 """So many of the calibration images tell the expected losses, which take gradients."""
@@ -247,5 +247,6 @@ def accuracy(
         >>> upvits.accuracy(upvits.create_model("pvtv2_b0", weights="demo"), few).top1
         100.0
     """
-    val = batches(data.val, preprocess_of(model), EVAL_BATCH, workers=workers)
-    return evaluate(model, val, reference=reference, quiet=quiet, total=-(-len(data.val) // EVAL_BATCH))
+    return evaluate_images(
+        model, data.val, preprocess_of(model), EVAL_BATCH, reference=reference, quiet=quiet, workers=workers
+    )

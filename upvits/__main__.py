@@ -1,9 +1,10 @@
-"""`python -m upvits`, which torchrun can start: `torchrun --nproc-per-node 8 -m -- upvits detect train --run RUN`."""
+"""`python -m upvits`, which torchrun can start: `torchrun --nproc-per-node 8 -m -- upvits build --model pvtv2_b0`."""
 
 import os
 import sys
 
 from upvits.deploy.cli.app import main
+from upvits.toolchain.processes.launchers import number_of_processes
 
 
 def run() -> None:
@@ -17,7 +18,7 @@ def run() -> None:
         main()
     except SystemExit as error:
         code = error.code
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if number_of_processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))

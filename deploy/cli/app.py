@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +30,7 @@ from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
 from upvits.deploy.recipe.document import CUTS, Recipe
 from upvits.deploy.recipe.setting import PLAN, RUN
+from upvits.toolchain.processes.launchers import number_of_processes
 
 app = typer.Typer(
     name="upvits-deploy",
@@ -378,12 +382,41 @@ def main() -> None:
 
 
 def _run() -> int | str | None:
+    if number_of_processes() == 1:
+        return _run_command(app)
+    from upvits.toolchain.processes.crew import gathered
+
+    def together() -> None:
+        with gathered(lambda error: exit_code_of(error, options_of(app))) as crew:
+            if crew.is_leader:
+                app()
+            else:
+                crew.follow()
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
+        return _run_command(together)
+    return _follow(together)
+
+
+def _follow(together: Callable[[], None]) -> int:
+    """One of the processes that only join in: it says nothing, and ends when torchrun or the first one says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it, too
+    logging.getLogger("upvits").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    try:
+        together()
+    except UserError as error:
+        return error.exit_code
+    return 0
+
+
+def _run_command(command: Callable[[], object]) -> int | str | None:
     try:
         with _terminated_cleanly():
             require_working_folder()
             refuse_empty(sys.argv[1:])
             require_address_space()
-            app()
+            command()
     except SystemExit as error:
         if error.code == _INTERRUPTED:
             continues = sys.argv[1:2] and sys.argv[1] in {*_STAGES, "build", "sweep"}

@@ -85,8 +85,6 @@ def prune(
         fine_tune=epochs != 0,
         quiet=quiet,
     )
-    if not stages:
-        return
     names = {"0-dense": "dense", "2-prune": "pruned", "3-train": "fine-tuned"}
     _print_trained({names[stage]: made for stage, made in stages.items() if stage in names}, json=json, quiet=quiet)
     if not json:
@@ -152,8 +150,6 @@ def _detect(run: Path, given: Values, *, engines: bool, json: bool, quiet: bool)
     from upvits.deploy.detectors.tables import comparison_parts
 
     detectors, comparison = detect_in_run(run, make_detect_recipe(given), engines=engines, quiet=quiet)
-    if not detectors:  # one of the processes that only train
-        return
     out = console(quiet=quiet)
     if comparison is None:
         _print_trained({str(name): artifact for name, artifact in detectors.items()}, json=json, quiet=quiet)

@@ -30,8 +30,8 @@ from upvits.detection.coco import CocoData
 from upvits.detection.decode import Levels
 from upvits.detection.detector import DetectorInfo, load_detector
 from upvits.detection.pictures import Fitted, fitted
+from upvits.toolchain.processes.process import pick_device
 from upvits.toolchain.structure.macs import count_macs, count_params
-from upvits.toolchain.training.processes import pick_device
 
 _RECORD = "ap.json"
 _AGREEMENT_IMAGES = 16

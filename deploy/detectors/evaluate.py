@@ -27,7 +27,7 @@ from upvits.detection import openmm
 from upvits.detection.average_precision import AveragePrecision
 from upvits.detection.coco import CocoData
 from upvits.detection.detector import load_detector
-from upvits.toolchain.training.processes import pick_device
+from upvits.toolchain.processes.process import pick_device
 
 _Side = Annotated[int, Field(ge=1, le=16_384)]
 _Spread = Annotated[float, Field(ge=1e-6, le=1e6)]

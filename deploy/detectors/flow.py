@@ -19,7 +19,6 @@ from upvits.deploy.stages.job import write_json
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import load_document
 from upvits.detection.coco import CocoData
-from upvits.toolchain.training.crew import ALONE, Crew
 
 _RECIPE = "recipe.json"
 
@@ -47,9 +46,7 @@ def remembered(run: Path, recipe: DetectRecipe) -> DetectRecipe:
     return resolved(make_detect_recipe({**known, **given}))
 
 
-def detectors_of(
-    job: Job, tuned: Artifact, data: CocoData, recipe: DetectRecipe, crew: Crew = ALONE
-) -> dict[ModelName, Artifact]:
+def detectors_of(job: Job, tuned: Artifact, data: CocoData, recipe: DetectRecipe) -> dict[ModelName, Artifact]:
     """Detectors on the backbones that are asked for, by name: trained, or as they are where they are whole.
 
     Args:
@@ -57,7 +54,6 @@ def detectors_of(
         tuned: the artifact of the fine-tuned network.
         data: what they are trained and judged on.
         recipe: resolved.
-        crew: processes that train on a share each.
     """
     digests: dict[ModelName, str] = {"dense": job.dense_digest, "pruned": tuned.digest}
     names = [n for n in MODELS if recipe.backbones in ("both", n) or (n == "dense" and recipe.imitation)]
@@ -69,7 +65,7 @@ def detectors_of(
     for name in names:
         backbone: nn.Module = job.dense if name == "dense" else toolchain.load(tuned.folder / "model")
         teacher = detectors["dense"] if name == "pruned" and recipe.imitation else None
-        detectors[name] = trained(job, name, backbone, digests[name], data, recipe, teacher, crew)
+        detectors[name] = trained(job, name, backbone, digests[name], data, recipe, teacher)
     return detectors
 
 

@@ -26,11 +26,9 @@ from upvits.detection.detector import DetectorInfo, load_detector, read_info, sa
 from upvits.detection.detector_scores import DetectorScores, conv_groups, score_detector
 from upvits.detection.detector_surgery import cut_detector, kept_channels
 from upvits.detection.pictures import fitted
-from upvits.detection.training import train_along
 from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.processes.process import pick_device
 from upvits.toolchain.scores import Scores
-from upvits.toolchain.training.crew import Crew, gathered
-from upvits.toolchain.training.processes import pick_device
 
 VERSION = 2
 EPOCHS, LR = 0.4, 0.3
@@ -62,23 +60,19 @@ def prune_detector(
     """
     info = read_info(folder)
     training = _schedule(info, cut, training)
-    with gathered() as crew:
-        if not crew.is_leader:
-            train_along(crew)
-            return {}
-        data = open_detection_data(training.coco, quiet=quiet)
-        if info.classes != data.classes:
-            raise UserError(
-                f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
-            )
-        dense, _ = load_detector(folder)
-        _plan(dense, _random_scores(dense, cut).backbone, cut, training)  # says now what cannot be met
-        recipe = {"detector": detector_digest(folder), "prune": cut.model_dump(), "training": training.model_dump()}
-        with open_run(out, recipe, _IDENTITY):
-            artifacts = _cut_stages(folder, dense, info, cut, training, out, data, quiet)
-            if fine_tune:
-                artifacts["3-train"] = _train_stage(folder, artifacts["2-prune"], cut, training, data, crew, quiet)
-        return artifacts
+    data = open_detection_data(training.coco, quiet=quiet)
+    if info.classes != data.classes:
+        raise UserError(
+            f"{folder} knows other categories than {training.coco}.", fix="Give the data it was trained on."
+        )
+    dense, _ = load_detector(folder)
+    _plan(dense, _random_scores(dense, cut).backbone, cut, training)  # says now what cannot be met
+    recipe = {"detector": detector_digest(folder), "prune": cut.model_dump(), "training": training.model_dump()}
+    with open_run(out, recipe, _IDENTITY):
+        artifacts = _cut_stages(folder, dense, info, cut, training, out, data, quiet)
+        if fine_tune:
+            artifacts["3-train"] = _train_stage(folder, artifacts["2-prune"], cut, training, data, quiet)
+    return artifacts
 
 
 def _schedule(info: DetectorInfo, cut: PruneRecipe, given: DetectRecipe) -> DetectRecipe:
@@ -158,14 +152,14 @@ def _cut_stages(
 
 
 def _train_stage(
-    folder: Path, pruned: Artifact, cut: PruneRecipe, training: DetectRecipe, data: CocoData, crew: Crew, quiet: bool
+    folder: Path, pruned: Artifact, cut: PruneRecipe, training: DetectRecipe, data: CocoData, quiet: bool
 ) -> Artifact:
     """The cut detector fine-tuned and judged."""
     start = pruned.folder / "detector"
 
     def train(place: Path) -> None:
         train_into(
-            place, read_info(start).config, data, training, seed=cut.seed, crew=crew, start=start,
+            place, read_info(start).config, data, training, seed=cut.seed, start=start,
             teacher=folder if training.imitation else None, quiet=quiet,
         )  # fmt: skip
         judge_detector(place, data, size_of(training), quiet=quiet)

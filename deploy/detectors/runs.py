@@ -18,8 +18,6 @@ from upvits.deploy.stages.documents import ModelName
 from upvits.deploy.store.artifacts import Artifact, open_artifact
 from upvits.deploy.store.disk import disk_errors
 from upvits.deploy.store.run_dir import open_run, read_recipe
-from upvits.detection.training import train_along
-from upvits.toolchain.training.crew import gathered
 
 
 def detect_in_run(
@@ -27,7 +25,7 @@ def detect_in_run(
 ) -> tuple[dict[ModelName, Artifact], DetectionReport | None]:
     """Train detectors on a run's networks, or continue; then build, measure and compare them.
 
-    Started by torchrun or slurm, all processes train; all but the first one are done then and return nothing.
+    All processes of a crew train; this one, the first, does everything else.
 
     Args:
         run: with a fine-tuned network.
@@ -44,25 +42,20 @@ def detect_in_run(
     """
     recipe = remembered(run, recipe)
     check_detection(recipe)
-    with gathered() as crew:
-        if not crew.is_leader:
-            train_along(crew)
-            return {}, None
-        data = open_detection_data(recipe.coco, recipe.detector, quiet=quiet)
-        tuned = open_artifact(run / "3-distill")
-        if tuned is None:
-            raise UserError(
-                f"{run} has no fine-tuned network.",
-                why="Detectors are trained on the dense and on the pruned network of a run.",
-                fix=f"Run `upvits-deploy distill --recipe {run} --output {run}` first, or `build`.",
-            )
-        job = resolve(make_recipe(read_recipe(run)), run, quiet=quiet)
-        with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
-            detectors = detectors_of(job, tuned, data, recipe, crew)
-            crew.dismiss()
-            if not engines:
-                return detectors, None
-            report = read_comparison(compared(job, detectors, data, recipe))
+    data = open_detection_data(recipe.coco, recipe.detector, quiet=quiet)
+    tuned = open_artifact(run / "3-distill")
+    if tuned is None:
+        raise UserError(
+            f"{run} has no fine-tuned network.",
+            why="Detectors are trained on the dense and on the pruned network of a run.",
+            fix=f"Run `upvits-deploy distill --recipe {run} --output {run}` first, or `build`.",
+        )
+    job = resolve(make_recipe(read_recipe(run)), run, quiet=quiet)
+    with open_run(job.folder, job.recipe.model_dump(), IDENTITY):
+        detectors = detectors_of(job, tuned, data, recipe)
+        if not engines:
+            return detectors, None
+        report = read_comparison(compared(job, detectors, data, recipe))
     if (run / REPORT).exists():
         with disk_errors(run, "report"):
             save_report(run, load_report(run).model_copy(update={"detection": report}))

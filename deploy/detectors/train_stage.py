@@ -25,7 +25,6 @@ from upvits.detection.coco import CocoData
 from upvits.detection.detector import DetectorInfo, save_detector
 from upvits.detection.training import train_detector
 from upvits.toolchain.families import FAMILIES, family_of
-from upvits.toolchain.training.crew import ALONE, Crew
 
 DETECT = "7-detect"
 TRAINING = 1
@@ -36,7 +35,7 @@ _RECORD = "training.json"
 
 def trained(
     job: Job, name: str, backbone: nn.Module, digest: str, data: CocoData, recipe: DetectRecipe,
-    teacher: Artifact | None = None, crew: Crew = ALONE,
+    teacher: Artifact | None = None,
 ) -> Artifact:  # fmt: skip
     """Train, judge and export a detector. A detector of the same training is only judged and exported again.
 
@@ -48,7 +47,6 @@ def trained(
         data: what it is trained and judged on.
         recipe: resolved.
         teacher: the artifact of a detector whose pyramid is imitated.
-        crew: processes that train on a share each.
     """
     inputs = {"backbone": digest, "train": file_digest(data.train.annotations)}
     if teacher is not None:
@@ -62,7 +60,7 @@ def trained(
             for part in ("log", "detector"):  # the detector last: train_into takes it for whole
                 shutil.copytree(before / part, folder / part)
         train_into(
-            folder, _new_detector(folder, backbone, data, recipe), data, recipe, seed=job.recipe.seed, crew=crew,
+            folder, _new_detector(folder, backbone, data, recipe), data, recipe, seed=job.recipe.seed,
             teacher=None if teacher is None else teacher.folder / "detector", quiet=job.quiet,
         )  # fmt: skip
         save_document(folder / _RECORD, training)
@@ -120,7 +118,7 @@ def detector_digest(folder: Path) -> str:
 
 
 def train_into(
-    folder: Path, model: configs.Config, data: CocoData, recipe: DetectRecipe, *, seed: int, crew: Crew,
+    folder: Path, model: configs.Config, data: CocoData, recipe: DetectRecipe, *, seed: int,
     start: Path | None = None, teacher: Path | None = None, quiet: bool = True,
 ) -> None:  # fmt: skip
     """Train a detector, or continue; a detector that is in the folder already is whole, and left as it is.
@@ -134,7 +132,6 @@ def train_into(
         data: what it is trained on.
         recipe: resolved.
         seed: of the order of the images.
-        crew: processes that train on a share each.
         start: folder of a detector whose weights it starts with.
         teacher: folder of a detector whose pyramid is imitated.
         quiet: no progress bar.
@@ -144,7 +141,7 @@ def train_into(
         _require_judgeable(model, recipe.cfg_options)
         trained = train_detector(
             model, data, schedule_of(recipe), work, seed=seed, options=recipe.cfg_options, start=start,
-            teacher=teacher, distill_weight=recipe.imitation, crew=crew, quiet=quiet,
+            teacher=teacher, distill_weight=recipe.imitation, quiet=quiet,
         )  # fmt: skip
         write_json(folder / "history.json", trained.history)
         assert recipe.scale is not None

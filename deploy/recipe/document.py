@@ -149,6 +149,9 @@ class DistillRecipe(_Part):
     workers: int | None = setting(
         None, "Reading processes.", "--workers", panel=TRAIN, shown="0; on GPUs cores - 1, at most 8", ge=0
     )
+    checkpoint_minutes: float = setting(
+        10.0, "Minutes between checkpoints within an epoch.", "--checkpoint-minutes", panel=TRAIN, ge=0
+    )
 
 
 class PrecisionRecipe(_Part):

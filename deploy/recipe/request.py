@@ -35,8 +35,10 @@ from upvits.toolchain.networks.depth import last_blocks_first
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import asked_weights, canonical_name
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, PruningPlan, check_request
+from upvits.toolchain.processes.crew import crew
+from upvits.toolchain.processes.process import pick_device
 from upvits.toolchain.structure.timm_config import num_classes_of
-from upvits.toolchain.training.processes import pick_device
+from upvits.toolchain.training.distillation import require_shareable
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 
 LATENCY = ("target_latency", "speedup")
@@ -120,6 +122,8 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     recipe, source, dense, found = settled(recipe, source, dense.to(device), _dense_network, quiet=quiet)
     preprocess = toolchain.preprocess_of(dense)
     recipe = filled_in(recipe, dense, source, device)
+    if recipe.distill.epochs:
+        require_shareable(recipe.distill.batch_size or 1, crew().size)
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
     plan = _first_plan(recipe, dense, like, preprocess)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+
+from torch import nn
 
 from upvits import toolchain
 from upvits.deploy.recipe.request import Job, distill_settings
@@ -14,6 +15,7 @@ from upvits.deploy.stages.job import (
     accuracy_record,
     stage,
 )
+from upvits.deploy.stages.together import together
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import save_document
 
@@ -21,22 +23,11 @@ from upvits.deploy.store.documents import save_document
 def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
     """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
     settings = distill_settings(job.recipe)
-    decisive = {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")}
 
     def work(folder: Path) -> None:
         if not (folder / "model").exists():
             student = toolchain.load(pruned.folder / "model")
-            result = toolchain.distill(
-                student,
-                job.dense,
-                job.source,
-                job.preprocess,
-                settings,
-                folder,
-                device=job.recipe.device,
-                quiet=job.quiet,
-            )
-            toolchain.save(result.model.cpu(), folder / "model")
+            toolchain.save(together(job, _tuned, student, str(folder)), folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
         tuned_accuracy = accuracy_record(accuracy_of(job, tuned, predictions_of_dense(judged)))
         save_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
@@ -45,8 +36,17 @@ def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
     return stage(
         job,
         "3-distill",
-        decisive,
+        settings.decisive,
         {**job.inputs, "judged": judged.digest, "pruned": pruned.digest},
         work,
         resumable=True,
     )
+
+
+def _tuned(job: Job, student: nn.Module, folder: str) -> nn.Module:
+    """The student after its training, on the CPU. Processes share every batch; the first one uses the folder."""
+    settings, device = distill_settings(job.recipe), job.recipe.device
+    result = toolchain.distill(
+        student, job.dense, job.source, job.preprocess, settings, Path(folder), device=device, quiet=job.quiet
+    )
+    return result.model.cpu()

@@ -19,14 +19,15 @@ from upvits.deploy.measure.accuracy import outputs_of
 from upvits.deploy.recipe.request import Job
 from upvits.deploy.runtimes import Session
 from upvits.deploy.stages.documents import NetworkAccuracy
+from upvits.deploy.stages.together import together
 from upvits.deploy.store.artifacts import Artifact, atomic_write, run_stage
-from upvits.toolchain.training.evaluate import Accuracy, evaluate
+from upvits.toolchain.training.evaluate import Accuracy, evaluate_images
 
 _LOGGER = logging.getLogger(__name__)
 
 EVAL_BATCH = 64
 VERSIONS = {
-    "0-dense": 1, "1-score": 3, "2-prune": 4, "3-distill": 1, "4-export": 3, "4-precision": 1, "5-engine": 2,
+    "0-dense": 1, "1-score": 4, "2-prune": 5, "3-distill": 2, "4-export": 3, "4-precision": 1, "5-engine": 2,
     "6-bench": 2, "7-detect": 2,
 }  # fmt: skip
 """Raise a stage's number when its code gives other results: artifacts of the old code are then made again."""
@@ -97,10 +98,16 @@ def model_input(job: Job, images: Tensor) -> Pixels:
 
 
 def accuracy_of(job: Job, model: nn.Module, reference: Tensor | None = None) -> Accuracy:
-    """A network on all validation images; agreement with the predictions in `reference`."""
-    images = batches(job.source.val, job.preprocess, EVAL_BATCH, workers=job.recipe.distill.workers or 0)
-    total = -(-len(job.source.val) // EVAL_BATCH)
-    return evaluate(model.to(job.device), images, reference=reference, quiet=job.quiet, total=total)
+    """A network on all validation images; agreement with the predictions in `reference`. All processes take part."""
+    sent = None if model is job.dense else model.cpu()
+    return together(job, _accuracy, sent, reference)
+
+
+def _accuracy(job: Job, model: nn.Module | None, reference: Tensor | None) -> Accuracy:
+    model, workers = job.dense if model is None else model.to(job.device), job.recipe.distill.workers or 0
+    return evaluate_images(
+        model, job.source.val, job.preprocess, EVAL_BATCH, reference=reference, quiet=job.quiet, workers=workers
+    )
 
 
 def accuracy_record(accuracy: Accuracy) -> NetworkAccuracy:

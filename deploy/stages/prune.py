@@ -21,11 +21,13 @@ from upvits.deploy.stages.dense import accuracy_of_dense, predictions_of_dense
 from upvits.deploy.stages.documents import CompensationRecord, PrunedAccuracies
 from upvits.deploy.stages.job import accuracy_of, accuracy_record, stage
 from upvits.deploy.stages.steadiness import unsteady
+from upvits.deploy.stages.together import together
 from upvits.deploy.store.artifacts import Artifact, atomic_write
 from upvits.deploy.store.documents import save_document
 from upvits.toolchain.compensation import TooFewImagesError, compensated_curves, compress, with_joint_units
 from upvits.toolchain.planning import Curve, PruningPlan, plan_within
 from upvits.toolchain.planning.costs import Costs
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.steps import CURVE_IMAGES, units_by_joint_loss, weighed_losses, with_units_for_refit
 from upvits.toolchain.surgery.rounds import plan_in_rounds
@@ -40,17 +42,15 @@ def prune(job: Job, judged: Artifact, scored: Artifact) -> Artifact:
     """The stage."""
 
     def work(folder: Path) -> None:
-        images = compensation_images(job)
         scores = Scores.load(scored.folder)
-        plan, target = choose_plan(job, scores, images)
-        if images is not None:
-            with suppress(TooFewImagesError):  # `compress` says so, or refuses
-                plan = with_units_for_refit(job.dense, plan, images, seed=job.recipe.seed, quiet=job.quiet)
+        plan, target = None, None
+        if _alone(job):
+            plan, target = choose_plan(job, scores, compensation_images(job))
         if target is not None:
             atomic_write(folder / "target.json", target.model_dump_json(indent=2).encode())
+        plan, compensated, record = together(job, _cut, scores, plan)
         (folder / "plan.json").write_text(plan.to_json())
         deleted = toolchain.delete_units(job.dense, plan)
-        compensated, record = _compensated(job, plan, images)
         save_document(folder / "compensation.json", record)
         toolchain.save(compensated or deleted, folder / "model")
         _warn_of_small_proxy(job, plan, scores, record.rotated)
@@ -69,6 +69,26 @@ def prune(job: Job, judged: Artifact, scored: Artifact) -> Artifact:
     return stage(
         job, "2-prune", settings, {**job.inputs, "judged": judged.digest, "scores": scored.digest, **where}, work
     )
+
+
+def _alone(job: Job) -> bool:
+    """Whether the first process chooses the plan without the others: it times engines, or scores again in between."""
+    return job.recipe.plan.planner == "latency" or job.recipe.plan.rounds > 1
+
+
+def _cut(
+    job: Job, scores: Scores, plan: PruningPlan | None
+) -> tuple[PruningPlan, nn.Module | None, CompensationRecord]:
+    """The plan, which is chosen here where there is none yet, and the network that it leaves. Processes share it."""
+    images = compensation_images(job)
+    if plan is None:
+        plan, _ = choose_plan(job, scores, images)
+    if images is not None:
+        with suppress(TooFewImagesError):  # `compress` says so, or refuses
+            plan = with_units_for_refit(job.dense, plan, images, seed=job.recipe.seed, quiet=job.quiet)
+    chosen = plan
+    plan = shared().from_leader(lambda: chosen)
+    return plan, *_compensated(job, plan, images)
 
 
 def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn.Module | None, CompensationRecord]:

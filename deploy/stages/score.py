@@ -8,6 +8,7 @@ from upvits.deploy.recipe.request import Job
 from upvits.deploy.stages.job import (
     stage,
 )
+from upvits.deploy.stages.together import together
 from upvits.deploy.store.artifacts import Artifact
 from upvits.toolchain.scores import Scores
 
@@ -21,11 +22,11 @@ def score(job: Job) -> Artifact:
     }
     if job.recipe.score.method == "refined":  # measures around the cut, so the cut decides the result
         settings["cuts"] = job.recipe.plan.model_dump()
-    return stage(job, "1-score", settings, job.inputs, lambda folder: scores_of(job).save(folder))
+    return stage(job, "1-score", settings, job.inputs, lambda folder: together(job, scores_of).save(folder))
 
 
 def scores_of(job: Job) -> Scores:
-    """Measure them; nothing is written."""
+    """Measure them; nothing is written, and processes share the images."""
     recipe = job.recipe.score
     needs_images = job.may_shorten or recipe.method not in ("magnitude", "random")
     return toolchain.score(

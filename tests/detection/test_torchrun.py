@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 from upvits.detection.configs import Schedule
 from upvits.detection.coco import open_coco
-from upvits.toolchain.training.crew import gathered
-from upvits.detection.training import train_along, train_detector
+from upvits.toolchain.processes.crew import gathered
+from upvits.detection.training import train_detector
 
 model, scenes, out, batch = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 with gathered() as crew:
@@ -32,10 +32,10 @@ with gathered() as crew:
         data = open_coco(scenes, out)
         schedule = Schedule(epochs=2, batch_size=batch, lr=4e-3, scale=(64, 64), warmup=2, workers=0)
         still = {"train_dataloader.dataset.pipeline.3.prob": 0.0}  # flips are each process's own
-        trained = train_detector(model, data, schedule, out / "work", options=still, crew=crew)
+        trained = train_detector(model, data, schedule, out / "work", options=still)
         save_file(trained.detector.state_dict(), out / "weights.safetensors")
     else:
-        train_along(crew)
+        crew.follow()
 os._exit(0)  # as `python -m upvits` ends, and for its reason
 """
 

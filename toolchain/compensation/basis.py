@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of
 
 EVENNESS = 1.0
@@ -49,6 +50,7 @@ class StreamMoments:
 def measure(
     model: nn.Module,
     streams: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
     images: Tensor,
     title: str,
     *,
@@ -61,6 +63,7 @@ def measure(
     Args:
         model: in eval mode.
         streams: for every stream the norms that it is read through, which have no weight and bias of their own.
+        sizes: channels of every stream.
         images: calibration images [N, 3, H, W], normalised.
         title: of the progress bar.
         batch_size: images per pass.
@@ -69,15 +72,14 @@ def measure(
     """
     names = [name for norms in streams.values() for name in norms]
     batches = torch.split(images, batch_size)
-    sums: dict[str, _Sums] = {}
+    sums = {stream: _Sums(len(norms), sizes[stream], device_of(model)) for stream, norms in streams.items()}
     for batch in output_gradients(model, names, batches, title, seed=seed, quiet=quiet):
         seen = iter(batch)
         for stream, norms in streams.items():
             for place in range(len(norms)):
-                normalised, gradients = next(seen)
-                if stream not in sums:
-                    sums[stream] = _Sums(len(norms), normalised.shape[-1], device_of(model))
-                sums[stream].add(place, normalised, gradients)
+                sums[stream].add(place, *next(seen))
+    for one in sums.values():
+        shared().sum(one.second, one.weighted, one.weighted_sum, one.weight, one.importance, one.tokens)
     return {stream: stream_sums.moments(len(images)) for stream, stream_sums in sums.items()}
 
 
@@ -90,7 +92,7 @@ class _Sums:
         self.weighted_sum = torch.zeros(places, dim, dtype=torch.float64, device=device)
         self.weight = torch.zeros(places, dtype=torch.float64, device=device)
         self.importance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self.tokens = [0] * places
+        self.tokens = torch.zeros_like(self.weight)
 
     def add(self, place: int, normalised: Tensor, gradients: Tensor) -> None:
         tokens = normalised.flatten(0, -2).double()
@@ -105,10 +107,9 @@ class _Sums:
         self.tokens[place] += len(tokens)
 
     def moments(self, images: int) -> StreamMoments:
-        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.second.device)
         weight = self.weight.clamp_min(TINY)
         return StreamMoments(
-            second=(self.second / tokens.view(-1, 1, 1)).sum(dim=0),
+            second=(self.second / self.tokens.view(-1, 1, 1)).sum(dim=0),
             importance=self.importance / images,
             weighted_second=self.weighted / weight.view(-1, 1, 1),
             weighted_mean=self.weighted_sum / weight.view(-1, 1),

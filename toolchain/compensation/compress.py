@@ -19,6 +19,7 @@ from upvits.toolchain.compensation.stream import rotate_stream, stream_can_rotat
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.depth import name_before, shorten
 from upvits.toolchain.planning import PruningPlan
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores import divergence
 from upvits.toolchain.scores.divergence import device_of, output_scale
 from upvits.toolchain.structure.groups import ChannelGroup
@@ -95,13 +96,19 @@ def compress(
     scale = output_scale(model, torch.split(images, batch_size))
     deleted = delete_units(model, plan).eval()  # refuses the plan of another network
     student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
+    shared().agree_on(student)
+    shared().agree_on(dense)
+    targets = replace(targets, streams=_agreed(targets.streams), maps=_agreed(targets.maps))
 
     outputs = _kept_features(model, plan)
 
     def kl(network: nn.Module) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=device_of(model))
         with torch.inference_mode():
-            parts = [c.to(device_of(model)) for c in torch.split(held, batch_size)]
-            return float(torch.cat([divergence(model(c)[:, outputs], network(c), scale) for c in parts]).mean())
+            for _, chunk in shared().mine(torch.split(held.to(device_of(model)), batch_size)):
+                total += divergence(model(chunk)[:, outputs], network(chunk), scale).sum()
+        shared().sum(total)
+        return float(total) / len(held)
 
     cut = copy.deepcopy(student)
     layers = refit(student, dense, images, targets, batch_size=batch_size, quiet=quiet)
@@ -127,6 +134,11 @@ def compress(
         seconds=time.perf_counter() - started,
     )
     return Compressed(student if accepted else deleted, report)
+
+
+def _agreed(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Maps of streams as they are in the first of several processes."""
+    return shared().from_leader(lambda: {name: value.cpu() for name, value in maps.items()})
 
 
 def _kept_features(model: nn.Module, plan: PruningPlan) -> list[int] | slice:

@@ -32,8 +32,9 @@ from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.depth import name_before
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.planning.curves import Curve, curve_of
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of, divergence, output_scale
-from upvits.toolchain.scores.fisher import probes_of
+from upvits.toolchain.scores.fisher import drawn_from, probes_of
 from upvits.toolchain.structure.groups import ChannelGroup
 
 RIDGE = 1e-4
@@ -114,7 +115,8 @@ def compensated_curves(
         if group.module in of_kind["attention"]:
             values = surgeon(weight, layers[name], group.num_heads, order)
             curves[group.module] = Curve(order, values.loss + losses)
-    return curves | (_width_curves(model, images, scale, batch_size, seed, quiet) if rotate else {})
+    curves |= _width_curves(model, images, scale, batch_size, seed, quiet) if rotate else {}
+    return shared().from_leader(lambda: curves)
 
 
 def _last_dims_first(group: ChannelGroup) -> Tensor:
@@ -145,7 +147,7 @@ def _width_curves(
 ) -> dict[str, Curve]:
     fit, held = split(images)  # a rotation looks better on the images that it was made for
     streams = _narrower(model, fit, batch_size, seed, quiet)
-    parts = [part.to(device_of(model)) for part in torch.split(held, batch_size)]
+    parts = [part.to(device_of(model)) for _, part in shared().mine(torch.split(held, batch_size))]
     curves = {}
     with torch.inference_mode():
         dense = [model(part) for part in parts]
@@ -154,12 +156,21 @@ def _width_curves(
             for width in sorted({max(2, int(share * size)) for share in WIDTHS}, reverse=True):
                 network = narrower(width).eval()
                 losses = [divergence(whole, network(part), scale) for whole, part in zip(dense, parts, strict=True)]
-                points[size - width] = float(torch.cat(losses).mean())
+                points[size - width] = mean_of(losses, device_of(model))
             gone, loss = list(points), torch.tensor(list(points.values()), dtype=torch.float64).cummax(0).values
             # beyond the narrowest width that was measured nobody should go
             table = np.interp(np.arange(size + 1), gone, loss.numpy(), right=float("inf"))
             curves[name] = Curve(torch.arange(size - 1, -1, -1), torch.from_numpy(table))
     return curves
+
+
+def mean_of(losses: Sequence[Tensor], device: torch.device) -> float:
+    """Mean over the images of all processes, from losses [B] of this one's batches."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for part in losses:
+        sums += torch.stack([part.sum(), part.new_tensor(float(len(part)))])
+    shared().sum(sums)
+    return float(sums[0] / sums[1])
 
 
 def _statistics(
@@ -172,7 +183,6 @@ def _statistics(
     quiet: bool,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Tensor]]:
     """What is known of the layers `names`, and the Fisher scores of q-k dims per attention, per image."""
-    generator = torch.Generator().manual_seed(seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     device = device_of(model)
     layers, scores = {}, {module: torch.zeros(g.size, dtype=torch.float64) for module, g in queries.items()}
@@ -181,7 +191,8 @@ def _statistics(
         layers[name] = LayerStatistics(
             *(torch.zeros(n, n, dtype=torch.float64, device=device) for n in (size + 1, out))
         )
-    for batch in watched(batches, "Second moments", quiet=quiet, total=len(batches)):
+    for number, batch in watched(shared().mine(batches), "Second moments", quiet=quiet):
+        generator = drawn_from(seed, number)
         masks = {m: torch.ones(len(batch), g.size, device=device, requires_grad=True) for m, g in queries.items()}
         with torch.enable_grad(), _taps(model, names, queries, masks) as seen:
             logits = functional_call(model, weights, batch.to(device)).float()
@@ -204,7 +215,9 @@ def _statistics(
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) * counted.flatten().sqrt().unsqueeze(1)
             layers[name].second += x.T @ x
     count = sum(len(batch) for batch in batches)
+    shared().sum(*scores.values())
     for layer in layers.values():
+        shared().sum(layer.second, layer.fisher)
         layer.second /= count
         layer.fisher /= count
     return layers, {name: score / count for name, score in scores.items()}

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from upvits.calib_data.progress import watched
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of
+from upvits.toolchain.scores.fisher import drawn_from
 
 DRAWS = 2
 """Random gradients per image: each covers all classes, and moments are summed over many tokens."""
@@ -20,7 +22,7 @@ DRAWS = 2
 def output_gradients(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], title: str, *, seed: int, quiet: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Run a network batch by batch, forwards and `DRAWS` times backwards.
+    """Run a network over this process's batches, forwards and `DRAWS` times backwards.
 
     Args:
         model: in eval mode; gets no gradients of its own.
@@ -35,17 +37,16 @@ def output_gradients(
         [DRAWS, B, ..., C] with E[g g^T] = 2 d^2 KL in expectation: if the module gives x + e instead, the output
         moves by a KL of about 1/2 sum_draws (g . e)^2 nats (for networks without classes: by half its squared change).
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False):
         weights = {name: _plain(parameter) for name, parameter in model.named_parameters()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     with ExitStack() as hooks:
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(_tap(name, seen)))
-        for batch in watched(batches, title, quiet=quiet):
+        for number, batch in watched(shared().mine(batches), title, quiet=quiet):
             with torch.inference_mode(False), torch.enable_grad():
                 outputs = functional_call(model, weights, _plain(batch).to(device_of(model)))
-                probes = _probes(outputs.detach(), getattr(model, "num_classes", 0) > 1, generator)
+                probes = _probes(outputs.detach(), getattr(model, "num_classes", 0) > 1, drawn_from(seed, number))
                 leaves = [seen[name][1] for name in names]
                 gradients = [
                     torch.autograd.grad((probe * outputs).sum(), leaves, retain_graph=draw + 1 < DRAWS)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from upvits.toolchain.compensation.gradients import output_gradients
 from upvits.toolchain.families import groups_of
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of
 
 RIDGE = 1e-8
@@ -71,9 +72,7 @@ class _Moments:
     output: Tensor  # [heads, v_dim, v_dim], weighted
     output_sum: Tensor  # [heads, v_dim], weighted
     importance: Tensor  # [d, d], of the branch's output
-    weight: float = 0.0
-    key_count: int = 0
-    images: int = 0
+    counts: Tensor  # [3]: weight of all tokens, keys, images
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +122,7 @@ def rotate_heads(
             attention: Any = rotated.get_submodule(name)
             logit_error[name] = _rotate_products(attention, moments[name])
             output_error[name] = _rotate_values(attention, moments[name])
+    shared().agree_on(rotated)
     return HeadRotation(rotated, logit_error, output_error)
 
 
@@ -158,6 +158,8 @@ def _measure(
             for (name, attention), (_, gradients) in zip(modules.items(), batch, strict=True):
                 _add(sums[name], _rows(attention), seen, seen[attention.proj], gradients.double())
     model.train(was_training)
+    for one in sums.values():
+        shared().sum(one.queries, one.keys, one.key_sum, one.output, one.output_sum, one.importance, one.counts)
     return sums
 
 
@@ -182,6 +184,7 @@ def _zeros(rows: _Rows, channels: int, device: torch.device) -> _Moments:
         output=zeros(heads, v, v),
         output_sum=zeros(heads, v),
         importance=zeros(channels, channels),
+        counts=zeros(3),
     )
 
 
@@ -199,9 +202,7 @@ def _add(sums: _Moments, rows: _Rows, seen: dict[nn.Module, Tensor], output: Ten
     sums.output += torch.einsum("bn,bnhi,bnhj->hij", weights, values, values)
     sums.output_sum += torch.einsum("bn,bnhi->hi", weights, values)
     sums.importance += torch.einsum("kbni,kbnj->ij", gradients, gradients)
-    sums.weight += float(weights.sum())
-    sums.key_count += keys.shape[0] * keys.shape[1]
-    sums.images += len(keys)
+    sums.counts += torch.stack([weights.sum(), *weights.new_tensor([keys.shape[0] * keys.shape[1], len(keys)])])
 
 
 def _part(output: Tensor, first: int, heads: int, dim: int) -> Tensor:
@@ -213,11 +214,12 @@ def _part(output: Tensor, first: int, heads: int, dim: int) -> Tensor:
 def _rotate_products(attention: Any, sums: _Moments) -> Tensor:
     """Turn q and k of every head; the squared error of a scaled logit by dims cut, [heads, qk_dim + 1]."""
     rows = _rows(attention)
-    key_mean = sums.key_sum / sums.key_count
+    weight, key_count, _ = sums.counts
+    key_mean = sums.key_sum / key_count
     errors = []
     for head in range(rows.heads):
-        query_root, _ = _roots(sums.queries[head] / sums.weight)
-        key_root, key_inverse = _roots(sums.keys[head] / sums.key_count, key_mean[head])
+        query_root, _ = _roots(sums.queries[head] / weight)
+        key_root, key_inverse = _roots(sums.keys[head] / key_count, key_mean[head])
         _, strength, right = torch.linalg.svd(query_root @ key_root)
         balance = _floored(strength).sqrt().unsqueeze(1)  # q and k of a dim get equal variance
         _turn(rows.queries, head, right @ key_root / balance, None)
@@ -229,7 +231,8 @@ def _rotate_products(attention: Any, sums: _Moments) -> Tensor:
 def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
     """Turn the values of every head; the loss in nats by dims cut, [heads, v_dim + 1]."""
     rows, proj = _rows(attention), attention.proj
-    mean = sums.output_sum / sums.weight
+    total, _, images = sums.counts
+    mean = sums.output_sum / total
     has_biases = rows.values[0].bias is not None and proj.bias is not None
     importance = sums.importance / sums.importance.trace().clamp_min(TINY)
     metric = importance + EVENNESS / len(importance) * torch.eye(len(importance)).to(importance)
@@ -237,7 +240,7 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
     for head in range(rows.heads):
         columns = slice(head * rows.v_dim, (head + 1) * rows.v_dim)
         weight = proj.weight[:, columns].double()
-        second = sums.output[head] / sums.weight
+        second = sums.output[head] / total
         centre = mean[head] if has_biases else torch.zeros_like(mean[head])
         root, inverse = _roots(second - torch.outer(centre, centre), centre)
         energy, basis = torch.linalg.eigh(root @ weight.T @ metric @ weight @ root)
@@ -249,7 +252,7 @@ def _rotate_values(attention: Any, sums: _Moments) -> Tensor:
         _turn(rows.values, head, balance.unsqueeze(1) * (basis.T @ inverse), centre if has_biases else None)
         proj.weight[:, columns] = (writes / balance).to(proj.weight.dtype)
         loss = (writes * (importance @ writes)).sum(dim=0).clamp_min(0)
-        errors.append(_tails(loss * sums.weight / (2 * sums.images)))
+        errors.append(_tails(loss * total / (2 * images)))
     return torch.stack(errors).cpu()
 
 

@@ -152,11 +152,12 @@ def measure_stages(
         reduced = [i for i, block in enumerate(stage.blocks) if block.attn.sr is not None and block.attn.act is None]
         norms += [f"stages.{index}.blocks.{i}.attn.norm" for i in reduced]
         streams |= {norm: [norm] for norm in norms}
+    sizes = {stream: pvt.get_submodule(norms[0]).normalized_shape[0] for stream, norms in streams.items()}
     for norms in streams.values():
         for norm in norms:
             pvt.set_submodule(norm, _split_norm(pvt.get_submodule(norm)))
     inner = {stream: [f"{norm}.0" for norm in norms] for stream, norms in streams.items()}
-    return measure(pvt, inner, images, "Measuring the streams", batch_size=batch_size, seed=seed, quiet=quiet)
+    return measure(pvt, inner, sizes, images, "Measuring the streams", batch_size=batch_size, seed=seed, quiet=quiet)
 
 
 class _Affine(nn.Module):

@@ -20,6 +20,7 @@ from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
 from upvits.toolchain.families import segments_of
 from upvits.toolchain.networks.depth import Blocks
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.structure.segments import Segment
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -121,17 +122,23 @@ def refit(
         batch_size: images per pass.
     """
     fit, held = split(images)
-    pairs = [_Pair(c, c, c, c, False) for c in torch.split(fit, batch_size)]
-    pairs += [_Pair(c, c, c, c, True) for c in torch.split(held, batch_size)]
+    chunks = [(chunk, False) for chunk in torch.split(fit, batch_size)]
+    chunks += [(chunk, True) for chunk in torch.split(held, batch_size)]
+    pairs = [_Pair(c, c, c, c, held_out) for _, (c, held_out) in shared().mine(chunks)]
     reports = []
     with torch.inference_mode():
         for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):
             pairs = [_ahead(model, dense, step, pair) for pair in pairs]
-            for name in linear_layers(model, step.run, pairs[0].pruned[:1]):
+            for name in _layers_of(model, step, pairs):
                 if name in targets.rows or name in targets.streams or name in targets.maps:
                     reports.append(_refit_layer(model, dense, name, step, pairs, targets))
             pairs = [replace(pair, pruned=step.run(pair.pruned), dense=pair.after) for pair in pairs]
     return reports
+
+
+def _layers_of(model: nn.Module, step: _Step, pairs: Sequence[_Pair]) -> list[str]:
+    """Names of the layers of a step; only the first of several processes has images for sure."""
+    return shared().from_leader(lambda: linear_layers(model, step.run, pairs[0].pruned[:1]))
 
 
 def _ahead(model: nn.Module, dense: nn.Module, step: _Step, pair: _Pair) -> _Pair:
@@ -186,17 +193,37 @@ def _refit_layer(
     layer = cast("nn.Linear | nn.Conv2d", model.get_submodule(name))
     now = coefficients_of(layer)
     fit, held = (Moments.zeros(len(now) - 1, now.shape[1], now.device) for _ in range(2))
-    for pair in sorted(pairs, key=lambda p: not p.held_out):
-        if not pair.held_out and fit.count == 0 and held.error(now) < EXACT * held.variance():
-            break  # nothing before this layer was changed
-        x, y = _regression(model, dense, name, step, pair, targets)
-        (held if pair.held_out else fit).add(x, y)
-    report, coefficients = solve(name, now, fit, held, has_bias=layer.bias is not None)
+
+    def add_up(sums: Moments, held_out: bool) -> None:
+        for pair in pairs:
+            if pair.held_out == held_out:
+                sums.add(*_regression(model, dense, name, step, pair, targets))
+        shared().sum(sums.xx, sums.xy, sums.yy)
+
+    add_up(held, True)
+    if not shared().from_leader(lambda: held.error(now) < EXACT * held.variance()):  # else nothing was changed so far
+        add_up(fit, False)
+    report, coefficients = _solved(name, now, fit, held, has_bias=layer.bias is not None)
     if coefficients is not None:
         layer.weight.copy_(coefficients[:-1].T.reshape(layer.weight.shape))
         if layer.bias is not None:
             layer.bias.copy_(coefficients[-1])
     return report
+
+
+def _solved(
+    name: str, now: Tensor, fit: Moments, held: Moments, *, has_bias: bool
+) -> tuple[LayerReport, Tensor | None]:
+    """`solve` in the first of the processes that share the sums, for all of them."""
+    if shared().world_size == 1:
+        return solve(name, now, fit, held, has_bias=has_bias)
+
+    def on_cpu() -> tuple[LayerReport, Tensor | None]:
+        report, coefficients = solve(name, now, fit, held, has_bias=has_bias)
+        return report, None if coefficients is None else coefficients.cpu()
+
+    report, coefficients = shared().from_leader(on_cpu)
+    return report, None if coefficients is None else coefficients.to(now.device)
 
 
 def coefficients_of(layer: nn.Linear | nn.Conv2d) -> Tensor:

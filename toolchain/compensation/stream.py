@@ -96,7 +96,10 @@ def measure_stream(
     """
     folded = fold(model).to(next(model.parameters()).dtype).eval()
     streams = {"embed": [reading.norm for reading in readings(folded)]}
-    moments = measure(folded, streams, images, "Measuring the stream", batch_size=batch_size, seed=seed, quiet=quiet)
+    dim: Any = model.embed_dim
+    moments = measure(
+        folded, streams, {"embed": dim}, images, "Measuring the stream", batch_size=batch_size, seed=seed, quiet=quiet
+    )
     return moments["embed"]
 
 

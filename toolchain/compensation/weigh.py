@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.compress import compress
-from upvits.toolchain.compensation.curves import with_joint_units
+from upvits.toolchain.compensation.curves import mean_of, with_joint_units
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.planning import Curve, PruningPlan
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores import divergence
 from upvits.toolchain.scores.divergence import device_of, output_scale
 
@@ -54,8 +55,9 @@ def weigh_streams(
     different = [i for i, plan in enumerate(plans) if not any(plan.cut == other.cut for other in plans[:i])]
     if len(different) == 1:
         return weighted[0]
-    fit, judge = images[::2], torch.split(images[1::2].to(device_of(model)), batch_size)
-    scale = output_scale(model, judge)
+    fit, judged = images[::2], torch.split(images[1::2].to(device_of(model)), batch_size)
+    scale = output_scale(model, judged)
+    judge = [part for _, part in shared().mine(judged)]
     losses = {}
     with torch.inference_mode():
         dense = [model(part) for part in judge]
@@ -63,7 +65,7 @@ def weigh_streams(
         network = compress(model, with_joint_units(plans[index], curves), fit, batch_size=batch_size).model
         with torch.inference_mode():
             divergences = [divergence(whole, network(part), scale) for whole, part in zip(dense, judge, strict=True)]
-        losses[index] = float(torch.cat(divergences).mean())
+        losses[index] = mean_of(divergences, device_of(model))
     return weighted[min(losses, key=lambda index: losses[index])]
 
 

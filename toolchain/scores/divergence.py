@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.processes.process import shared
 
 
 def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tensor:
@@ -30,8 +31,10 @@ def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tens
 def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
     """None for a classifier; for features (and a single logit, whose softmax tells nothing), their standard deviation
     over the proxy set. Refuses NaN early."""
+    process = shared()
     with torch.inference_mode():
-        outputs = torch.cat([model(batch.to(device_of(model))).float().cpu() for batch in batches])
+        own = {number: model(batch.to(device_of(model))).float().cpu() for number, batch in process.mine(batches)}
+    outputs = torch.cat(process.all_of(own))
     if not torch.isfinite(outputs).all():
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         raise UserError(

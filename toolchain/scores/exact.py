@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.progress import watched
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of, divergence, half_sums
 from upvits.toolchain.scores.masks import masked
 from upvits.toolchain.scores.suffix import Chain, chain_of
@@ -48,17 +49,19 @@ def exact_kl(
     totals = {group.name: torch.full((2, group.size), torch.nan, dtype=torch.float64) for group in groups}
     for name, chosen in units.items():
         totals[name][:, list(chosen)] = 0.0
-    count = sum(len(chosen) for chosen in units.values()) * len(batches)
+    mine = shared().mine(batches)
+    count = sum(len(chosen) for chosen in units.values()) * len(mine)
     with torch.inference_mode():
         chain = chain_of(model, groups, batches[0][:2].to(device_of(model)))
         work = (
             (number, name, unit, per_image)
-            for number, batch in enumerate(batches)
+            for number, batch in mine
             for name, part, kl in _without_units(model, groups, chain, batch, scale, units, rows)
             for unit, per_image in zip(part, kl, strict=True)
         )
         for number, name, unit, per_image in watched(work, "Scoring units (kl)", quiet=quiet, total=count):
             totals[name][:, unit] += half_sums(per_image, number)
+    shared().sum(*totals.values())
     return totals
 
 
@@ -71,11 +74,35 @@ def kl_per_image(
     units: Units,
     rows: int,
 ) -> dict[str, Tensor]:
-    """KL of chosen units image by image: group name -> float64 [units, B]; arguments as for `exact_kl`."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in units}
+    """KL of chosen units image by image: group name -> float64 [units, B]; arguments as for `exact_kl`.
+
+    Processes that share it take every so-many-th unit.
+    """
+    process = shared()
+    own = {name: [unit for _, unit in process.mine(chosen)] for name, chosen in units.items()}
+    found = _kl_of(model, groups, chain, images, scale, own, rows)
+    if process.world_size == 1:
+        return found
+    result = {name: torch.zeros(len(chosen), len(images), dtype=torch.float64) for name, chosen in units.items()}
+    for name, values in found.items():
+        result[name][process.rank :: process.world_size] = values
+    process.sum(*result.values())
+    return result
+
+
+def _kl_of(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    chain: Chain,
+    images: Tensor,
+    scale: float | None,
+    units: Units,
+    rows: int,
+) -> dict[str, Tensor]:
+    columns: dict[str, list[Tensor]] = {name: [] for name, chosen in units.items() if chosen}
     with torch.inference_mode():
         for batch in torch.split(images, rows):
-            parts: dict[str, list[Tensor]] = {name: [] for name in units}
+            parts: dict[str, list[Tensor]] = {name: [] for name in columns}
             for name, _, kl in _without_units(model, groups, chain, batch, scale, units, rows):
                 parts[name].append(kl)
             for name, values in parts.items():

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from upvits.calib_data.loading import stream
 from upvits.calib_data.progress import watched
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of, half_sums
 from upvits.toolchain.scores.masks import masked
 from upvits.toolchain.structure.groups import ChannelGroup
@@ -37,9 +39,10 @@ def fisher(
         Group name -> float64 [2, size].
     """
     totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
-    for number, scores in enumerate(fisher_per_image(model, groups, batches, scale, seed, quiet)):
+    for number, scores in fisher_per_image(model, groups, batches, scale, seed, quiet):
         for name, values in scores.items():
             totals[name] += half_sums(values, number).cpu()
+    shared().sum(*totals.values())
     return totals
 
 
@@ -51,19 +54,18 @@ def fisher_per_image(
     seed: int,
     quiet: bool,
     most: int | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """The same image by image: for every batch, group name -> float64 [B, size].
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The same image by image: for every batch of this process, its number, and group name -> float64 [B, size].
 
     With `most`, so many directions at most where the expectation would be exact: time goes with them.
     """
-    generator = torch.Generator().manual_seed(seed)
     sizes = {group.name: group.size for group in groups}
     return mask_fisher(
         model,
         sizes,
         lambda masks: masked(model, groups, masks),
-        batches,
-        lambda outputs: probes_of(outputs, scale, generator, most),
+        shared().mine(batches),
+        lambda outputs, number: probes_of(outputs, scale, drawn_from(seed, number), most),
         quiet,
     )
 
@@ -72,37 +74,42 @@ def mask_fisher(
     network: nn.Module,
     sizes: Mapping[str, int],
     masked_by: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
-    batches: Sequence[Tensor],
-    probes_of_outputs: Callable[[Tensor], Iterable[Tensor]],
+    batches: Sequence[tuple[int, Tensor]],
+    probes_of_outputs: Callable[[Tensor, int], Iterable[Tensor]],
     quiet: bool,
-) -> Iterator[dict[str, Tensor]]:
-    """1/2 (probe . d output / d mask)^2 of every unit, summed over the probes; for every batch, name -> [B, size].
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """1/2 (probe . d output / d mask)^2 of every unit, summed over the probes; by batch: number, name -> [B, size].
 
     Args:
         network: whose output [B, C] counts.
         sizes: units by name of their group.
         masked_by: makes the network run with masks [B, size] by name.
-        batches: images.
-        probes_of_outputs: directions [B, C] for outputs [B, C], on the CPU.
+        batches: images, with a number for each batch.
+        probes_of_outputs: directions [B, C] for outputs [B, C] of the batch with a number, on the CPU.
         quiet: no progress bar.
     """
     # detached weights: nothing is kept for weight gradients, which halves time and memory
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     device = device_of(network)
-    for batch in watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches)):
+    for number, batch in watched(batches, "Scoring units (fisher)", quiet=quiet, total=len(batches)):
         masks = {name: torch.ones(len(batch), size, device=device, requires_grad=True) for name, size in sizes.items()}
         with torch.enable_grad(), masked_by(masks):
             outputs = functional_call(network, weights, batch.to(device)).float()
         scores = {
             name: torch.zeros_like(mask, dtype=torch.float64, requires_grad=False) for name, mask in masks.items()
         }
-        for probe in probes_of_outputs(outputs.detach().cpu()):
+        for probe in probes_of_outputs(outputs.detach().cpu(), number):
             along = (probe.to(device) * outputs).sum()
             gradients = torch.autograd.grad(along, list(masks.values()), retain_graph=True)
             for name, gradient in zip(masks, gradients, strict=True):
                 scores[name] += gradient.double().square() / 2
         del outputs, along  # and what they were computed from
-        yield scores
+        yield number, scores
+
+
+def drawn_from(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one batch: they are the same, whichever process has the batch."""
+    return torch.Generator().manual_seed(stream(seed, number))
 
 
 def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator, most: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.progress import watched
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.cuts import Cut, cut_of
 from upvits.toolchain.scores.divergence import device_of
 from upvits.toolchain.scores.exact import kl_per_image
@@ -122,11 +123,12 @@ def _fisher_of_all(
     quiet: bool,
 ) -> dict[str, Tensor]:
     """Group name -> `fisher` of every image, float32 [size, N]."""
-    parts: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-    for scores in fisher_per_image(model, groups, torch.split(images, batch_size), scale, seed, quiet, DIRECTIONS):
-        for name, values in scores.items():
-            parts[name].append(values.T.float().cpu())
-    return {name: torch.cat(values, dim=1) for name, values in parts.items()}
+    batches = torch.split(images, batch_size)
+    parts: dict[int, dict[str, Tensor]] = {}
+    for number, scores in fisher_per_image(model, groups, batches, scale, seed, quiet, DIRECTIONS):
+        parts[number] = {name: values.T.float().cpu() for name, values in scores.items()}
+    everything = shared().all_of(parts)
+    return {group.name: torch.cat([part[group.name] for part in everything], dim=1) for group in groups}
 
 
 def _rounds(bands: Mapping[str, Band]) -> Iterator[dict[int, dict[str, list[int]]]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from upvits.calib_data.progress import watched
 from upvits.toolchain.families import segments_of
 from upvits.toolchain.networks.depth import DepthPath, all_blocks, shorten, shorter
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of, divergence
 from upvits.toolchain.structure.segments import Segment
 
@@ -29,11 +30,13 @@ def depth_paths(model: nn.Module, batches: Sequence[Tensor], scale: float | None
         scale: see `divergence`.
         quiet: no progress bar.
     """
+    count = sum(len(batch) for batch in batches)
     with torch.inference_mode():
-        images = [batch.to(device_of(model)) for batch in batches]
+        images = [batch.to(device_of(model)) for _, batch in shared().mine(batches)]
         dense = [model(batch) for batch in images]
         return {
-            name: _path(model, name, pairs, images, dense, scale, quiet) for name, pairs in all_blocks(model).items()
+            name: _path(model, name, pairs, images, dense, scale, count, quiet)
+            for name, pairs in all_blocks(model).items()
         }
 
 
@@ -44,11 +47,11 @@ def _path(
     images: Sequence[Tensor],
     dense: Sequence[Tensor],
     scale: float | None,
+    count: int,
     quiet: bool,
 ) -> DepthPath:
     steps: list[Pairs] = []
     losses: list[float] = []
-    count = sum(len(batch) for batch in images)
     total = sum(2 * size - 1 for size in range(2, len(pairs) + 1))
     progress = iter(watched(range(total), f"Scoring depth ({name})", quiet=quiet))
     first = _first_segment(segments_of(model), name)
@@ -56,15 +59,15 @@ def _path(
     short = model
     while candidates := shorter(pairs):
         _extend(streams, segments_of(short), first + len(pairs))
-        measured = []
-        for candidate in candidates:
+        sums = torch.zeros(len(candidates), dtype=torch.float64)
+        for index, candidate in enumerate(candidates):
             next(progress, None)
             changed = first + _agree(pairs, candidate)
             segments = segments_of(shorten(model, {name: candidate}))[changed:]
             outputs = [_run(segments, kept[changed]) for kept in streams]
-            kl = sum(float(divergence(a, b, scale).sum()) for a, b in zip(dense, outputs, strict=True)) / count
-            measured.append((kl, candidate))
-        loss, best = min(measured, key=lambda entry: entry[0])
+            sums[index] = sum(float(divergence(a, b, scale).sum()) for a, b in zip(dense, outputs, strict=True))
+        shared().sum(sums)
+        loss, best = min(zip((sums / count).tolist(), candidates, strict=True), key=lambda entry: entry[0])
         streams = [kept[: first + _agree(pairs, best) + 1] for kept in streams]
         pairs, short = best, shorten(model, {name: best})
         steps.append(pairs)

@@ -13,7 +13,9 @@ batch size. Without labels the first term is left out; without a head only the l
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,10 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import preprocess_of
-from upvits.toolchain.training.evaluate import Accuracy, evaluate, require_finite_weights
+from upvits.toolchain.processes.crew import join_processes
+from upvits.toolchain.processes.process import pick_device, shared, sharing
+from upvits.toolchain.training.evaluate import Accuracy, evaluate_images, require_finite_weights
 from upvits.toolchain.training.objective import Fit, Learner, compare, cutmix, losses, outputs
-from upvits.toolchain.training.processes import Process, join_processes
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
     EpochLog,
@@ -43,6 +46,9 @@ from upvits.toolchain.training.state import (
     settings_key,
     write_log,
 )
+
+_STEPS_BETWEEN_LOOKS = 10
+"""Steps after which several processes ask the first one whether a checkpoint is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +73,13 @@ def distill(
     """Trains a copy of `student` on `data.train` to answer as `teacher` does.
 
     Several processes started by `torchrun` share every batch; all of them return the same weights. With a `folder`,
-    checkpoint.safetensors and log.jsonl are replaced there at the end of every epoch: the same call, after having
-    been killed at any moment, continues at the last finished epoch and ends with the weights that it would have had
-    (bit-identical on the same machine with the same number of threads and processes). A checkpoint of another
-    student, teacher, data set, preprocessing or of other settings is not continued but replaced. A finished
-    training returns at once.
+    checkpoint.safetensors and log.jsonl are replaced there at the end of every epoch, and within epochs every
+    `checkpoint_minutes`: the same call, after having been killed at any moment, continues at the last checkpoint, sees
+    the images that were left, and ends with the weights that it would have had (bit-identical on the same machine with
+    the same number of threads and processes). Another number of processes continues with the same global batch. Only
+    the first process reads and writes the folder; the others may have disks of their own. A checkpoint of another
+    student, teacher, data set, preprocessing or of other settings is not continued but replaced. A finished training
+    returns at once.
 
     Args:
         student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
@@ -105,18 +113,14 @@ def distill(
     require_finite_weights(student, "student")
     require_finite_weights(teacher, "teacher")
     key = settings_key(
-        {name: value for name, value in asdict(settings).items() if name not in ("workers", "eval_every")},
+        settings.decisive,
         [data.digest, asdict(preprocess)],
         [weights_digest(student), weights_digest(teacher)],
     )
-    with join_processes(device) as process:
-        if settings.batch_size % process.world_size:
-            raise UserError(
-                f"A batch of {settings.batch_size} images cannot be shared evenly by {process.world_size} processes.",
-                fix="Choose a multiple of the number of processes as batch_size.",
-            )
-        run = _prepare(student, teacher, data, preprocess, settings, process)
-        _train(run, key, folder, quiet=quiet or not process.is_main)
+    with join_processes() as process, sharing(process):
+        require_shareable(settings.batch_size, process.world_size)
+        run = _prepare(student, teacher, data, preprocess, settings, pick_device(device))
+        _train(run, key, folder if process.is_main else None, quiet=quiet or not process.is_main)
     home = next(student.parameters()).device
     return DistillResult(run.state.ema.to(home).eval().requires_grad_(True), tuple(run.state.history))
 
@@ -128,7 +132,7 @@ class _Run:
     settings: DistillSettings
     data: DataSource
     preprocess: Preprocess
-    process: Process
+    device: torch.device
     fit: Fit
     teacher: nn.Module
     module: nn.Module  # the learner, or the learner wrapped to average gradients over the processes
@@ -145,36 +149,32 @@ def _prepare(
     data: DataSource,
     preprocess: Preprocess,
     settings: DistillSettings,
-    process: Process,
+    device: torch.device,
 ) -> _Run:
     """Copies of both models on the device, checked against each other and the data, with their optimizer."""
-    student = copy.deepcopy(student).to(process.device).requires_grad_(True)
-    teacher = copy.deepcopy(teacher).to(process.device).eval().requires_grad_(False)
+    student = copy.deepcopy(student).to(device).requires_grad_(True)
+    teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     fit = compare(student, teacher, data, preprocess, settings.weights)
     ema = ModelEmaV3(student, decay=settings.ema_decay, use_warmup=True)
     if settings.drop_path is not None:
         _set_drop_path(student, settings.drop_path)
-    with seeded(process.device, settings.seed):
+    with seeded(device, settings.seed):
         narrow = fit.weights[2] > 0 and fit.student_width != fit.teacher_width
         projection = nn.Linear(fit.student_width, fit.teacher_width) if narrow else nn.Identity()
-    learner = Learner(student, projection.to(process.device)).train()
+    learner = Learner(student, projection.to(device)).train()
     optimizer = create_optimizer_v2(
         learner, "adamw", settings.lr * settings.batch_size / 256, settings.weight_decay, fused=True
     )
     steps_per_epoch = max(len(data.train) // settings.batch_size, 1)  # as `batches` does: only whole ones
-    module: nn.Module = learner
-    if process.world_size > 1:
-        # Without a loss on the logits the head gets no gradient, and DDP would wait for it.
-        module = DistributedDataParallel(learner, find_unused_parameters=fit.weights[0] == fit.weights[1] == 0)
-    autocast = _autocast_type(process.device) if settings.amp else None
+    autocast = _autocast_type(device) if settings.amp else None
     return _Run(
         settings=settings,
         data=data,
         preprocess=preprocess,
-        process=process,
+        device=device,
         fit=fit,
         teacher=teacher,
-        module=module,
+        module=learner,
         ema=ema,
         scheduler=_schedule(optimizer, settings, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
@@ -185,6 +185,7 @@ def _prepare(
             optimizer=optimizer,
             scaler=torch.amp.GradScaler("cuda", enabled=autocast == torch.float16),
             history=[],
+            sums=torch.zeros(4, device=device),
         ),
     )
 
@@ -222,72 +223,104 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: DistillSettings, steps
 
 
 def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
-    """Epoch by epoch from where the checkpoint in `folder` stands; checkpoint first, then the log that it holds."""
+    """Epoch by epoch from where the checkpoint in `folder` stands; checkpoint first, then the log that it holds.
+
+    Args:
+        folder: None in all processes but the first one, which reads and writes for all.
+    """
     history = run.state.history
     if folder is not None:
         _make_folder(folder)
-        restore_state(folder / "checkpoint.safetensors", key, run.state)
+    restore_state(None if folder is None else folder / "checkpoint.safetensors", key, run.state)
+    if shared().world_size > 1:
+        # Without a loss on the logits the head gets no gradient, and DDP would wait for it. It gives all processes the
+        # weights of the first one, so it comes after the checkpoint.
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
+        unused = run.fit.weights[0] == run.fit.weights[1] == 0
+        run = replace(run, module=DistributedDataParallel(run.state.learner, find_unused_parameters=unused))
     reference = _predictions_of_teacher(run)
-    for epoch in range(len(history), run.settings.epochs):
-        with seeded(run.process.device, run.settings.seed, epoch, run.process.rank):
-            history.append(_train_epoch(run, epoch, reference, quiet=quiet))
-        if folder is not None and run.process.is_main:
+
+    def save() -> None:
+        if folder is not None:
             save_state(folder / "checkpoint.safetensors", key, run.state)
+
+    for epoch in range(len(history), run.settings.epochs):
+        history.append(_train_epoch(run, epoch, reference, save, quiet=quiet))
+        run.state.begin_epoch()
+        save()
+        if folder is not None:
             write_log(folder / "log.jsonl", history)
-    if folder is not None and run.process.is_main:
+    if folder is not None:
         write_log(folder / "log.jsonl", history)  # a run killed between checkpoint and log lacks the last line
 
 
-def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, *, quiet: bool) -> EpochLog:
-    """One pass over this process's share of the images, then the moving average on the validation images."""
-    settings, process = run.settings, run.process
-    start = time.perf_counter()
-    rng = np.random.default_rng([settings.seed, epoch, process.rank])
+def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, save: Callable[[], None], *, quiet: bool) -> EpochLog:
+    """What is left of a pass over the images, then the moving average on the validation images."""
+    settings, process, state = run.settings, shared(), run.state
+    start = saved = time.perf_counter()
     loader = batches(
-        process.training_share(run.data.train, settings.seed, epoch),
+        run.data.train,
         run.preprocess,
-        settings.batch_size // process.world_size,
+        settings.batch_size,
         train=True,
-        seed=settings.seed + process.rank,
+        seed=settings.seed,
         epoch=epoch,
         workers=settings.workers,
+        share=(process.rank, process.world_size),
+        skip=state.step,
     )
-    sums = torch.zeros(4, device=process.device)  # the three losses over the images so far, and their number
-    step = 0
+    seen = float(state.sums[3])
     title = f"distill {epoch + 1}/{settings.epochs}"
-    for step, (images, labels) in enumerate(watched(loader, title, quiet=quiet, total=run.steps_per_epoch)):
-        run.scheduler.step_update(epoch * run.steps_per_epoch + step)
-        parts = _train_step(run, images, labels, rng)
-        run.ema.update(run.state.learner.model, epoch * run.steps_per_epoch + step + 1)
-        sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
-        if process.device.type == "cpu" or step % 50 == 49:  # looking waits for the GPU
-            _require_finite(sums, settings, epoch, step)
+    for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
+        done = epoch * run.steps_per_epoch + state.step
+        run.scheduler.step_update(done)
+        entropy = (settings.seed, epoch, state.step, process.rank)
+        with seeded(run.device, *entropy):  # by step, so that a checkpoint needs no random states
+            parts = _train_step(run, images, labels, np.random.default_rng(entropy))
+        run.ema.update(state.learner.model, done + 1)
+        state.sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
+        state.step += 1
+        if run.device.type == "cpu" or state.step % 50 == 0:  # looking waits for the GPU
+            _require_finite(state.sums, settings, epoch, state.step)
+        if _is_due(state.step, saved, settings.checkpoint_minutes) and state.step < run.steps_per_epoch:
+            state.all_sums[:] = process.all_of({process.rank: state.sums.tolist()})
+            save()
+            saved = time.perf_counter()
     # The loss of the last step was finite, the weights after it may not be.
-    _require_finite(torch.stack([p.detach().sum() for p in run.state.learner.parameters()]), settings, epoch, step)
-    sums = process.sum(sums)
+    _require_finite(torch.stack([p.detach().sum() for p in state.learner.parameters()]), settings, epoch, state.step)
+    sums = state.sums.clone()
+    process.sum(sums)
     if not sums[3]:
         raise UserError("No training images were read.", fix="Check the training split of `data=` and the batch size.")
     seconds = time.perf_counter() - start
-    means = (sums[:3] / sums[3]).tolist()
-    last = epoch + 1 == settings.epochs
-    top1, agreement = _validate(run, reference) if last or (epoch + 1) % settings.eval_every == 0 else (None, None)
+    top1, agreement = None, None
+    if epoch + 1 == settings.epochs or (epoch + 1) % settings.eval_every == 0:
+        top1, agreement = _validate(run, reference)
+    losses = (sums[:3] / sums[3]).tolist()
     return EpochLog(
         epoch=epoch + 1,
-        lr=run.state.optimizer.param_groups[0]["lr"],
-        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
-        label_loss=means[0],
-        logit_loss=means[1],
-        feature_loss=means[2],
+        lr=state.optimizer.param_groups[0]["lr"],
+        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, losses, strict=True)),
+        label_loss=losses[0],
+        logit_loss=losses[1],
+        feature_loss=losses[2],
         top1=top1,
         agreement=agreement,
         seconds=round(time.perf_counter() - start, 3),
-        images_per_s=round(float(sums[3]) / seconds, 1),
+        images_per_s=round((float(state.sums[3]) - seen) * process.world_size / seconds, 1),
     )
+
+
+def _is_due(step: int, saved: float, minutes: float) -> bool:
+    """Whether a checkpoint is to be written; all processes get the same answer."""
+    if minutes > 0 and step % _STEPS_BETWEEN_LOOKS:
+        return False
+    return shared().from_leader(lambda: time.perf_counter() - saved >= 60 * minutes)
 
 
 def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
     """Mixes, compares, updates the weights; returns the losses [3], detached."""
-    device, state, fit = run.process.device, run.state, run.fit
+    device, state, fit = run.device, run.state, run.fit
     images, share = cutmix(images.to(device, non_blocking=True), run.settings.cutmix, rng)
     with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
         with torch.no_grad():
@@ -308,23 +341,17 @@ def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Genera
 def _validate(run: _Run, reference: Tensor | None) -> tuple[float | None, float | None]:
     """Top-1 and agreement with the teacher (`reference`) of the moving average, in percent, over all processes."""
     accuracy = _evaluate(run, run.state.ema, reference)
-    value = None if accuracy is None else accuracy.top1 if reference is None else accuracy.agreement
-    counts = torch.zeros(2, device=run.process.device, dtype=torch.float64)
-    if accuracy is not None and value is not None:
-        counts = counts.new_tensor([value * accuracy.images, accuracy.images])
-    total, images = run.process.sum(counts).tolist()
-    if not images:
+    if accuracy is None:
         return None, None
-    return (total / images, None) if reference is None else (None, total / images)
+    return (accuracy.top1, None) if reference is None else (None, accuracy.agreement)
 
 
 def _evaluate(run: _Run, model: nn.Module, reference: Tensor | None = None) -> Accuracy | None:
-    """On this process's share of the validation images; None where there are none or nothing to compare with."""
-    share = run.process.validation_share(run.data.val)
-    if run.fit.headless or not len(share):
+    """On the validation images; None where there are none or nothing to compare with."""
+    if run.fit.headless or not len(run.data.val):
         return None
-    size = max(run.settings.batch_size // run.process.world_size, 1)
-    return evaluate(model, batches(share, run.preprocess, size, workers=run.settings.workers), reference=reference)
+    size, workers = run.settings.batch_size, run.settings.workers
+    return evaluate_images(model, run.data.val, run.preprocess, size, reference=reference, workers=workers)
 
 
 def _predictions_of_teacher(run: _Run) -> Tensor | None:
@@ -333,11 +360,25 @@ def _predictions_of_teacher(run: _Run) -> Tensor | None:
     return None if accuracy is None else accuracy.predictions
 
 
+def require_shareable(batch_size: int, processes: int) -> None:
+    """Refuse a batch that several processes cannot share.
+
+    Raises:
+        UserError: their parts would differ in size.
+    """
+    if batch_size % processes:
+        raise UserError(
+            f"A batch of {batch_size} images cannot be shared evenly by {processes} processes.",
+            why="Every process takes the same number of images in a step.",
+            fix=f"Choose a multiple of {processes} as `batch_size`, or start another number of processes.",
+        )
+
+
 def _require_finite(values: Tensor, settings: DistillSettings, epoch: int, step: int) -> None:
     if not values.isfinite().all():
         raise UserError(
-            f"Training diverged: the loss or the weights are not finite (epoch {epoch + 1}, by step {step + 1}).",
-            why="The last finished epoch's checkpoint was kept.",
+            f"Training diverged: the loss or the weights are not finite (epoch {epoch + 1}, by step {step}).",
+            why="The last checkpoint was kept.",
             fix=f"Lower lr (now {settings.lr:g}), or set clip_grad=1; check the student's accuracy before training.",
         )
 

@@ -1,14 +1,16 @@
 """Top-1 accuracy, and how often a model agrees with another one. A model that computes NaN is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from upvits.calib_data import Images, Preprocess, batches
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
+from upvits.toolchain.processes.process import shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Accuracy:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    prepared: Iterable[tuple[Tensor, Tensor]],
     *,
     reference: Tensor | None = None,
     quiet: bool = True,
@@ -37,7 +39,7 @@ def evaluate(
     Args:
         model: any timm classifier; its training mode is as before afterwards. Without classes (`num_classes` 0)
             it is still run, so that NaN is found, but there are no predictions.
-        batches: (images [B, 3, H, W] float32, labels [B] int64); label -1 means unlabelled.
+        prepared: batches (images [B, 3, H, W] float32, labels [B] int64); label -1 means unlabelled.
         reference: predictions [images] of another model on the same batches, for `agreement`.
         total: number of batches, for the progress bar.
 
@@ -49,22 +51,65 @@ def evaluate(
     >>> accuracy.predictions.tolist(), round(accuracy.top1, 1)
     ([0, 1, 2], 66.7)
     """
+    steps = watched(prepared, "evaluate", quiet=quiet, total=total)
+    answers = [(prediction, labels) for prediction, labels in _predictions(model, steps)]
+    if not answers:
+        raise _no_images()
+    predictions, labels = (torch.cat(column).cpu() for column in zip(*answers, strict=True))
+    return _accuracy(model, predictions, labels, reference)
+
+
+def evaluate_images(
+    model: nn.Module,
+    images: Images,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    reference: Tensor | None = None,
+    quiet: bool = True,
+    workers: int = 0,
+) -> Accuracy:
+    """`evaluate` on pictures; processes that share it take every so-many-th batch, and all get the whole result.
+
+    Args:
+        model: any timm classifier.
+        images: pictures, with labels or without.
+        preprocess: how they are prepared.
+        batch_size: pictures of a pass.
+        reference: predictions [images] of another model, for `agreement`.
+        quiet: no progress bar.
+        workers: processes that read.
+
+    Raises:
+        UserError: there are no images, or the model's output has NaN or infinite values.
+    """
+    if not len(images):
+        raise _no_images()
+    process = shared()
+    numbers = range(process.rank, -(-len(images) // batch_size), process.world_size)
+    share = (process.rank, process.world_size)
+    loader = batches(images, preprocess, batch_size, workers=workers, share=share)
+    steps = watched(loader, "evaluate", quiet=quiet, total=len(numbers))
+    own = {number: found.cpu() for number, (found, _) in zip(numbers, _predictions(model, steps), strict=True)}
+    return _accuracy(model, torch.cat(process.all_of(own)), torch.tensor(images.labels), reference)
+
+
+def _predictions(model: nn.Module, steps: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every batch, what the model says, and the labels, [B] int64 each."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    predictions: list[Tensor] = []
-    labels: list[Tensor] = []
     try:
-        with torch.inference_mode():
-            steps = watched(batches, "evaluate", quiet=quiet, total=total)
-            for index, (images, batch_labels) in enumerate(steps):
-                predictions.append(_predict(model, images.to(device, non_blocking=True), index))
-                labels.append(batch_labels)
+        for index, (images, labels) in enumerate(steps):
+            with torch.inference_mode():
+                prediction = _predict(model, images.to(device, non_blocking=True), index)
+            yield prediction, labels
     finally:
         model.train(was_training)
-    if not labels:
-        raise UserError("There are no images to evaluate on.", fix="Check the validation split of `data=`.")
-    return _accuracy(model, torch.cat(predictions).cpu(), torch.cat(labels).cpu(), reference)
+
+
+def _no_images() -> UserError:
+    return UserError("There are no images to evaluate on.", fix="Check the validation split of `data=`.")
 
 
 def require_finite_weights(model: nn.Module, name: str) -> None:

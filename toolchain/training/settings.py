@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from upvits.toolchain.families import FAMILIES, family_of
 
 SMALL = 20_000
 """Training images below which batches are small and steps large: the network sees few of them."""
+
+_WITHOUT_EFFECT = ("workers", "eval_every", "checkpoint_minutes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +43,23 @@ class DistillSettings:
     eval_every: int = 1  # epochs; the last one always is
     seed: int = 0
     workers: int = 0  # processes that read and augment images; does not change the result
+    checkpoint_minutes: float = 10.0  # between checkpoints within an epoch; does not change the result
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1 or self.eval_every < 1 or self.workers < 0:
-            raise UserError("Distillation needs epochs and workers >= 0, batch_size and eval_every >= 1.")
+        if min(self.epochs, self.workers, self.checkpoint_minutes) < 0 or min(self.batch_size, self.eval_every) < 1:
+            raise UserError(
+                "Distillation needs epochs, workers and checkpoint_minutes >= 0, batch_size and eval_every >= 1."
+            )
         rates = (self.weight_decay, self.warmup_epochs, self.cutmix, *self.weights)
         if self.lr <= 0 or min(rates) < 0 or not 0 <= self.ema_decay < 1 or not 0 <= (self.drop_path or 0) < 1:
             raise UserError(
                 "Distillation needs lr > 0, weights, rates and warm-up >= 0, ema_decay and drop_path in [0, 1)."
             )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Settings that change the result, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in _WITHOUT_EFFECT}
 
     @property
     def weights(self) -> tuple[float, float, float]:

@@ -1,17 +1,20 @@
-"""What a killed training needs to go on: one file, written at the end of every epoch.
+"""What a killed training needs to go on: one file, written at the end of every epoch and now and then within one.
 
 The file is safetensors: student and projection, their moving average, and AdamW's moments by parameter name. The
 counters, the log and the key stand as JSON in its header, so that one atomic rename replaces all of it. Random
-numbers need no storing: they are drawn anew from (seed, epoch) when an epoch starts (`seeded`).
+numbers need no storing: they are drawn anew from (seed, epoch, step) in every step (`seeded`).
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from torch import Tensor, nn
 from upvits.calib_data.documents import Count, Name, Number, parse_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.tensors import save_tensors
+from upvits.toolchain.processes.process import shared
 
-FORMAT = 1  # raise it when the file's layout changes: older files are then not continued
+_LOGGER = logging.getLogger(__name__)
+
+FORMAT = 2  # raise it when the file's layout changes: older files are then not continued
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +49,29 @@ class EpochLog:
     images_per_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrainState:
-    """All that changes while training. `history` has one entry for each finished epoch."""
+    """All that changes while training.
+
+    Attributes:
+        history: one entry for each finished epoch.
+        sums: [4], the three losses over the images of this process in the unfinished epoch, and their number.
+        step: steps of the unfinished epoch that are done.
+        all_sums: `sums` of every process when they were last put together, for a checkpoint.
+    """
 
     learner: nn.Module
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[EpochLog]
+    sums: Tensor
+    step: int = 0
+    all_sums: list[list[float]] = field(default_factory=list)
+
+    def begin_epoch(self) -> None:
+        """The epoch before is finished."""
+        self.step, self.sums, self.all_sums = 0, torch.zeros_like(self.sums), []
 
 
 def save_state(path: Path, key: str, state: TrainState) -> None:
@@ -64,6 +84,8 @@ def save_state(path: Path, key: str, state: TrainState) -> None:
         "format": FORMAT,
         "key": key,
         "history": [asdict(entry) for entry in state.history],
+        "step": state.step,
+        "sums": state.all_sums,
         "scaler": state.scaler.state_dict(),
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(state).items()}
@@ -71,31 +93,65 @@ def save_state(path: Path, key: str, state: TrainState) -> None:
         save_tensors(tensors, draft, metadata={"state": json.dumps(header)})
 
 
-def restore_state(path: Path, key: str, state: TrainState) -> bool:
+def restore_state(path: Path | None, key: str, state: TrainState) -> bool:
     """Fills `state` from the checkpoint when there is one with this key; says whether it did.
 
-    A file of other settings, models or data (another key), of another format or a broken one is not continued:
-    training starts anew, and its first checkpoint takes that file's place.
+    Of several processes the first one reads it, and all get what it holds. A file of other settings, models or data
+    (another key), of another format or a broken one is not continued: training starts anew, and its first checkpoint
+    takes that file's place.
+
+    Args:
+        path: None where there is none, and in all processes but the first one.
     """
-    if not path.is_file():
+    process = shared()
+    read = None if path is None else _read(path, key, state)
+    found = process.from_leader(lambda: None if read is None else (read[0], _shapes(read[1])))
+    if found is None:
         return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = parse_document((file.metadata() or {}).get("state", ""), str(path), _Header, fix="")
-            if header.format != FORMAT or header.key != key:
-                return False
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, UserError):
-        return False
-    if not _has_shapes_of(state, tensors):
-        return False
+    header, shapes = found
+    tensors = {} if read is None else read[1]
+    for name, (shape, kind) in shapes.items():
+        if name not in tensors:
+            tensors[name] = torch.empty(shape, dtype=kind)
+        process.same(tensors[name])
     _restore_optimizer(state, tensors)
     state.learner.load_state_dict(_part(tensors, "learner."))
     state.ema.load_state_dict(_part(tensors, "ema."))
     if header.scaler:
         state.scaler.load_state_dict(header.scaler)
     state.history[:] = header.history
+    state.step = header.step
+    if len(header.sums) not in (0, process.world_size):
+        _LOGGER.info("%d processes continue what %d began.", process.world_size, len(header.sums))
+    state.sums = torch.tensor(_own_sums(header.sums, process.rank, process.world_size)).to(state.sums)
     return True
+
+
+def _own_sums(sums: list[list[float]], rank: int, processes: int) -> list[float]:
+    """This process's part of the sums; the first of another number of processes takes all of them."""
+    if len(sums) == processes:
+        return sums[rank]
+    whole = [sum(column) for column in zip(*sums, strict=True)] or [0.0] * 4
+    return whole if rank == 0 else [0.0] * 4
+
+
+def _read(path: Path, key: str, state: TrainState) -> tuple[_Header, dict[str, Tensor]] | None:
+    """Header and tensors of a checkpoint that can be continued."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = parse_document((file.metadata() or {}).get("state", ""), str(path), _Header, fix="")
+            if header.format != FORMAT or header.key != key or any(len(sums) != 4 for sums in header.sums):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, UserError):
+        return None
+    return (header, tensors) if _has_shapes_of(state, tensors) else None
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +162,8 @@ class _Header:
     key: str
     history: list[EpochLog]
     scaler: dict[Name, Number | Count]
+    step: Count
+    sums: list[list[Number]]
 
 
 def _has_shapes_of(state: TrainState, tensors: dict[str, Tensor]) -> bool:

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import socket
 from dataclasses import replace
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from torch import Tensor, nn
 from tests.toolchain.training.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from upvits.calib_data import Images, batches
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.processes.process import Process
 from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
 from upvits.toolchain.training.objective import cutmix, losses
-from upvits.toolchain.training.processes import Process
 from upvits.toolchain.training.settings import DistillSettings
 
 distill_module: Any = importlib.import_module("upvits.toolchain.training.distillation")
@@ -143,8 +144,7 @@ def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -
 
 def prepare(settings: DistillSettings, **model_options: Any) -> Any:
     student = tiny_vit(1, **model_options)
-    process = Process(0, 1, torch.device("cpu"))
-    return distill_module._prepare(student, tiny_vit(0), source(), preprocess(), settings, process)
+    return distill_module._prepare(student, tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
 
 
 def test_no_decay_on_biases_norms_tokens_and_position() -> None:
@@ -433,28 +433,27 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 def test_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     class Three:
         def __enter__(self) -> Process:
-            return Process(0, 3, torch.device("cpu"))
+            return Process(0, 3)
 
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(distill_module, "join_processes", lambda _device: Three())
+    monkeypatch.setattr(distill_module, "join_processes", Three)
     with pytest.raises(UserError, match="32 images cannot be shared evenly by 3 processes"):
         train(None, SHORT, source())
 
 
 def test_shares_of_the_data_are_disjoint_and_complete() -> None:
-    images = Images(range(100, 110), lambda index: Image.new("RGB", (1, 1), (index, 0, 0)))
+    images = Images(range(100, 122), lambda index: Image.new("RGB", (16, 16)))
 
-    def members(part: Images) -> list[int]:
-        labels = [part[position][1] for position in range(len(part))]
-        assert [int(np.asarray(part[position][0])[0, 0, 0]) + 100 for position in range(len(part))] == labels
-        return labels
+    def seen(share: tuple[int, int], **options: Any) -> list[list[int]]:
+        return [labels.tolist() for _, labels in batches(images, preprocess(), 6, share=share, **options)]
 
-    processes = [Process(rank, 3, torch.device("cpu")) for rank in range(3)]
-    parts = [members(process.training_share(images, 0, 5)) for process in processes]
-    assert [len(part) for part in parts] == [3, 3, 3]
-    assert len(set().union(*parts)) == 9
-    assert parts[0] != members(processes[0].training_share(images, 0, 6))
-    whole = [label for process in processes for label in members(process.validation_share(images))]
-    assert sorted(whole) == list(images.labels)
+    whole = seen((0, 1), train=True, epoch=3)
+    parts = [seen((rank, 3), train=True, epoch=3) for rank in range(3)]
+    assert [len(step) for step in whole] == [6, 6, 6]
+    assert [[*chain(*step)] for step in zip(*parts, strict=True)] == whole  # the global batch is the same
+    assert seen((1, 3), train=True, epoch=3, skip=2) == parts[1][2:]
+    assert seen((0, 1), train=True, epoch=4) != whole
+    judged = [seen((rank, 3)) for rank in range(3)]
+    assert [judged[number % 3][number // 3] for number in range(4)] == seen((0, 1))

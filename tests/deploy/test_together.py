@@ -1,0 +1,124 @@
+"""The main job in two processes: one run, one terminal, the result of one process, also when the second one is killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from upvits import toolchain
+
+LOST = 75
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small ViT on small pictures of two classes."""
+    folder = tmp_path_factory.mktemp("job")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 40), ("val", 9)):
+        for number, name in enumerate(("a", "b")):
+            (folder / "photos" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 128, (32, 32, 3), generator=generator) + 100 * number
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / "photos" / split / name / f"{index}.png")
+    torch.manual_seed(0)
+    model = toolchain.create_model("deit_tiny", weights="random", num_classes=2, image_size=32)
+    save_file(model.state_dict(), folder / "w.safetensors")
+    return [
+        "-m", "deit_tiny", "-r", "0.5", "--weights", str(folder / "w.safetensors"), "--data",
+        f"imagefolder:{folder / 'photos'}", "--image-size", "32", "--epochs", "2", "--batch-size", "8",
+        "--checkpoint-minutes", "0", "--allow-weak", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def run(rank: int, environment: dict[str, str], command: list[str], out: Path) -> None:
+    """One process of a job; what it prints goes to a file of its own."""
+    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    with (out / f"{rank}.txt").open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["upvits-deploy", *command]
+    from upvits.__main__ import run as run_command
+
+    run_command()
+
+
+def start(command: list[str], out: Path, processes: int = 2) -> list[BaseProcess]:
+    """Processes of one job, forked from one server, so that torch is imported once for all of them."""
+    out.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "upvits.deploy.pipeline", "upvits.deploy.cli.app"])
+    started = [context.Process(target=run, args=(rank, environment, command, out)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return list(started)
+
+
+def ended(started: list[BaseProcess], seconds: float = 400) -> list[int | None]:
+    deadline = time.monotonic() + seconds
+    for process in started:
+        process.join(timeout=max(0, deadline - time.monotonic()))
+    return [process.exitcode for process in started]
+
+
+def kill_second_when(path: str, command: list[str], out: Path, run_dir: Path) -> None:
+    """Start, wait for a path in the run, kill -9 the second process: both end soon, with one message."""
+    for old in out.glob("*.txt"):
+        old.unlink()
+    both = start(command, out)
+    deadline = time.monotonic() + 300
+    while not list(run_dir.glob(path)) and both[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert both[1].pid is not None
+    os.kill(both[1].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert ended(both) == [LOST, -signal.SIGKILL], (out / "0.txt").read_text()
+    assert time.monotonic() - killed < 30
+    assert (out / "0.txt").read_text().count("Error:") == 1
+    assert "Process 1 of 2 ended before the work was done." in (out / "0.txt").read_text()
+    assert (out / "1.txt").read_text() == ""
+
+
+@pytest.mark.slow
+def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path) -> None:
+    straight, killed, alone = (["distill", *arguments, "-o", str(tmp_path / name)] for name in ("2", "killed", "1"))
+    assert ended(start(straight, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
+    assert (tmp_path / "out/1.txt").read_text() == ""
+    assert (tmp_path / "out/0.txt").read_text().count("3-distill") == 1
+    for place in (".1-score.work-*", ".2-prune.work-*", ".3-distill.work-*/checkpoint.safetensors"):
+        kill_second_when(place, killed, tmp_path / "out", tmp_path / "killed")
+    assert ended(start(killed, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
+    weights = [(tmp_path / name / "3-distill/model/model.safetensors").read_bytes() for name in ("2", "killed")]
+    assert weights[0] == weights[1]
+    assert ended(start(alone, tmp_path / "out", processes=1)) == [0]
+    plans = [json.loads((tmp_path / name / "2-prune/plan.json").read_text())["keep"] for name in ("2", "1")]
+    assert plans[0] == plans[1]
+    scores = [load_file(next((tmp_path / name / "1-score").glob("*.safetensors"))) for name in ("2", "1")]
+    for name, values in scores[1].items():
+        assert torch.allclose(scores[0][name], values, rtol=1e-6, atol=1e-6 * float(values.abs().max())), name
+
+
+def test_a_refused_request_is_one_message(arguments: list[str], tmp_path: Path) -> None:
+    refused = ["distill", *arguments, "--batch-size", "9", "-o", str(tmp_path / "run")]
+    assert ended(start(refused, tmp_path)) == [2, 2]
+    assert (tmp_path / "1.txt").read_text() == ""
+    assert (tmp_path / "0.txt").read_text().count("Error:") == 1
+    assert "9 images cannot be shared evenly by 2 processes" in (tmp_path / "0.txt").read_text()
+    assert not (tmp_path / "run").exists()
