@@ -99,7 +99,14 @@ class CompensateRecipe(_Part):
 
 
 class DistillRecipe(_Part):
-    """Fine-tuning against the dense parent; what is None is resolved from the model and the data."""
+    """Fine-tuning against the dense parent; what is None is resolved from the model and the data.
+
+    `finetuned` names weights of the pruned network that were trained elsewhere: nothing is then trained here.
+    """
+
+    finetuned: str | None = setting(
+        None, "Weights of the pruned network, trained elsewhere: folder or file.", "--finetuned", panel=TRAIN
+    )
 
     epochs: int | None = setting(
         None,

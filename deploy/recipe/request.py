@@ -34,6 +34,7 @@ from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.depth import last_blocks_first
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import asked_weights, canonical_name
+from upvits.toolchain.networks.weight_files import read_weights
 from upvits.toolchain.planning import DEFAULT_COMPONENTS, Component, PruningPlan, check_request
 from upvits.toolchain.processes.crew import crew
 from upvits.toolchain.processes.process import pick_device
@@ -122,7 +123,10 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     recipe, source, dense, found = settled(recipe, source, dense.to(device), _dense_network, quiet=quiet)
     preprocess = toolchain.preprocess_of(dense)
     recipe = filled_in(recipe, dense, source, device)
-    if recipe.distill.epochs:
+    if recipe.distill.finetuned is not None:
+        if crew().is_leader:
+            read_weights(Path(recipe.distill.finetuned))  # says now what cannot be read
+    elif recipe.distill.epochs:
         require_shareable(recipe.distill.batch_size or 1, crew().size)
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
@@ -166,6 +170,7 @@ def with_names(recipe: Recipe) -> Recipe:
     model, weights = asked_weights(model, weights)
     if weights not in ("demo", "timm", "random"):
         weights = str(user_path(weights).absolute())
+    finetuned = recipe.distill.finetuned
     calib = recipe.precision.calib
     precision = recipe.precision.model_copy(update={"calib": calib and _absolute_data(calib)})
     named = recipe.model_copy(
@@ -176,6 +181,9 @@ def with_names(recipe: Recipe) -> Recipe:
             "class_map": recipe.class_map and str(user_path(recipe.class_map).absolute()),
             "plan": plan,
             "precision": precision,
+            "distill": recipe.distill.model_copy(
+                update={"finetuned": finetuned and str(user_path(finetuned).absolute())}
+            ),
         }
     )
     check_weighing(named)
@@ -295,7 +303,8 @@ def filled_in(recipe: Recipe, model: nn.Module, source: DataSource, device: torc
     suited = asdict(settings_for(model, source, compensated=recipe.compensate.enabled is not False))
     # on CPUs, reading processes would take the cores that train
     suited["workers"] = min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0
-    distill = recipe.distill.model_copy(update={name: suited[name] for name, value in recipe.distill if value is None})
+    missing = [name for name, value in recipe.distill if value is None and name in suited]
+    distill = recipe.distill.model_copy(update={name: suited[name] for name in missing})
     score = recipe.score.model_copy(
         update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
     )
@@ -365,4 +374,4 @@ def plan_arguments(plan: PlanRecipe, preprocess: Preprocess) -> dict[str, Any]:
 
 def distill_settings(recipe: Recipe) -> DistillSettings:
     """The distillation of a resolved recipe."""
-    return DistillSettings(**recipe.distill.model_dump(), seed=recipe.seed)
+    return DistillSettings(**recipe.distill.model_dump(exclude={"finetuned"}), seed=recipe.seed)

@@ -1,4 +1,4 @@
-"""3-distill: the pruned network fine-tuned against its dense parent."""
+"""3-distill: the pruned network fine-tuned against its dense parent, or its weights from a training elsewhere."""
 
 from __future__ import annotations
 
@@ -18,16 +18,28 @@ from upvits.deploy.stages.job import (
 from upvits.deploy.stages.together import together
 from upvits.deploy.store.artifacts import Artifact
 from upvits.deploy.store.documents import save_document
+from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.networks.retrained import with_weights
 
 
 def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
-    """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill."""
-    settings = distill_settings(job.recipe)
+    """3-distill: the pruned network fine-tuned against its dense parent; continues after a kill.
+
+    Raises:
+        UserError: the weights of `--finetuned` are those of another network.
+    """
+    settings: dict[str, object] = distill_settings(job.recipe).decisive
+    inputs = {**job.inputs, "judged": judged.digest, "pruned": pruned.digest}
+    brought = None
+    if job.recipe.distill.finetuned is not None:
+        brought = with_weights(toolchain.load(pruned.folder / "model"), Path(job.recipe.distill.finetuned))
+        settings, inputs["finetuned"] = {}, weights_digest(brought)
 
     def work(folder: Path) -> None:
         if not (folder / "model").exists():
             student = toolchain.load(pruned.folder / "model")
-            toolchain.save(together(job, _tuned, student, str(folder)), folder / "model")
+            tuned = together(job, _tuned, student, str(folder)) if brought is None else brought
+            toolchain.save(tuned, folder / "model")
         tuned = toolchain.load(folder / "model").to(job.device)
         tuned_accuracy = accuracy_record(accuracy_of(job, tuned, predictions_of_dense(judged)))
         save_document(folder / "accuracy.json", TunedAccuracy(after_distill=tuned_accuracy))
@@ -36,8 +48,8 @@ def distill(job: Job, judged: Artifact, pruned: Artifact) -> Artifact:
     return stage(
         job,
         "3-distill",
-        settings.decisive,
-        {**job.inputs, "judged": judged.digest, "pruned": pruned.digest},
+        settings,
+        inputs,
         work,
         resumable=True,
     )

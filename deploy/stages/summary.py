@@ -325,8 +325,9 @@ def _measurement(job: Job, score: Scores, benched: Artifact, labelled: bool, ima
         "accuracy": f"{'top-1' if labelled else 'agreement with the dense model'} on {images} validation images, "
         "by PyTorch in fp32",
         "scores": f"{score.method} on {score.num_images} training images" if score.num_images else score.method,
-        "fine-tuning": f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, "
-        f"batch {recipe.distill.batch_size}",
+        "fine-tuning": f"elsewhere, {recipe.distill.finetuned}"
+        if recipe.distill.finetuned
+        else f"{recipe.distill.epochs} epochs of {len(job.source.train)} images, batch {recipe.distill.batch_size}",
         "latency": f"all engines in turns, {recipe.bench.rounds} rounds, warm-up {recipe.bench.warmup} calls, "
         f"about {recipe.bench.seconds:g} s per batch size and pair of engines; wall time, host to host",
         "precisions": f"accuracy on at most {recipe.export.accuracy_images} validation images against the fp32 graphs, "

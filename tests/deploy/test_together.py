@@ -1,4 +1,4 @@
-"""The main job in two processes: one run, one terminal, the result of one process, also when the second one is killed."""
+"""The main job in two processes: one terminal, the result of one process, also when the second one is killed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,10 @@ def scored(family: str, method: Any, classes: int) -> dict[str, Tensor]:
 
 
 def cut(family: str, classes: int) -> dict[str, Tensor]:
-    """Weights after rotation and refit, and the curves that a plan is made from, by name."""
+    """Outputs after rotation and refit, and the curves that a plan is made from, by name.
+
+    Weights are not compared: rounding decides the signs of a rotated basis.
+    """
     model, images = network(family, classes), pictures(family, 90)
     curves = compensated_curves(model, images, batch_size=7)
     scores = toolchain.score(model, method="random")
@@ -63,7 +66,8 @@ def cut(family: str, classes: int) -> dict[str, Tensor]:
     compressed = compress(model, plan, images, batch_size=7)
     layers = {f"error of {layer.layer}": torch.tensor(layer.error_after) for layer in compressed.report.layers}
     finite = {f"curve of {name}": curve.loss[curve.loss.isfinite()] for name, curve in curves.items()}
-    return {**dict(compressed.model.state_dict()), **layers, **finite}
+    with torch.inference_mode():
+        return {"outputs": compressed.model(images).clone(), **layers, **finite}
 
 
 def refused(few: int) -> None:
