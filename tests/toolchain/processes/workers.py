@@ -40,7 +40,7 @@ def network(family: str, classes: int) -> nn.Module:
     return model.eval()
 
 
-def pictures(family: str, count: int = 43) -> Tensor:
+def pictures(family: str, count: int = 27) -> Tensor:
     side = 16 if family == "vit" else 32
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
@@ -59,7 +59,7 @@ def cut(family: str, classes: int) -> dict[str, Tensor]:
 
     Weights are not compared: rounding decides the signs of a rotated basis.
     """
-    model, images = network(family, classes), pictures(family, 90)
+    model, images = network(family, classes), pictures(family, 60)
     curves = compensated_curves(model, images, batch_size=7)
     scores = toolchain.score(model, method="random")
     plan = toolchain.plan(model, scores, ratio=0.5)
@@ -133,7 +133,7 @@ def start(lead: Callable[[Path], None], folder: Path, processes: int = 2) -> lis
     return list(started)
 
 
-def exit_codes(started: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+def exit_codes(started: list[BaseProcess], seconds: float = 400) -> list[int | None]:
     deadline = time.monotonic() + seconds
     for process in started:
         process.join(timeout=max(0, deadline - time.monotonic()))
