@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +24,7 @@ from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.look import inspect, predict
 from upvits.deploy.cli.quick import leave_out_compiler
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
+from upvits.deploy.cli.several import follow, is_first, lead
 from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
 from upvits.deploy.recipe.document import CUTS, Recipe
 from upvits.deploy.recipe.setting import PLAN, RUN
@@ -382,32 +380,12 @@ def main() -> None:
 
 
 def _run() -> int | str | None:
+    def speak(error: Exception) -> int:
+        return exit_code_of(error, options_of(app))
+
     if number_of_processes() == 1:
         return _run_command(app)
-    from upvits.toolchain.processes.crew import gathered
-
-    def together() -> None:
-        with gathered(lambda error: exit_code_of(error, options_of(app))) as crew:
-            if crew.is_leader:
-                app()
-            else:
-                crew.follow()
-
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "0":
-        return _run_command(together)
-    return _follow(together)
-
-
-def _follow(together: Callable[[], None]) -> int:
-    """One of the processes that only join in: it says nothing, and ends when torchrun or the first one says so."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it, too
-    logging.getLogger("upvits").setLevel(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    try:
-        together()
-    except UserError as error:
-        return error.exit_code
-    return 0
+    return _run_command(lambda: lead(app, speak)) if is_first() else follow(speak)
 
 
 def _run_command(command: Callable[[], object]) -> int | str | None:

@@ -41,7 +41,7 @@ def test_weights_of_the_same_widths_are_taken(kind: str, tmp_path: Path) -> None
 def test_other_widths_and_broken_weights_are_refused(tmp_path: Path) -> None:
     pruned = small(0.5)
     save_file(small(0.25).state_dict(), tmp_path / "other")
-    with pytest.raises(UserError, match="holds another network than the pruned one: mis-shaped: blocks.0"):
+    with pytest.raises(UserError, match=r"holds another network than the pruned one: mis-shaped: blocks\.0"):
         with_weights(pruned, tmp_path / "other")
     save_file({"weight": torch.ones(3)}, tmp_path / "strange")
     with pytest.raises(UserError, match="no tensor is called as those of this network"):
