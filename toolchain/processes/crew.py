@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other: the leader exports and builds meanwhile. `Watch` says when one died."""
 
+_TERMINATED = 128 + signal.SIGTERM
 _JOINING = timedelta(minutes=10)
 """How long processes wait for all to have started."""
 
@@ -139,8 +141,8 @@ def _part_in_trouble(gang: Crew, error: BaseException) -> None:
     """The leader's command has ended, by an error or by `sys.exit`, which may also be its regular end."""
     assert gang.watch is not None
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
-    if not isinstance(error, (UserError, SystemExit)):
-        gang.watch.wait_for_verdict()
+    if code == _TERMINATED or not isinstance(error, (UserError, SystemExit)):
+        gang.watch.wait_for_verdict()  # torchrun ends the others where one died, maybe before that is noticed here
     if not gang.is_leader:
         return
     if code in (0, None):
