@@ -105,7 +105,11 @@ class DistillRecipe(_Part):
     """
 
     finetuned: str | None = setting(
-        None, "Weights of the pruned network, trained elsewhere: folder or file.", "--finetuned", panel=TRAIN
+        None,
+        "Weights of the pruned network, trained elsewhere: folder or file.",
+        "--finetuned",
+        panel=TRAIN,
+        shown="none",
     )
 
     epochs: int | None = setting(
