@@ -51,6 +51,8 @@ def described(state: State) -> str:
         size = "?" if patch is None or patch.ndim != 4 else patch.shape[-1]
         tokens = ", with registers" if "reg_token" in state else ""
         return f"a ViT of width {width}, depth {depths[0]}, patch {size}{tokens}"
+    if not any(depths):
+        return f"a patch embedding of width {width}, and no blocks under names that are known"
     return f"a PVTv2 of depths {', '.join(map(str, depths[1:]))} and width {width} in its first stage"
 
 

@@ -36,6 +36,12 @@ _VIT = (
     (r"^encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
     (r"^encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
     (r"^encoder\.layer\.(\d+)\.(mlp|norm1|norm2)\.", r"blocks.\1.\2."),
+    # in memory, transformers 5 has other names than in the files that it saves
+    (r"^(?:encoder\.)?layers?\.(\d+)\.attention\.(q|k|v)_proj\.", r"blocks.\1.attn.\2."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.attention\.o_proj\.", r"blocks.\1.attn.proj."),
+    (r"^layers\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+    (r"^layers\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+    (r"^layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
     (r"^layernorm\.", "norm."),
 )
 _PVT = (

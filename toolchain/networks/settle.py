@@ -193,7 +193,7 @@ def size_of_weights(
     said_size: Size | None = said.preprocess.get("input_size")
     position, patch = reading.state.get("pos_embed"), reading.state.get("patch_embed.proj.weight")
     if position is None or patch is None or position.ndim != 3:
-        return _size_without_position(name, said, said_size, wanted, path)
+        return _size_without_position(reading, model, name, said, wanted, path)
     patches, height, width = position.shape[1] - positioned_prefix(model), *patch_size(reading, model)
     guesses = [(said_size, "the checkpoint's arguments"), (wanted.image_size, OPTIONS)]
     for size, source in guesses:
@@ -232,14 +232,17 @@ def patch_size(reading: Reading, model: nn.Module) -> Size:
 
 
 def _size_without_position(
-    name: str, said: Said, said_size: Size | None, wanted: Wanted, path: Path
+    reading: Reading, model: nn.Module, name: str, said: Said, wanted: Wanted, path: Path
 ) -> tuple[Size, str]:
+    said_size: Size | None = said.preprocess.get("input_size")
     if said_size is not None:
         return said_size, "the checkpoint's arguments"
     if wanted.image_size is not None:
         return wanted.image_size, OPTIONS
     if said.has_arguments and said.architecture is not None:
         return _timm_size(said.architecture), f"timm's configuration of {said.architecture}, as its arguments say"
+    if not fitted(reading, model).exact:  # what is in the way is said first
+        return _timm_size(name), "timm's configuration"
     if "." in name:
         return _timm_size(name), f"timm's configuration of {name}"
     raise UserError(
