@@ -315,7 +315,7 @@ def _layers(number: int, profile: LayerTimes, report: Report) -> Section:
                 words(module_of(layer.name)),
                 fine_ms(layer.dense_ms),
                 fine_ms(layer.pruned_ms),
-                times(layer.dense_ms / layer.pruned_ms if layer.dense_ms and layer.pruned_ms else None),
+                times(round(layer.dense_ms / layer.pruned_ms, 4) if layer.dense_ms and layer.pruned_ms else None),
                 words(layer.op),
             )
             for layer in layers
