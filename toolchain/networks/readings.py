@@ -13,7 +13,7 @@ from upvits.toolchain.networks.layouts import ANCHORS, State, in_timm_names, lin
 
 _EXTRA = re.compile(
     r"(.*\.)?(mask_token|mask_emb|n_averaged|relative_position_index|total_ops|total_params|logit_scale|logit_bias)$"
-    r"|(.*\.)?(decoder\w*|projector|projection_head|predictor|dino_head|ibot_head|pooler|criterion|loss_fn"
+    r"|(.*\.)?(decoder\w*|projector|projection_head|predictor|dino_head|ibot_head|pooler|criterion|\w*loss\w*"
     r"|momentum\w*|text|token_embedding|ln_final|positional_embedding|text_projection|transformer|text_model)(\.|$)"
     r"|head\.(mlp|last_layer|projection|predictor)\.|(teacher|student|ema|model_ema)\."
     r"|visual\.(head|proj)\b"
