@@ -200,6 +200,14 @@ def _accuracy_part(report: Report) -> list[str]:
     else:
         return ["accuracy not measured"]
     if best is not None and cost is not None and best.precision != "fp32":
-        again = f"{abs(cost.drop):.2f} points {'lost' if cost.drop >= 0 else 'gained'}"
-        parts.append(f"{again} by {best.precision} on {cost.images:,} images")
+        parts.append(f"{_change_by_precision(cost)} by {best.precision} on {cost.images:,} images")
     return parts
+
+
+def _change_by_precision(cost: AccuracyFigures) -> str:
+    """Likewise; figures of older runs have no counts of images."""
+    if cost.lost is not None and cost.won is not None:
+        low, high = change_interval(cost.lost, cost.won, cost.images)
+        if low <= 0 <= high:
+            return "no certain change"
+    return f"{abs(cost.drop):.2f} points {'lost' if cost.drop >= 0 else 'gained'}"

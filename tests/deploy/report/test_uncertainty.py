@@ -74,6 +74,18 @@ def test_a_change_beyond_chance_is_spoken_of_with_its_range() -> None:
     assert "95 % interval, 1,000 images" in re.sub("<[^>]*>", "", html(report))
 
 
+@pytest.mark.parametrize(
+    ("lost", "won", "said"), [(9, 4, "no certain change by int8"), (30, 5, "2.50 points lost by int8")]
+)
+def test_what_a_precision_costs_is_told_only_beyond_chance(lost: int, won: int, said: str) -> None:
+    document = sample_document()
+    (figures,) = (
+        a for a in document["accuracy"] if (a["model"], a["runtime"], a["precision"]) == ("pruned", "openvino", "int8")
+    )
+    figures |= {"images": 1000, "lost": lost, "won": won, "drop": (lost - won) / 10}
+    assert f"{said} on 1,000 images" in verdict(Report.model_validate(document))
+
+
 def test_a_network_below_the_largest_class_is_warned_of_first() -> None:
     report = report_of(30.0, 31.0, images=100, lost=5, won=6, largest_class=40)
     assert "always naming the most frequent class would be right on 40.00 %" in shortcomings(report)[0]
