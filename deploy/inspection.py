@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,12 +24,14 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.loading import NORMALISATIONS, SIZES
 from upvits.calib_data.printable import printable
-from upvits.toolchain.families import family_of
+from upvits.toolchain.families import family_of, groups_of
+from upvits.toolchain.networks.catalogue import architectures
 from upvits.toolchain.networks.config_document import has_config
-from upvits.toolchain.networks.explain import described, first_reading, looks_like, nearest
-from upvits.toolchain.networks.found import found_in
+from upvits.toolchain.networks.explain import described, first_reading, looks_like, nearest, of_another_kind
+from upvits.toolchain.networks.found import Found, found_in
 from upvits.toolchain.networks.models import create_model, label_names_of, load, preprocess_of
 from upvits.toolchain.networks.said import said_in
+from upvits.toolchain.networks.transformers_config import is_transformers
 from upvits.toolchain.networks.weight_files import read_weights, some
 from upvits.toolchain.structure.macs import count_params
 from upvits.toolchain.structure.timm_config import architecture_of, num_classes_of
@@ -36,7 +39,7 @@ from upvits.toolchain.training.evaluate import evaluate
 
 _IMAGES = 64
 _Change = tuple[str, tuple[str, ...], dict[str, Any]]
-"""Its name, the options of `build` for it, and entries of the preprocessing."""
+"""Its name, the options of `build` for it, and what changes: entries of the preprocessing, or arguments."""
 
 _CLEAR = 15.0
 """So many points below the best reading is about as good: few images are judged, and what weights say counts more."""
@@ -74,7 +77,7 @@ class Inspection(_Document):
         recorded_top1: percent, as the checkpoint says.
         readings: accuracy on some images, the best first; empty without labelled data.
         remarks: what could not be told.
-        command: to prune it.
+        command: to prune it; empty where no name of timm's fits, which a remark says.
     """
 
     format_version: Literal[1] = 1
@@ -97,11 +100,15 @@ class Inspection(_Document):
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A network; `size_is_a_guess` where nothing tells the size of its images."""
+    """A network; `build` makes it with other arguments. `size_is_a_guess` where nothing tells the size of images.
+    `name` is what `build` calls it, where that is not its architecture; empty where timm has no network of its size.
+    """
 
     model: nn.Module
+    build: Callable[..., nn.Module]
     alike: tuple[str, ...] = ()
     size_is_a_guess: bool = False
+    name: str | None = None
 
 
 def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Inspection:
@@ -114,7 +121,7 @@ def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Ins
     Raises:
         UserError: it holds no network that can be pruned; says what it looks like and what stands in the way.
     """
-    path = user_path(weights)
+    path = user_path(weights.removeprefix("local-dir:"))
     loaded = _from_folder(path) if path.is_dir() and has_config(path) else _from_file(path)
     model, found = loaded.model, found_in(loaded.model)
     preprocess = preprocess_of(model)
@@ -122,6 +129,8 @@ def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Ins
     if loaded.size_is_a_guess:
         size = preprocess.input_size[1]
         remarks.append(f"Nothing tells the size of its images. {size} is timm's; give the real one as --image-size.")
+    if loaded.name == "":
+        remarks.append(f'timm has no network of its size: load it in Python, upvits.load("{weights}"), and save it.')
     figures: tuple[ReadingFigure, ...] = ()
     if data is not None:
         source = open_data(data, class_names=label_names_of(model), quiet=quiet)
@@ -154,11 +163,32 @@ def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Ins
 def _from_folder(folder: Path) -> _Loaded:
     model = load(folder)
     family_of(model)
-    return _Loaded(model)
+    if is_transformers(folder):
+        alike = _of_the_same_size(model)
+        return _Loaded(model, partial(load, folder), alike[1:], name=alike[0] if alike else "")
+    return _Loaded(model, partial(create_model, architecture_of(model), weights=str(folder)))
+
+
+def _of_the_same_size(model: nn.Module) -> tuple[str, ...]:
+    """The architectures that `build` takes a folder of transformers for: those with its family, widths and depths."""
+    family = family_of(model)
+    widths = [group.size for group in groups_of(model) if group.kind == "embed"]
+    size = widths, [*family.block_lists(model).values()]
+    patch = getattr(model.get_submodule("patch_embed"), "patch_size", (0,))[0]
+    found = [
+        one.name
+        for one in architectures()
+        if one.family == family.__name__.rpartition(".")[2]
+        and size == tuple([v] if isinstance(v, int) else [*v] for v in (one.embed_dim, one.depth))
+    ]
+    return tuple(sorted(found, key=lambda name: f"patch{patch}" not in name))
 
 
 def _from_file(path: Path) -> _Loaded:
     weights = read_weights(path)
+    other = of_another_kind(weights)
+    if other is not None:
+        raise other
     reading = first_reading(weights)
     if reading is None:
         names = [name for state in weights.states.values() for name in state]
@@ -166,9 +196,7 @@ def _from_file(path: Path) -> _Loaded:
         raise UserError(
             f"{path} holds no network that can be pruned.",
             why=f"It looks like {kind}." if kind else f"Its tensors are of no layout that is known: {some(names)}.",
-            fix="`upvits-deploy detect` takes detectors of mmdet (see docs/detection.md)."
-            if kind == "a detector"
-            else "Give weights of a ViT or PVTv2; `upvits-deploy models` lists what can be pruned.",
+            fix="Give weights of a ViT or PVTv2; `upvits-deploy models` lists what can be pruned.",
         )
     said = said_in(weights.beside).architecture
     exact = [name for name, fit in nearest(reading, most=8) if fit.exact]
@@ -184,12 +212,13 @@ def _from_file(path: Path) -> _Loaded:
         )
     base = names[0].partition(".")[0]
     alike = tuple(name for name in exact if name != base)
+    build = partial(create_model, names[0], weights=str(path))
     try:
-        return _Loaded(create_model(names[0], weights=str(path)), alike)
+        return _Loaded(build(), build, alike)
     except UserError as error:
         size = int(timm.get_pretrained_cfg(names[0]).input_size[-1])
         with suppress(UserError):
-            return _Loaded(create_model(names[0], weights=str(path), image_size=size), alike, size_is_a_guess=True)
+            return _Loaded(build(image_size=size), build, alike, size_is_a_guess=True)
         raise error from None
 
 
@@ -203,7 +232,8 @@ def _not_comparable(source: DataSource, classes: int) -> str:
 
 
 def _figures(loaded: _Loaded, source: DataSource, preprocess: Preprocess) -> tuple[ReadingFigure, ...]:
-    """Order of classes, then size where nothing tells it, then normalisation: each beside the best of what came before.
+    """Order of classes, what the weights leave open of the network, size where nothing tells it, normalisation: each
+    beside the best of what came before.
 
     The first figure of the result is the best one; among equals, the one that needs the fewest options.
     """
@@ -215,15 +245,34 @@ def _figures(loaded: _Loaded, source: DataSource, preprocess: Preprocess) -> tup
     ] or [_figure(loaded.model, source, preprocess, start, ())]
     best = max(read, key=lambda figure: figure.top1)
     source = next((one for order, one in orders.items() if order in best.options), source)
+    model, size = loaded.model, preprocess.input_size[1:]
+    kept: dict[str, Any] = {"image_size": size, "model_args": {}}
+    for name, options, change in _untold(found_in(loaded.model)):
+        asked = {**kept, **change, "model_args": kept["model_args"] | change.get("model_args", {})}
+        network = loaded.build(**asked)
+        resized = replace(preprocess, input_size=preprocess_of(network).input_size)
+        read.append(_figure(network, source, resized, name, (*best.options, *options)))
+        if read[-1].top1 > best.top1:
+            best, model, preprocess, kept = read[-1], network, resized, asked
     for others in (_sizes(preprocess) if loaded.size_is_a_guess else [], _normalisations(preprocess)):
         before = best
         for name, options, change in others:
             other = replace(preprocess, **change)
-            read.append(_figure(loaded.model, source, other, name, (*before.options, *options)))
+            read.append(_figure(model, source, other, name, (*before.options, *options)))
             if read[-1].top1 > best.top1:
                 best, chosen = read[-1], other
         preprocess = preprocess if best is before else chosen
     return tuple(sorted(read, key=lambda figure: (-figure.top1, len(figure.options))))
+
+
+def _untold(found: Found) -> Iterator[_Change]:
+    """What the weights leave open of the network, as arguments of `create_model`."""
+    for name, values in found.untold.items():
+        for value in values[1:]:
+            yield f"{name}={value}", ("--model-arg", f"{name}={value}"), {"model_args": {name: value}}
+    for height, width in found.other_sizes:
+        text = f"{height}x{width}"
+        yield f"{height} x {width} pixels", ("--image-size", text), {"image_size": (height, width)}
 
 
 def _sizes(preprocess: Preprocess) -> Iterator[_Change]:
@@ -250,7 +299,10 @@ def _figure(
 
 def _command(loaded: _Loaded, weights: str, data: str | None, figures: Sequence[ReadingFigure]) -> str:
     """The command, with the options of the simplest among the readings that are about as good as the best one."""
-    parts = ["upvits-deploy", "build", "--model", architecture_of(loaded.model), "--weights", weights]
+    name = architecture_of(loaded.model) if loaded.name is None else loaded.name
+    if not name:
+        return ""
+    parts = ["upvits-deploy", "build", "--model", name, "--weights", weights]
     parts += ["--data", data or "imagefolder:FOLDER", "--ratio", "0.5"]
     options: tuple[str, ...] = ()
     if figures:
@@ -277,7 +329,7 @@ def inspection_terminal(found: Inspection) -> Group:
         for one in found.readings:
             figures.add_row(f"{one.top1:.1f} %", Text(one.reading))
         parts += ["", Text(f"Top-1 on {found.readings[0].images} validation images, read in several ways:"), figures]
-    return Group(*parts, "", Text("To prune it:"))
+    return Group(*parts, "", *([Text("To prune it:")] if found.command else []))
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,8 @@ def inspect(
         return
     out = console(quiet=quiet)
     out.print(inspection_terminal(found))
-    out.print(found.command, soft_wrap=True, highlight=False, markup=False)
+    if found.command:
+        out.print(found.command, soft_wrap=True, highlight=False, markup=False)
 
 
 def predict(

@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
+from tests.toolchain.networks.test_checkpoints import FILES, KEYS
+from tests.toolchain.networks.test_layouts import State, mae, official_pvt
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli.app import app
 from upvits.deploy.inspection import inspect
+
+PVT, VIT = "pvt_v2_b0", "vit_tiny_patch16_224"
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +88,117 @@ def test_a_folder_is_read_as_it_says(demo: nn.Module, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("layer1.0.conv1.weight", "a ResNet"), ("bbox_head.fc.weight", "a detector"), ("x", "layout")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("layer1.0.conv1.weight", "a ResNet"), ("x", "layout")])
 def test_what_cannot_be_pruned_is_named(name: str, kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no network that can be pruned") as caught:
         inspect(saved({name: torch.zeros(3, 3)}, tmp_path / "weights.pth"))
     assert kind in caught.value.why
-    assert ("detect" in caught.value.fix) == (kind == "a detector")
+    assert "models" in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_of_other_kinds_are_named_as_build_names_them(kind: str, tmp_path: Path) -> None:
+    write, words = FILES[kind]
+    write(tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds no network" if kind == "ResNet" else words) as caught:
+        inspect(str(tmp_path / "w.pth"))
+    assert caught.value.fix
+
+
+def network(name: str, **args: Any) -> Any:
+    return timm.create_model(name, num_classes=12, **({} if "pvt" in name else {"img_size": 64}), **args)
+
+
+@pytest.mark.parametrize("name", [PVT, VIT])
+@pytest.mark.parametrize("kind", KEYS)
+def test_checkpoints_under_any_key_and_behind_any_wrapper(name: str, kind: str, tmp_path: Path) -> None:
+    found = inspect(saved(KEYS[kind](network(name).state_dict()), tmp_path / "w.pth"))
+    assert name in (found.architecture, *found.alike)
+    assert (found.family, found.classes) == ("pvt_v2" if "pvt" in name else "vit", 12)
+    assert found.image == (None if "pvt" in name else (64, 64))
+    words = shlex.split(found.command)
+    assert words[3] in (name, *found.alike, found.architecture)
+    assert ("--image-size" in words) == ("pvt" in name)
+
+
+def official(state: State) -> State:
+    return {f"module.{key}": tensor for key, tensor in official_pvt(state).items()}
+
+
+def shards(folder: Path, state: State) -> str:
+    """An index of two files."""
+    names = sorted(state)
+    parts = {"a.safetensors": names[:40], "b.safetensors": names[40:]}
+    for file, held in parts.items():
+        save_file({key: state[key].contiguous() for key in held}, folder / file)
+    index = {key: file for file, held in parts.items() for key in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return str(folder / "model.safetensors.index.json")
+
+
+def timm_folder(folder: Path, model: Any) -> str:
+    timm.models.save_for_hf(model, folder, model_args={"num_classes": 12, "img_size": 64})
+    return f"local-dir:{folder}"
+
+
+def our_folder(folder: Path, model: nn.Module) -> str:
+    toolchain.save(model, folder / "out")
+    return str(folder / "out")
+
+
+def transformers_folder(folder: Path, _: nn.Module) -> str:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    config = transformers.ViTConfig(**sizes, image_size=64, num_labels=12)
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+WRITTEN: dict[str, tuple[str, Callable[[Path, nn.Module], str]]] = {
+    "official PVTv2": (PVT, lambda folder, model: saved(official(model.state_dict()), folder / "w.pth")),
+    "MAE": (VIT, lambda folder, model: saved(mae(model.state_dict()), folder / "w.pth")),
+    "DINO": (VIT, lambda folder, model: saved(KEYS["dino"](model.state_dict()), folder / "w.pth")),
+    "shards": (VIT, lambda folder, model: shards(folder, model.state_dict())),
+    "folder of shards": (VIT, lambda folder, model: str(Path(shards(folder, model.state_dict())).parent)),
+    "timm's folder": (VIT, timm_folder),
+    "our folder": (PVT, our_folder),
+    "transformers": (VIT, transformers_folder),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_the_command_works(kind: str, tmp_path: Path) -> None:
+    name, write = WRITTEN[kind]
+    found = inspect(write(tmp_path, network(name)))
+    words = shlex.split(found.command.replace("imagefolder:FOLDER", "demo"))
+    assert words[3] in (name, *found.alike)
+    result = CliRunner().invoke(app, ["plan", *words[2:], "--planner", "uniform", "--allow-weak"])
+    assert result.exit_code == 0, result.output or result.exception
+
+
+def test_readings_that_the_weights_leave_open_are_judged(tmp_path: Path) -> None:
+    """Class folders in two orders, pooling and activation, and their combination in the command."""
+    model: Any = network(VIT, global_pool="avg", fc_norm=False).eval()
+    torch.manual_seed(0)
+    transform = toolchain.preprocess_of(model).eval_transform()
+    coarse = (255 * torch.rand(12, 4, 4, 3)).to(torch.uint8).numpy()
+    images = [Image.fromarray(one).resize((64, 64)) for one in coarse]
+    with torch.no_grad():  # a head that has every picture right
+        tokens = model.forward_features(torch.stack([transform(image) for image in images]))
+        features = model.forward_head(tokens, pre_logits=True)
+        model.head.weight.copy_(torch.linalg.pinv(features - features.mean(0)).T * 20)
+        model.head.bias.copy_(-model.head.weight @ features.mean(0))
+    for name, image in zip(sorted(str(number) for number in range(1, 13)), images, strict=True):
+        for split in ("train", "val"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            image.save(tmp_path / "set" / split / name / "x.png")
+    found = inspect(saved(model.state_dict(), tmp_path / "w.pth"), f"imagefolder:{tmp_path / 'set'}")
+    assert found.readings[0].top1 == 100
+    read = {one.reading for one in found.readings}
+    assert read >= {"classes in natural order", "classes in text order", "global_pool=avg", "act_layer=quick_gelu"}
+    words = shlex.split(found.command)
+    assert words[words.index("--model-arg") + 1] == "global_pool=avg"
 
 
 def test_a_near_miss_says_what_differs(tmp_path: Path) -> None:
@@ -96,3 +206,15 @@ def test_a_near_miss_says_what_differs(tmp_path: Path) -> None:
     del state["blocks.3.attn.qkv.weight"]
     with pytest.raises(UserError, match=r"missing: blocks\.3\.attn\.qkv\.weight"):
         inspect(saved(state, tmp_path / "weights.pth"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_transformers_of_no_size_of_timms_gets_no_command_that_fails(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 72}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path)
+    found = inspect(str(tmp_path))
+    assert (found.family, found.classes, found.command) == ("vit", 0, "")
+    assert "upvits.load" in found.remarks[-1]
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path)], env={"COLUMNS": "80"}).stdout
+    assert "build" not in shown

@@ -179,7 +179,8 @@ def _notes(chosen: Candidate, fitting: list[Candidate], architecture: str, said:
     reading, notes = chosen.reading, []
     if reading.place or reading.prefix or reading.layout != "timm":
         naming = "" if reading.layout == "timm" else f", in the naming of {reading.layout}"
-        notes.append(f"The weights are {reading.title} of the file{naming}.")
+        whole = "" if reading.place or reading.prefix else "the file itself"
+        notes.append(f"The weights are {whole or f'{reading.title} of the file'}{naming}.")
     unused = sorted({one.reading.title for one in fitting} - {reading.title})
     if unused:
         notes.append(f"The file also holds {some(unused)}, which is not used.")

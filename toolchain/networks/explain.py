@@ -108,8 +108,8 @@ def faults(fit: Fit) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def does_not_fit(architecture: str, weights: Weights, tried: Sequence[tuple[Reading, Fit]]) -> UserError:
-    """The message for weights of which no reading fits."""
+def of_another_kind(weights: Weights) -> UserError | None:
+    """The message for weights that are no classifier's: an adapter, a detector; None for others."""
     names = [name for state in weights.states.values() for name in state]
     if any(re.search(r"lora_[AB]\b|lora_(up|down)", name) for name in names):
         return lora(weights.path)
@@ -121,8 +121,17 @@ def does_not_fit(architecture: str, weights: Weights, tried: Sequence[tuple[Read
             fix="`upvits-deploy detect` takes detectors of mmdet on these backbones (see docs/detection.md). To prune "
             "the backbone alone, save its part of the state_dict to a file of its own.",
         )
+    return None
+
+
+def does_not_fit(architecture: str, weights: Weights, tried: Sequence[tuple[Reading, Fit]]) -> UserError:
+    """The message for weights of which no reading fits."""
+    other = of_another_kind(weights)
+    if other is not None:
+        return other
     if not tried:
-        return _unknown(architecture, weights, kind, names)
+        names = [name for state in weights.states.values() for name in state]
+        return _unknown(architecture, weights, looks_like(names), names)
     reading, fit = min(tried, key=lambda pair: _faults(pair[1]))
     near = nearest(reading)
     base = architecture.partition(".")[0]
