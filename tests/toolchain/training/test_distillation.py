@@ -382,6 +382,13 @@ def start(options: dict[str, Any], **environment: str) -> BaseProcess:
     return process
 
 
+def start_two(options: dict[str, Any]) -> list[BaseProcess]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return [start(options, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+
+
 def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = {"epochs": 4, "batch_size": 32, "lr": 8e-3, "drop_path": 0.2, "feature_weight": 20.0}
@@ -401,16 +408,41 @@ def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl"]
 
 
+def test_killed_within_an_epoch_it_sees_the_images_that_were_left(tmp_path: Path) -> None:
+    folder, data = tmp_path / "run", source()
+    settings = {"epochs": 2, "batch_size": 32, "lr": 8e-3, "drop_path": 0.2, "checkpoint_minutes": 0.0}
+    process = start({"settings": settings, "folder": str(folder), "out": str(tmp_path), "kill_at_image": 96 + 70})
+    process.join(timeout=240)
+    assert process.exitcode == -signal.SIGKILL
+    continued = train(folder, DistillSettings(**settings), data)  # type: ignore[arg-type]
+    whole = train(None, DistillSettings(**settings), source())  # type: ignore[arg-type]
+    assert data.train.reads == 32  # type: ignore[attr-defined]
+    assert same_weights(continued.model, whole.model)
+    timeless = [[replace(entry, seconds=0, images_per_s=0) for entry in done.history] for done in (continued, whole)]
+    assert timeless[0] == timeless[1]
+
+
+def test_one_process_continues_what_two_began(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, data = tmp_path / "run", source()
+    settings = {"epochs": 2, "batch_size": 32, "lr": 8e-3, "checkpoint_minutes": 0.0, "cutmix": 0.0, "drop_path": None}
+    options = {"settings": settings, "folder": str(folder), "out": str(tmp_path), "kill_at_image": 48 + 20}
+    for process in start_two(options):
+        process.join(timeout=240)
+        assert process.exitcode == -signal.SIGKILL
+    with caplog.at_level("INFO", "upvits"):
+        continued = train(folder, DistillSettings(**settings), data)  # type: ignore[arg-type]
+    assert "1 processes continue what 2 began." in caplog.text
+    assert data.train.reads == 64  # type: ignore[attr-defined]
+    alone = train(None, DistillSettings(**settings), source())  # type: ignore[arg-type]
+    assert [entry.loss for entry in continued.history] == pytest.approx([e.loss for e in alone.history], rel=1e-3)
+
+
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     # One step an epoch and nothing drawn: then the order of the images is all that differs between one and two.
     settings = {"epochs": 4, "batch_size": 32, "lr": 8e-3, "cutmix": 0.0, "drop_path": None, "feature_weight": 20.0}
     options = {"settings": settings, "source": {"images": 32}, "plain": True, "out": str(tmp_path)}
     options["folder"] = str(tmp_path / "run")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    both = [start(options, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
-    for process in both:
+    for process in start_two(options):
         process.join(timeout=180)
         assert process.exitcode == 0
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in "01")
