@@ -53,6 +53,12 @@ class TargetError(UserError):
     exit_code = 6
 
 
+class StoppedError(UserError):
+    """Training was asked to stop by a signal, and wrote a checkpoint (exit code 76)."""
+
+    exit_code = 76
+
+
 class LostProcessError(UserError):
     """One of several processes ended before its work was done (exit code 75, EX_TEMPFAIL: try again)."""
 

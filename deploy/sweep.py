@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Group
 
 from upvits.calib_data.documents import Count, Name, Natural, Number, Positive, Text, read_document
-from upvits.calib_data.errors import TargetError, UserError
+from upvits.calib_data.errors import StoppedError, TargetError, UserError
 from upvits.calib_data.paths import copy_regular
 from upvits.deploy.pipeline import run_job
 from upvits.deploy.recipe.document import CUTS, IDENTITY, Recipe, make_recipe
@@ -106,6 +106,8 @@ def sweep(
         _LOGGER.info("%d of %d: %s", number + 1, len(recipes), name)
         try:
             reports[name] = _run(recipe, out / name, [out / other for other in recipes], quiet=quiet)
+        except StoppedError:  # no failure of this run
+            raise
         except UserError as error:
             errors[name] = error
             _LOGGER.error("%s", f"{name}: {error.what} {error.fix}".strip())

@@ -148,6 +148,7 @@ def _contradictions(ground: Ground) -> Iterator[Case]:
         "--image-size 17", "--image-size 4096", "--opset 17", "--data hfds:nope/nope",
         "--data torch:cifar10:/nonexistent",
         "--data torch:nope", "--weights /dev/null", "--weights /", "--weights .", "--recipe /dev/null", "--recipe /",
+        "--finetuned /dev/null", "--finetuned .",
         "--data imagefolder:/proc/self", "--data imagefolder:/etc", "--data imagefolder:/dev",
         "--calib imagefolder:/etc",
         "--streams 99999", "--streams 1,1", "--bench-batches 8,8", "--bench-batches 0", "--data wds:/etc",

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from upvits.calib_data.errors import UserError
+from upvits.calib_data.errors import StoppedError, UserError
 from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.arguments import options_of, refuse_empty
 from upvits.deploy.cli.console import console, prepare_streams, print_json
@@ -407,12 +407,14 @@ def _run_command(command: Callable[[], object]) -> int | str | None:
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM end the process as an exception, so that temporary folders are removed."""
+    """Let SIGTERM and SIGUSR1 end the process as an exception, so that temporary folders are removed."""
     if threading.current_thread() is not threading.main_thread():  # handlers belong to the main one
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_TERMINATED))
+    codes: dict[int, int] = {signal.SIGTERM: _TERMINATED, signal.SIGUSR1: StoppedError.exit_code}
+    before = {number: signal.signal(number, lambda got, _: sys.exit(codes[got])) for number in codes}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -35,11 +35,12 @@ def follow(speak: Callable[[Exception], int]) -> int:
     """Join in until the first process has ended, or torchrun or slurm ends this one; returns the exit code."""
     from upvits.toolchain.processes.crew import gathered
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it, too
     logging.getLogger("upvits").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
     try:
         with gathered(speak) as crew:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the first process gets them, too, and
+                signal.signal(number, signal.SIG_IGN)  # when it ends this one ends with it
             crew.follow()
     except UserError as error:  # the first process has the same, and says it
         return error.exit_code

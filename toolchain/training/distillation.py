@@ -46,9 +46,7 @@ from upvits.toolchain.training.state import (
     settings_key,
     write_log,
 )
-
-_STEPS_BETWEEN_LOOKS = 10
-"""Steps after which several processes ask the first one whether a checkpoint is due."""
+from upvits.toolchain.training.stopping import is_due, requests_to_stop, stop_if_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,7 @@ def distill(
         device: "auto" or a torch device.
 
     Raises:
+        StoppedError: SIGTERM or SIGUSR1 came, and there is a folder; the checkpoint is written.
         UserError: models and data do not fit each other, weights or loss are not finite (the last checkpoint then
             stays), nothing to learn from, unwritable folder.
 
@@ -244,20 +243,54 @@ def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
         if folder is not None:
             save_state(folder / "checkpoint.safetensors", key, run.state)
 
-    for epoch in range(len(history), run.settings.epochs):
-        history.append(_train_epoch(run, epoch, reference, save, quiet=quiet))
-        run.state.begin_epoch()
-        save()
-        if folder is not None:
-            write_log(folder / "log.jsonl", history)
+    with requests_to_stop(listen=folder is not None) as signals:
+        for epoch in range(len(history), run.settings.epochs):
+            history.append(_train_epoch(run, epoch, reference, save, signals, quiet=quiet))
+            run.state.begin_epoch()
+            save()
+            if folder is not None:
+                write_log(folder / "log.jsonl", history)
+            stop_if_asked(signals, f"after epoch {epoch + 1}")
     if folder is not None:
         write_log(folder / "log.jsonl", history)  # a run killed between checkpoint and log lacks the last line
 
 
-def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, save: Callable[[], None], *, quiet: bool) -> EpochLog:
+def _train_epoch(
+    run: _Run, epoch: int, reference: Tensor | None, save: Callable[[], None], signals: list[int], *, quiet: bool
+) -> EpochLog:
     """What is left of a pass over the images, then the moving average on the validation images."""
+    settings, state = run.settings, run.state
+    start, seen = time.perf_counter(), float(state.sums[3])
+    _take_steps(run, epoch, save, signals, quiet=quiet)
+    # The loss of the last step was finite, the weights after it may not be.
+    _require_finite(torch.stack([p.detach().sum() for p in state.learner.parameters()]), settings, epoch, state.step)
+    sums = state.sums.clone()
+    shared().sum(sums)
+    if not sums[3]:
+        raise UserError("No training images were read.", fix="Check the training split of `data=` and the batch size.")
+    seconds = time.perf_counter() - start
+    top1, agreement = None, None
+    if epoch + 1 == settings.epochs or (epoch + 1) % settings.eval_every == 0:
+        top1, agreement = _validate(run, reference)
+    means = (sums[:3] / sums[3]).tolist()
+    return EpochLog(
+        epoch=epoch + 1,
+        lr=state.optimizer.param_groups[0]["lr"],
+        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
+        label_loss=means[0],
+        logit_loss=means[1],
+        feature_loss=means[2],
+        top1=top1,
+        agreement=agreement,
+        seconds=round(time.perf_counter() - start, 3),
+        images_per_s=round((float(state.sums[3]) - seen) * shared().world_size / seconds, 1),
+    )
+
+
+def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[int], *, quiet: bool) -> None:
+    """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
-    start = saved = time.perf_counter()
+    saved = time.perf_counter()
     loader = batches(
         run.data.train,
         run.preprocess,
@@ -269,7 +302,6 @@ def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, save: Callable
         share=(process.rank, process.world_size),
         skip=state.step,
     )
-    seen = float(state.sums[3])
     title = f"distill {epoch + 1}/{settings.epochs}"
     for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
         done = epoch * run.steps_per_epoch + state.step
@@ -282,40 +314,11 @@ def _train_epoch(run: _Run, epoch: int, reference: Tensor | None, save: Callable
         state.step += 1
         if run.device.type == "cpu" or state.step % 50 == 0:  # looking waits for the GPU
             _require_finite(state.sums, settings, epoch, state.step)
-        if _is_due(state.step, saved, settings.checkpoint_minutes) and state.step < run.steps_per_epoch:
+        if is_due(state.step, saved, settings.checkpoint_minutes, signals) and state.step < run.steps_per_epoch:
             state.all_sums[:] = process.all_of({process.rank: state.sums.tolist()})
             save()
             saved = time.perf_counter()
-    # The loss of the last step was finite, the weights after it may not be.
-    _require_finite(torch.stack([p.detach().sum() for p in state.learner.parameters()]), settings, epoch, state.step)
-    sums = state.sums.clone()
-    process.sum(sums)
-    if not sums[3]:
-        raise UserError("No training images were read.", fix="Check the training split of `data=` and the batch size.")
-    seconds = time.perf_counter() - start
-    top1, agreement = None, None
-    if epoch + 1 == settings.epochs or (epoch + 1) % settings.eval_every == 0:
-        top1, agreement = _validate(run, reference)
-    losses = (sums[:3] / sums[3]).tolist()
-    return EpochLog(
-        epoch=epoch + 1,
-        lr=state.optimizer.param_groups[0]["lr"],
-        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, losses, strict=True)),
-        label_loss=losses[0],
-        logit_loss=losses[1],
-        feature_loss=losses[2],
-        top1=top1,
-        agreement=agreement,
-        seconds=round(time.perf_counter() - start, 3),
-        images_per_s=round((float(state.sums[3]) - seen) * process.world_size / seconds, 1),
-    )
-
-
-def _is_due(step: int, saved: float, minutes: float) -> bool:
-    """Whether a checkpoint is to be written; all processes get the same answer."""
-    if minutes > 0 and step % _STEPS_BETWEEN_LOOKS:
-        return False
-    return shared().from_leader(lambda: time.perf_counter() - saved >= 60 * minutes)
+            stop_if_asked(signals, f"in epoch {epoch + 1}, after step {state.step}")
 
 
 def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -35,7 +35,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for kind, values in alone.items():
         assert found[kind].keys() == values.keys()
         for name, value in values.items():
-            scale = float(value.abs().max()) or 1.0
+            scale = max(float(value.abs().max()), 1e-9)  # some losses of an untrained network are rounding alone
             allowed = 1e-6 if kind in ("fisher", "refined", "kl") else 1e-3  # solved from sums that round otherwise
             assert float((found[kind][name] - value).abs().max()) <= allowed * scale, (kind, name)
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import signal
 import socket
 from dataclasses import replace
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tests.toolchain.training.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from upvits.calib_data import Images, batches
-from upvits.calib_data.errors import UserError
+from upvits.calib_data.errors import StoppedError, UserError
 from upvits.toolchain.processes.process import Process
 from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
@@ -420,6 +421,24 @@ def test_killed_within_an_epoch_it_sees_the_images_that_were_left(tmp_path: Path
     assert same_weights(continued.model, whole.model)
     timeless = [[replace(entry, seconds=0, images_per_s=0) for entry in done.history] for done in (continued, whole)]
     assert timeless[0] == timeless[1]
+
+
+def test_a_signal_lets_it_write_a_checkpoint_and_end(tmp_path: Path) -> None:
+    folder, data = tmp_path / "run", source()
+
+    def stop(reads: int) -> None:
+        if reads == 96 + 40:  # in the second step of the second epoch
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    data.train.on_read = stop  # type: ignore[attr-defined]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(StoppedError, match="stopped by SIGUSR1 in epoch 2, after step 2; a checkpoint is written"):
+        train(folder, SHORT, data)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    left = source()
+    continued = train(folder, SHORT, left)
+    assert left.train.reads == 32 + 96  # type: ignore[attr-defined]
+    assert same_weights(continued.model, train(None, SHORT, source()).model)
 
 
 def test_one_process_continues_what_two_began(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
