@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from upvits import toolchain
 
-LOST = 75
+LOST, STOPPED = 75, 76
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,21 @@ def kill_second_when(path: str, command: list[str], out: Path, run_dir: Path) ->
     assert (out / "1.txt").read_text() == ""
 
 
+def signal_both_when(words: str, command: list[str], out: Path) -> None:
+    """Start, wait for words on the terminal, send SIGUSR1 to both as slurm does: both end with the same code."""
+    (out / "0.txt").unlink()
+    both = start(command, out)
+    deadline = time.monotonic() + 300
+    while not (out / "0.txt").exists() or (words not in (out / "0.txt").read_text() and time.monotonic() < deadline):
+        time.sleep(0.01)
+    for process in both:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGUSR1)
+    assert ended(both) == [STOPPED, STOPPED], (out / "0.txt").read_text()
+    assert (out / "0.txt").read_text().count("Error:") <= 1  # none where training had not begun
+    assert (out / "1.txt").read_text() == ""
+
+
 @pytest.mark.slow
 def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path) -> None:
     straight, killed, alone = (["distill", *arguments, "-o", str(tmp_path / name)] for name in ("2", "killed", "1"))
@@ -104,6 +119,7 @@ def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path
     assert (tmp_path / "out/0.txt").read_text().count("3-distill") == 1
     for place in (".1-score.work-*", ".2-prune.work-*", ".3-distill.work-*/checkpoint.safetensors"):
         kill_second_when(place, killed, tmp_path / "out", tmp_path / "killed")
+    signal_both_when("2-prune: as before", killed, tmp_path / "out")
     assert ended(start(killed, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
     weights = [(tmp_path / name / "3-distill/model/model.safetensors").read_bytes() for name in ("2", "killed")]
     assert weights[0] == weights[1]
