@@ -35,6 +35,8 @@ def as_options(text: str, options: Collection[str]) -> str:
         'Leave --image-size out, or give --weights timm.'
         >>> as_options('Use `compensate=False` or `components=("embed", "ffn")`.', {"--no-compensate", "--components"})
         'Use --no-compensate or --components embed,ffn.'
+        >>> as_options("Give `model_args={'depth': 2, 'patch_size': 8}`.", {"--model-arg"})
+        'Give --model-arg depth=2 --model-arg patch_size=8.'
     """
 
     def option(match: re.Match[str]) -> str:
@@ -45,6 +47,8 @@ def as_options(text: str, options: Collection[str]) -> str:
             return match[0]
         plain = "" if value in ("True", "False") else re.sub(r"[\"'(){} ]", "", value)
         plain = plain.replace(*{"image_size": (",", "x"), "model_args": (":", "=")}.get(name, ("", "")))
+        if name == "model_args":
+            plain = plain.replace(",", f" {flag} ")  # one at a time
         return f"{flag} {plain}".rstrip()
 
     return _ARGUMENT.sub(option, text)

@@ -141,12 +141,28 @@ def does_not_fit(architecture: str, weights: Weights, tried: Sequence[tuple[Read
     elif near and near[0][0] != base:
         fix = f"The nearest of timm's architectures is {near[0][0]}; there it is {faults(near[0][1])}."
     else:
-        fix = "Give the timm arguments that it was built with as `model_args=`, or save the network with `upvits.save`."
+        fix = _built_with(reading.state)
     return UserError(
         f"{weights.path} does not fit {architecture}: {faults(fit)}.",
         why=f"It holds {described(reading.state)}, and every tensor must agree, or the network would compute something "
         "else.",
         fix=fix,
+    )
+
+
+def _built_with(state: State) -> str:
+    """What to do about a network that has no name in timm: its arguments, as far as tensors tell."""
+    patch, hidden = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+    if patch is None or hidden is None or patch.ndim != 4 or hidden.ndim != 2 or not hidden.shape[1]:
+        return (
+            "Give the timm arguments that it was built with as `model_args=`, or save the network with `upvits.save`."
+        )
+    depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    arguments = {"embed_dim": len(patch), "depth": depth, "patch_size": patch.shape[-1],
+                 "mlp_ratio": round(hidden.shape[0] / hidden.shape[1], 4)}  # fmt: skip
+    return (
+        f"Give the timm arguments that it was built with: `model_args={arguments}` and its num_heads, which no tensor "
+        "tells. Or save the network with `upvits.save` where it was made."
     )
 
 

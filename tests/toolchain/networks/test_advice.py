@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from tests.toolchain.networks.tiny import PVT, VIT
+from tests.toolchain.networks.tiny import PVT, VIT, built, outputs
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 
@@ -61,3 +62,15 @@ def test_what_it_looks_like_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         toolchain.create_model(VIT, weights=str(path))
     assert "a ViT of width 384, depth 12, patch 14" in caught.value.why
+
+
+def test_a_network_without_a_name_in_timm_gets_its_arguments(tmp_path: Path) -> None:
+    model = built(VIT, patch_size=8, mlp_ratio=3.0)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="does not fit") as caught:
+        toolchain.create_model(VIT, weights=str(tmp_path / "w.pth"))
+    match = re.search(r"`model_args=(\{.*\})` and its num_heads", caught.value.fix)
+    assert match is not None, caught.value
+    arguments = ast.literal_eval(match[1])
+    read = toolchain.create_model(VIT, weights=str(tmp_path / "w.pth"), model_args={**arguments, "num_heads": 2})
+    assert torch.equal(outputs(read), outputs(model))
