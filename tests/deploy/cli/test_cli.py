@@ -151,18 +151,19 @@ def test_foreign_output_folders_are_left_alone(
 def test_a_run_on_own_images_and_own_checkpoint(
     photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two classes, 64 pixels, one epoch: everything from the checkpoint to report.json, then again without work."""
+    """Two classes, 64 pixels, four blocks, one epoch: from the checkpoint to report.json, then again without work."""
     from upvits import toolchain
 
     torch.manual_seed(0)
-    weights = toolchain.create_model("pvtv2_b0", weights="random", num_classes=2, image_size=64).state_dict()
+    shallow = {"depths": (1, 1, 1, 1)}
+    weights = toolchain.create_model("pvtv2_b0", num_classes=2, image_size=64, model_args=shallow).state_dict()
     save_file(weights, tmp_path / "own.safetensors")
     out = tmp_path / "run"
     arguments = (
         "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", str(tmp_path / "own.safetensors"),
-        "--data", f"imagefolder:{photos}", "--image-size", "64", "--epochs", "1", "--runtime", "onnxruntime",
-        "--bench-seconds", "0.2", "--bench-batches", "1,2", "--max-drop", "100", "--no-compensate", "--allow-weak",
-        "-o", str(out),
+        "--model-arg", "depths=[1, 1, 1, 1]", "--data", f"imagefolder:{photos}", "--image-size", "64",
+        "--epochs", "1", "--runtime", "onnxruntime", "--bench-seconds", "0.2", "--bench-batches", "1,2",
+        "--max-drop", "100", "--no-compensate", "--allow-weak", "-o", str(out),
     )  # fmt: skip
     code, printed, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0
