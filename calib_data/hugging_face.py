@@ -11,12 +11,13 @@ from PIL import Image
 
 from upvits.calib_data.classes import natural_order
 from upvits.calib_data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns, label_text
-from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
+from upvits.calib_data.datasets import MAX_CLASSES, UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, depth_in, load_rgb, read_picture
 from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
+from upvits.calib_data.hugging_face_folder import READERS, check_folder
 from upvits.calib_data.labelled import split_by_hash
 from upvits.calib_data.printable import printable
 
@@ -89,17 +90,38 @@ def _load(datasets: Any, name: str) -> dict[str, Any]:
     """The splits by name."""
     place = user_path(name)
     try:
+        if place.is_dir():
+            check_folder(place)
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
             found = datasets.load_from_disk(str(place))
         else:
-            found = datasets.load_dataset(str(place) if place.is_dir() else name)
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
+            place_or_name = str(place) if place.is_dir() else name
+            if place.is_dir():
+                _check_reader(datasets.load_dataset_builder(place_or_name).name, place)
+            found = datasets.load_dataset(place_or_name)
+        # without the state's own format, which may name columns that are not there
+        parts = {
+            split: part.with_format(None)
+            for split, part in (found if isinstance(found, dict) else {"train": found}).items()
+        }
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: the library takes its documents as they are
         raise MissingDependencyError(
             f"Cannot load the Hugging Face data set {name}.",
-            why=first_line(error),
+            why=printable(first_line(error), 300),
             fix="Check its name and the network, or save it on a machine with network and give imagefolder:DIR.",
         ) from None
-    return dict(found) if isinstance(found, dict) else {"train": found}
+    return parts
+
+
+def _check_reader(reader: str, place: Path) -> None:
+    if reader not in READERS:
+        raise UserError(
+            f"{place} would be read as {printable(reader, 60)}.",
+            why=f"Pictures are read from {', '.join(READERS)}.",
+            fix="Unpack it, and give wds:DIR for shards or imagefolder:DIR for pictures.",
+        )
 
 
 def _columns(datasets: Any, split: Any, spec: str, asked: Columns) -> tuple[str, str | None]:
@@ -140,7 +162,24 @@ def _one(found: list[str], usual: Sequence[str], features: Any, spec: str, what:
 
 
 def _is_labelled(split: Any, label: str) -> bool:
-    return label in split.column_names and any(value not in (None, -1) for value in split[label])
+    return label in split.column_names and any(value not in (None, -1) for value in _column(split, label))
+
+
+def _column(split: Any, label: str) -> list[Any]:
+    """The values of a column of labels.
+
+    Raises:
+        UserError: it holds anything else than numbers or text. Pictures and recordings would be opened by the library,
+            which starts other programs for some.
+    """
+    kind = split.features[label]
+    if type(kind).__name__ not in ("ClassLabel", "Value"):
+        raise UserError(
+            f"The column {printable(label, 60)} holds {type(kind).__name__}, and no labels.",
+            why="A label is a number or a name.",
+            fix="Name another column with `label_column=`.",
+        )
+    return list(split.select_columns([label])[label])
 
 
 def _labels(
@@ -150,7 +189,7 @@ def _labels(
     parts = [part for part in (train, val) if part is not None]
     if label is None:
         return None, [[UNLABELLED] * len(part) for part in parts], False
-    values = [list(part[label]) for part in parts]
+    values = [_column(part, label) for part in parts]
     known = getattr(train.features[label], "names", None)
     if known:
         if val is not None and getattr(val.features[label], "names", None) != known:
@@ -160,12 +199,22 @@ def _labels(
     texts = [[label_text(value, f"{spec}, {label}") for value in part] for part in values]
     found = {text for part in texts for text in part}
     if all(text.isdecimal() for text in found):
-        last = max(int(text) for text in found)
+        last = max(map(_label_number, found))
         names: tuple[str, ...] = tuple(str(number) for number in range(last + 1))
         return names, [[int(text) for text in part] for part in texts], False
     names = natural_order(found)
     place = {name: number for number, name in enumerate(names)}
     return names, [[place[text] for text in part] for part in texts], True
+
+
+def _label_number(text: str) -> int:
+    if len(text) > 9 or int(text) >= MAX_CLASSES:
+        raise UserError(
+            f"There is an image with the label {printable(text, 40)}.",
+            why=f"Labels number the classes from 0, and there are at most {MAX_CLASSES:,}.",
+            fix="Correct the labels.",
+        )
+    return int(text)
 
 
 def _number(value: object, spec: str) -> int:
@@ -175,16 +224,26 @@ def _number(value: object, spec: str) -> int:
 
 
 def _encoded(split: Any, column: str) -> Any:
-    """The split with its pictures as files: our own decoding reads known formats only."""
+    """The split with its pictures as files, and nothing else: our own decoding reads known formats only."""
     import datasets
 
-    return split.cast_column(column, datasets.Image(decode=False))
+    return split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
 def _file(split: Any, column: str, index: int) -> bytes:
     """The content of a picture file."""
     found = split[index][column]
+    if not found or (found["bytes"] is None and found["path"] is None):
+        raise _unreadable(column, index, "there is none")
     return found["bytes"] if found["bytes"] is not None else read_picture(Path(found["path"]))
+
+
+def _unreadable(column: str, index: int, why: object) -> UserError:
+    return UserError(
+        f"Cannot read the image {index} in the column {printable(column, 60)}.",
+        why=f"{printable(str(why), 200)}.",
+        fix="Repair it or remove its row, or name another column with `image_column=`.",
+    )
 
 
 def _depth(parts: Sequence[Any], column: str) -> tuple[Depth, int]:
@@ -198,7 +257,7 @@ def _images(split: Any, column: str, labels: Sequence[int], at: Sequence[int], d
         try:
             return load_rgb(_file(split, column, at[index]), depth)
         except DECODING_ERRORS as error:
-            raise UserError(f"Cannot read image {at[index]} of the data set: {error}.", fix="Repair it.") from None
+            raise _unreadable(column, at[index], error) from None
 
     return Images([labels[index] for index in at], read)
 

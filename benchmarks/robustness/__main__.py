@@ -30,7 +30,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.robustness import detection, documents, graphs, models, options, payloads, pictures, surroundings
+from benchmarks.robustness import (
+    detection,
+    documents,
+    graphs,
+    hugging_face,
+    models,
+    options,
+    payloads,
+    pictures,
+    surroundings,
+)
 from benchmarks.robustness.case import Case, Ground, Outcome, prepare
 from benchmarks.robustness.driver import import_everything, judged, outcome_of
 from benchmarks.robustness.kills import kills
@@ -46,6 +56,7 @@ PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "graphs": graphs.cases,
     "pictures": pictures.cases,
     "shards": pictures.shards,
+    "hugging face": hugging_face.cases,
     "detection": detection.cases,
     "payloads": payloads.cases,
     "surroundings": surroundings.cases,
