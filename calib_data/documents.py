@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+import psutil
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json, to_json
 
@@ -40,6 +41,11 @@ _VALUES, _OF_OBJECT = 500_000, 20
 fault of half a kilobyte."""
 
 _FAULTS = 1_000
+
+_MEMORY = {",": 50, "[": 160, "{": 160, '"': 30}
+"""Bytes that what stands behind such a sign takes in memory, about, beside three for every byte of text."""
+_AT_MOST, _ALWAYS = 24, 64 << 20
+"""Bytes of memory for each byte of a large document; real ones take about 10, brackets without anything in them 75."""
 _VERSION = ("format_version", "format")
 
 
@@ -55,7 +61,7 @@ def read_document(
         strict: values are not converted (a number in quotes is no number).
         largest: bytes that such a document has at most.
         plain: whether it is held to `require_plain`; False only for large ones, with a schema that stops at the first
-            fault of every list (`FailFast`) and has no entries by free names.
+            fault of every list (`FailFast`) and has no entries by free names. Those are held to `require_memory`.
 
     Raises:
         UserError: names the file, the entry that is wrong, and `fix`.
@@ -71,6 +77,8 @@ def parse_document(
     try:
         if plain:  # and without keys that stand there twice
             text = to_json(parse_json(text, name, fix=fix), inf_nan_mode="constants")
+        else:
+            require_memory(text, name, fix=fix, dense=True)
         document: Document = _adapter(cast(Hashable, kind)).validate_json(text, strict=strict)
         return document
     except ValidationError as error:
@@ -111,6 +119,32 @@ def require_plain(values: Any) -> None:
                 waiting.append(value)
             elif isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ValueError("a whole number in it has more than 64 bits")
+
+
+def require_memory(text: bytes | str, name: str, *, fix: str, dense: bool = False, rows: bool = False) -> None:
+    """Refuse a large document that would take more memory than is free, told from the signs in it before it is parsed.
+
+    Args:
+        text: of a file that was read from `name`.
+        fix: what to do then.
+        dense: also refuse what is made of brackets and commas more than of anything else.
+        rows: lines are rows, which take memory of their own.
+
+    Raises:
+        UserError: it would.
+    """
+    signs = {**_MEMORY, "\n": 160} if rows else _MEMORY
+    counted = (text.count(sign) if isinstance(text, str) else text.count(sign.encode()) for sign in signs)
+    needed = 3 * len(text) + sum(count * each for count, each in zip(counted, signs.values(), strict=True))
+    free = psutil.virtual_memory().available
+    if dense and needed > _AT_MOST * len(text) + _ALWAYS:
+        raise UserError(f"{name} is not valid.", why="It has far more brackets and commas than values.", fix=fix)
+    if needed > max(free, _ALWAYS):
+        raise UserError(
+            f"{name} is too large for this machine.",
+            why=f"It would take about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
+            fix="Close other programs, use a machine with more memory, or give a part of it.",
+        )
 
 
 def _refused(name: str, error: ValidationError, fix: str) -> UserError:

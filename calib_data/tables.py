@@ -15,7 +15,7 @@ from pydantic import FailFast, RootModel
 from upvits.calib_data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns, is_number, label_text, only_label
 from upvits.calib_data.datasets import DataSource
 from upvits.calib_data.decoding import PICTURES
-from upvits.calib_data.documents import parse_document, read_regular
+from upvits.calib_data.documents import parse_document, read_regular, require_memory
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
 from upvits.calib_data.labelled import File, Splits, open_files
@@ -200,6 +200,7 @@ def _rows(path: Path) -> Iterator[Row]:
         text = read_regular(path, fix=_FIX, largest=_LARGEST).decode("utf-8-sig")
     except ValueError as error:
         raise UserError(f"{path} is no text.", why=f"{error}.", fix=_FIX) from error
+    require_memory(text, str(path), fix=_FIX, rows=True)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         yield from parse_document(text, str(path), _Lines, fix=_FIX, plain=False).root
     elif path.suffix.lower() in (".json", ".jsonl", ".ndjson"):

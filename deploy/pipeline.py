@@ -25,6 +25,7 @@ from upvits.deploy.stages.score import score, scores_of
 from upvits.deploy.stages.summary import Artifacts, summarise
 from upvits.deploy.stages.together import together
 from upvits.deploy.store.disk import disk_errors
+from upvits.deploy.store.drafts import remove_work_folders
 from upvits.deploy.store.run_dir import open_run
 
 STAGES = ("score", "prune", "distill", "export", "precision", "engine", "bench", "report")
@@ -81,6 +82,7 @@ def run_job(job: Job, until: str) -> Report | None:
         report = summarise(job, done, detection_report(job, done.tuned, done.detected))
         with disk_errors(job.folder, "report"):
             save_report(job.folder, report)
+        remove_work_folders(job.folder)
     return report
 
 

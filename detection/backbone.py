@@ -94,7 +94,7 @@ def network_from(model: Source) -> Any:
 
 def _with_memory(net: nn.Module) -> nn.Module:
     """A network on the meta device gets weights that are replaced when the detector's are loaded."""
-    net = net.to_empty(device="cpu")
+    net = net.to_empty(device=torch.get_default_device())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             nn.init.trunc_normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.constant_(

@@ -24,6 +24,7 @@ PARTS = frozenset(
 
 _OPENS_FILES = frozenset({"init_cfg", "pretrained", "checkpoint", "load_from", "_base_", "_scope_", "custom_imports"})
 _MOST = {"stacked_convs": 64, "num_convs": 64, "num_outs": 16, "max_per_img": 100_000, "nms_pre": 1_000_000}
+_UPSAMPLING = ({"mode": "nearest"}, {"mode": "bilinear"})
 _NUMBERS = {"mean": 3, "std": 3, "target_means": 4, "target_stds": 4}
 _LARGEST = 100_000
 _DEEPEST, _LONGEST = 12, 1_000
@@ -73,6 +74,8 @@ def _check(value: Any, name: str, place: str, depth: int) -> None:
                 raise _refused(name, f"{place}.type", f"{inner!r} is none of the parts that detectors are made of")
             if key in _MOST and isinstance(inner, (int, float)) and inner > _MOST[key]:
                 raise _refused(name, f"{place}.{key}", f"{inner} is more than {_MOST[key]}")
+            if key == "upsample_cfg" and inner not in _UPSAMPLING:  # factors and sizes fill memory
+                raise _refused(name, f"{place}.{key}", "it has to be a mode, nearest or bilinear, and nothing else")
             if key in _NUMBERS and not _are_numbers(inner, _NUMBERS[key]):
                 raise _refused(name, f"{place}.{key}", f"it has to be {_NUMBERS[key]} numbers")
             _check(inner, name, f"{place}.{key}", depth + 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 if TYPE_CHECKING:  # the recipe reads this file, and --help the recipe
     from upvits.detection.coco import CocoData, Split
@@ -17,6 +19,10 @@ if TYPE_CHECKING:  # the recipe reads this file, and --help the recipe
 Config = dict[str, Any]
 
 Detector = Literal["retinanet", "mask-rcnn"]
+
+LARGEST_SIDE = 4_096
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+"""Pixels of an image as a detector gets it; what a network makes of more fills any memory."""
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of 0 to 255
 SILENT = "CRITICAL"

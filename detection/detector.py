@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,14 +27,17 @@ from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import require_regular
 from upvits.calib_data.paths import share
+from upvits.calib_data.printable import printable
 from upvits.calib_data.tensors import save_tensors
 from upvits.detection import openmm
 from upvits.detection.backbone import UPPVTv2
 from upvits.detection.config_check import check_detector_config
+from upvits.detection.configs import Side
 from upvits.detection.simple_pyramid import UPViT
 from upvits.toolchain.networks.models import structure_of
 
 FORMAT = 1
+_SMALL = 64  # pixels
 _STRUCTURE, _WEIGHTS = "detector.json", "model.safetensors"
 _EXPECTED = f"Expected are {_STRUCTURE} and {_WEIGHTS}, as `upvits-deploy detect train` writes them."
 
@@ -107,7 +112,7 @@ class DetectorDocument(BaseModel):
     config: dict[str, JsonValue]
     classes: Annotated[tuple[Annotated[str, Field(max_length=1_000)], ...], Field(max_length=100_000)]
     category_ids: Annotated[tuple[int, ...], Field(max_length=100_000)]
-    scale: tuple[Annotated[int, Field(ge=1, le=16_384)], Annotated[int, Field(ge=1, le=16_384)]]
+    scale: tuple[Side, Side]
 
 
 def read_info(folder: Path) -> DetectorInfo:
@@ -150,20 +155,30 @@ def load_detector(folder: Path) -> tuple[nn.Module, DetectorInfo]:
     """
     info = read_info(folder)
     state = read_weights(folder)
-    try:
-        detector = openmm.build_detector(info.config)
-    except UserError:
-        raise
-    except Exception as error:  # whatever mmdet says of parts that it knows and values that do not fit them
-        why = f"mmdet cannot build it: {type(error).__name__}: {str(error)[:300]}"
-        raise _no_detector(folder, why) from error
-    shapes = {name: tensor.shape for name, tensor in detector.state_dict().items()}
+    with _of_our_parts(folder):
+        shapes = openmm.shapes_of(info.config)  # before anything fills memory
     saved = {name: tensor.shape for name, tensor in state.items()}
     if shapes != saved:
         differing = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
         raise UserError(
-            f"The weights in {folder} are of another detector: {', '.join(differing[:3])} differ.",
+            f"The weights in {folder} are of another detector: {', '.join(map(printable, differing[:3]))} differ.",
             fix="Use a folder as it was written.",
         )
-    detector.load_state_dict(state)
+    with _of_our_parts(folder):
+        detector = openmm.build_detector(info.config)
+        detector.load_state_dict(state)
+        with torch.inference_mode():
+            openmm.predict(detector, torch.zeros(1, 3, _SMALL, _SMALL))  # parts may fit and still not work together
     return detector.eval(), info
+
+
+@contextmanager
+def _of_our_parts(folder: Path) -> Iterator[None]:
+    """Whatever mmdet says of parts that it knows and values that do not fit them, as one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"mmdet cannot build or run it: {type(error).__name__}: {printable(str(error), 300)}"
+        raise _no_detector(folder, why) from error

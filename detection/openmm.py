@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.installation import install_line
+from upvits.calib_data.printable import printable
 from upvits.detection.backbone import UPPVTv2
 from upvits.detection.config_check import check_names
 from upvits.detection.configs import SILENT
@@ -133,6 +135,14 @@ def build_detector(config: Mapping[str, Any]) -> nn.Module:
         detector: nn.Module = models.build(config_of(config))
         detector.init_weights()  # type: ignore[operator]
     return detector.eval()
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shapes of a detector's weights by name. No memory is taken for them: a configuration may ask for any amount."""
+    _loaded()
+    with _quietly(), torch.device("meta"):
+        detector: nn.Module = importlib.import_module("mmdet.registry").MODELS.build(config_of(config))
+    return {name: tensor.shape for name, tensor in detector.state_dict().items()}
 
 
 def build_part(config: Mapping[str, Any]) -> nn.Module:
@@ -308,7 +318,8 @@ class Checkpoint(NamedTuple):
 
 def last_checkpoint(work_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a training that was stopped, or None: a kill may have cut the last file short."""
-    written = [Checkpoint(int(path.stem.removeprefix("epoch_")), path) for path in work_dir.glob("epoch_*.pth")]
+    numbers = {path: path.stem.removeprefix("epoch_") for path in work_dir.glob("epoch_*.pth") if path.is_file()}
+    written = [Checkpoint(int(number), path) for path, number in numbers.items() if re.fullmatch("[0-9]{1,9}", number)]
     for checkpoint in sorted(written, reverse=True):
         with contextlib.suppress(Exception):  # whatever a torn file makes torch say
             torch.load(checkpoint.path, map_location="cpu", weights_only=True)
@@ -337,11 +348,12 @@ def require_weights(path: Path, model: Mapping[str, Any]) -> None:
             fix="Save its `state_dict` alone, by a tool that trusts the file.",
         ) from error
     given = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    state = build_detector(model).state_dict()
-    if not any(name in state and state[name].shape == getattr(value, "shape", None) for name, value in given.items()):
+    names = {name: value for name, value in given.items() if isinstance(name, str)} if isinstance(given, dict) else {}
+    shapes, found = shapes_of(model), printable(", ".join(list(names)[:2]), 200)
+    if not any(name in shapes and shapes[name] == getattr(value, "shape", None) for name, value in names.items()):
         raise UserError(
             f"load_from: none of the weights in {path} fits this detector.",
-            why=f"It has {', '.join(list(state)[:2])}, ...; the file {', '.join(list(given)[:2]) or 'nothing'}, ...",
+            why=f"It has {', '.join(list(shapes)[:2])}, ...; the file {found or 'nothing'}, ...",
             fix="Give a checkpoint of the same detector and backbone.",
         )
 

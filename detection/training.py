@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -127,8 +128,11 @@ def _train(
             if start is not None and last is None:
                 openmm.set_weights(runner, read_weights(start))
             openmm.train(runner)
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if not options or sums:  # after the first step: all options could be built
+        except Exception as error:  # of any kind, depending on what an option is for
+            of_the_machine = isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or (
+                isinstance(error, OSError) and error.errno == errno.ENOSPC
+            )
+            if not options or sums or of_the_machine:  # after the first step: all options could be built
                 raise
             raise UserError(
                 f"mmengine cannot build what `options=` asks for: {str(error).strip().splitlines()[-1]}",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,7 +269,7 @@ def test_a_document_of_another_version_says_so() -> None:
     assert refusal.value.why == "Its format_version is 7."
 
 
-def test_many_faults_take_less_than_a_gigabyte(tmp_path: Path) -> None:
+def test_many_faults_take_little_memory(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from upvits.deploy.report.document import load_report\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -280,7 +281,7 @@ def test_many_faults_take_less_than_a_gigabyte(tmp_path: Path) -> None:
     contents = {
         "engines": '{"engines": [' + "{}," * 20_000 + "{}]}",
         "notes": '{"notes": [' + "0," * 450_000 + "0]}",
-        "lists": '{"notes": [' + "[]," * 5_000_000 + "0]}",
+        "lists": '{"notes": [' + "[]," * 1_500_000 + "0]}",  # 750 MB as faults
     }
     for name, text in contents.items():
         (tmp_path / name).mkdir()
@@ -291,4 +292,31 @@ def test_many_faults_take_less_than_a_gigabyte(tmp_path: Path) -> None:
     )  # fmt: skip
     *errors, grown = done.stdout.split()
     assert errors == ["UserError"] * len(contents)
-    assert int(grown) < 1_000
+    assert int(grown) < 600
+
+
+@pytest.mark.parametrize("unit", ["[],", "0,", "{},", "[[[[[[]]]]]],", '"",', '{"a":0},'])
+def test_large_documents_that_would_grow_in_memory_are_refused_before_they_are_parsed(
+    unit: str, tmp_path: Path
+) -> None:
+    document = coco_document()
+    document["annotations"][0]["segmentation"] = "HERE"
+    text = json.dumps(document).replace('"HERE"', f"[{unit * (30_000_000 // len(unit))}0]")
+    (tmp_path / "annotations.json").write_text(text)
+    with pytest.raises(UserError, match="is not valid") as refusal:
+        read_annotations(tmp_path / "annotations.json")
+    assert refusal.value.why == "It has far more brackets and commas than values."
+
+
+def test_large_documents_are_held_against_the_memory_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = coco_document()
+    box = {**document["annotations"][0], "segmentation": [[round(7.31 * index, 2) for index in range(80)]]}
+    content = json.dumps({**document, "annotations": [box] * 20_000})  # as in COCO: 11 MB
+    (tmp_path / "annotations.json").write_text(content)
+    assert len(read_annotations(tmp_path / "annotations.json").annotations) == 20_000
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=80_000_000))
+    with pytest.raises(UserError, match="too large for this machine") as refusal:
+        read_annotations(tmp_path / "annotations.json")
+    assert "about 0.1 GB of memory, and 0.1 GB are free" in refusal.value.why

@@ -92,7 +92,7 @@ def test_the_command_exists_and_is_callable(wheel: Path) -> None:
         (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
         points = configparser.ConfigParser()
         points.read_string(archive.read(name).decode())
-    assert dict(points["console_scripts"]) == {"upvits-deploy": "upvits.deploy.cli.app:main"}
+    assert dict(points["console_scripts"]) == {"upvits-deploy": "upvits.__main__:run"}
     module, _, function = points["console_scripts"]["upvits-deploy"].partition(":")
     assert callable(getattr(import_module(module), function))
 

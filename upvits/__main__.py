@@ -1,10 +1,9 @@
-"""`python -m upvits`, which torchrun can start: `torchrun --nproc-per-node 8 -m -- upvits build --model pvtv2_b0`."""
+"""`upvits-deploy`, or `python -m upvits`, which torchrun can start:
+`torchrun --nproc-per-node 8 -m -- upvits build --model pvtv2_b0`.
+"""
 
 import os
 import sys
-
-from upvits.deploy.cli.app import main
-from upvits.toolchain.processes.launchers import number_of_processes
 
 
 def run() -> None:
@@ -14,11 +13,19 @@ def run() -> None:
     and torchrun then stops the processes that still work.
     """
     code: str | int | None = 0
-    try:
+    several = False
+    try:  # what is imported, too, so that Ctrl-C meanwhile is no traceback
+        from upvits.deploy.cli.app import main
+        from upvits.toolchain.processes.launchers import number_of_processes
+
+        several = number_of_processes() > 1
         main()
     except SystemExit as error:
         code = error.code
-    if number_of_processes() > 1:
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        code = 130
+    if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))

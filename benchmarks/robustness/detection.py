@@ -12,10 +12,18 @@ from random import Random
 from typing import Any
 
 from benchmarks.robustness.case import Arguments, Case, Ground
-from benchmarks.robustness.mutations import DAMAGES, MARKUP, mutated, no_documents, shown, written
+from benchmarks.robustness.mutations import DAMAGES, MARKUP, mutated, no_documents, replaced, shown, written
 
 _EACH = 60
 _TYPES = ("subprocess.call", "os.system", "mmengine.Config.fromfile", "builtins.eval", "Runner", "mmdet.RetinaNet", "")
+
+_TOO_LARGE: dict[tuple[str, ...], Any] = {
+    ("config", "bbox_head", "feat_channels"): 16_384, ("config", "neck", "out_channels"): 8_192,
+    ("config", "bbox_head", "anchor_generator", "ratios"): [1.0] * 900, ("scale",): [16_384, 16_384],
+    ("config", "backbone", "model", "model_args"): {"depths": [1_000] * 4, "embed_dims": [65_536] * 4},
+    ("config", "neck", "upsample_cfg"): {"mode": "nearest", "x": 1},
+}  # fmt: skip
+"""What would fill memory when it is built, or fails when it is run."""
 
 
 def cases(ground: Ground, random: Random) -> Iterator[Case]:
@@ -33,6 +41,9 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
             config.update({"type": name} if not part else {part: {**(config.get(part) or {}), "type": name}})
             changed = {**document, "config": {**config, "args": ["touch", str(ground.marker)]}}
             yield _with_detector(ground, f"{part} type {shown(name)}", written(changed))
+    for at, value in _TOO_LARGE.items():
+        changed = replaced(document, at, value)
+        yield _with_detector(ground, f"{'.'.join(at)} = {shown(value)}", written(changed))
     for what, raw in no_documents(written(document)).items():
         yield _with_detector(ground, what, raw)
     for damage in DAMAGES:

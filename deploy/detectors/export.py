@@ -17,6 +17,7 @@ from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.recipe.detect import size_for
 from upvits.deploy.store.drafts import scratch_folder
+from upvits.detection.configs import LARGEST_SIDE
 from upvits.detection.decode import DecodedBoxes
 from upvits.detection.detector import DetectorInfo, load_detector
 
@@ -45,8 +46,10 @@ def export_folder(
     """Write the detector in a folder as ONNX; images have the size of its training by default. Args: `export_detector`.
 
     Raises:
-        UserError: there is no detector, or the file exists.
+        UserError: there is no detector, the file exists, or `size` is larger than any detector takes.
     """
+    if max(size or (0,)) > LARGEST_SIDE:
+        raise UserError(f"`size=` has more than {LARGEST_SIDE:,} pixels.", fix="Give a smaller one.")
     if path.exists():
         raise UserError(f"{path} exists.", why="Nothing is overwritten.", fix="Choose another -o.")
     detector, info = load_detector(folder)

@@ -12,7 +12,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.deploy.recipe.setting import setting
 from upvits.deploy.recipe.validation import validated
-from upvits.detection.configs import Detector, Schedule
+from upvits.detection.configs import LARGEST_SIDE, Detector, Schedule
 from upvits.toolchain.choices import Planner
 
 Backbones = Literal["both", "dense", "pruned"]
@@ -145,6 +145,12 @@ def resolved(recipe: DetectRecipe) -> DetectRecipe:
             f"--scale {scale[0]}x{scale[1]} does not fit.",
             why="Detectors take sides that are multiples of 32, and have to see objects as large as in their training.",
             fix=f"Give multiples of 32, e.g. {_rounded(scale[0])}x{_rounded(scale[1])}; 1333x800 is near enough.",
+        )
+    if max(*scale, *(size or (1,))) > LARGEST_SIDE:
+        raise UserError(
+            f"A side of {max(*scale, *(size or (1,))):,} pixels is too large.",
+            why="What a detector makes of such images fills any memory.",
+            fix=f"Give --scale with at most {LARGEST_SIDE:,} pixels a side.",
         )
     if size is not None and (size[0] % 32 or size[1] % 32):
         raise UserError(f"Images of {size[0]} x {size[1]} pixels do not fit.", fix="Give multiples of 32.")

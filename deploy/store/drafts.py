@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -57,6 +58,18 @@ def remove_drafts(path: Path) -> None:
         with held(left) as free, suppress(OSError):
             if free and stat.S_ISREG(left.lstat().st_mode):
                 left.unlink()
+
+
+def remove_work_folders(run_dir: Path) -> None:
+    """Remove what killed processes left of stages of the main job, once all of them are whole in a run that is held.
+
+    What is left then is of other settings. Detectors have commands of their own, which continue theirs.
+    """
+    for pattern in (".[0-6]-*", "[0-6]-*/.*"):
+        for left in run_dir.glob(pattern):
+            ours = re.fullmatch(r"\..+\.(work-[0-9a-f]{16}|shared)", left.name)
+            if ours and left.is_dir() and not left.is_symlink() and not left.parent.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

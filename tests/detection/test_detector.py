@@ -1,6 +1,7 @@
 """A small RetinaNet: its graph gives mmdet's own boxes, its folder gives it back, its AP is COCO's."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,37 @@ def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Pa
         load_detector(tmp_path / "detector")
     with pytest.raises(UserError, match="holds no detector"):
         load_detector(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("bbox_head", "feat_channels"), 16_384, "of another detector"),  # 9 GiB for each convolution
+        (("backbone", "model", "model_args"), {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16384, 32768]}, "."),
+        (("neck", "upsample_cfg"), {"scale_factor": 1000}, "upsample_cfg"),
+        (("test_cfg", "nms"), {"type": "nms", "x": 1}, "cannot build or run it"),
+        (("neck", "norm_cfg"), {"type": "FPN"}, "cannot build or run it"),
+    ],
+)
+def test_a_folder_that_is_no_detector_is_refused_before_it_takes_memory(
+    place: tuple[str, ...], value: object, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    detector, model = small_retinanet(folders["dense"], 3)
+    save_detector(detector, DetectorInfo(model, ("a", "b", "c"), (1, 5, 9), (96, 64)), tmp_path / "detector")
+    document = json.loads((tmp_path / "detector/detector.json").read_text())
+    *above, last = place
+    part = document["config"]
+    for name in above:
+        part = part[name]
+    part[last] = value
+    (tmp_path / "detector/detector.json").write_text(json.dumps(document))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message):
+        load_detector(tmp_path / "detector")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+    (tmp_path / "detector/detector.json").write_text(json.dumps({**document, "scale": [16_384, 64]}))
+    with pytest.raises(UserError, match="scale"):
+        load_detector(tmp_path / "detector")
 
 
 def test_perfect_detections_have_an_ap_of_one(data: CocoData) -> None:

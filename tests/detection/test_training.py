@@ -1,6 +1,7 @@
 """Training goes on where it was stopped, and its checkpoints hold nothing but tensors and plain values."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,21 @@ def test_what_a_training_starts_from_has_to_fit(folders: dict[str, Path], data: 
     model = small_config(folders["uniform"], len(data.classes))
     torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "other.pth")
     (tmp_path / "torn.pth").write_text("hello")
-    for name, message in {"other": "none of the weights", "torn": "no checkpoint of tensors"}.items():
+    torch.save({1: torch.zeros(2), "state_dict": [1]}, tmp_path / "list.pth")
+    torch.save({1: torch.zeros(2)}, tmp_path / "number.pth")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/epoch_x.pth").touch()  # nothing that mmengine writes
+    os.mkfifo(tmp_path / "w/epoch_9.pth")
+    for name, message in {"other": "none of the weights", "torn": "no checkpoint of tensors",
+                          "list": "none of the weights", "number": "none of the weights"}.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             train_detector(model, data, SCHEDULE, tmp_path / "w", options={"load_from": str(tmp_path / f"{name}.pth")})
     train_detector(model, data, SCHEDULE, tmp_path / "first", options={"train_cfg.max_epochs": 2})
     start = {"load_from": str(tmp_path / "first/epoch_2.pth")}
     train_detector(model, data, SCHEDULE, tmp_path / "w", options={**start, "train_cfg.max_epochs": 1})
+    elsewhere = {"train_dataloader.dataset.ann_file": "http://localhost:1/x.json"}
+    with pytest.raises(UserError, match="cannot build what `options=` asks for"):
+        train_detector(model, data, SCHEDULE, tmp_path / "v", options=elsewhere)
     resumed = train_detector(model, data, SCHEDULE, tmp_path / "w", options=start)
     assert set(resumed.history) == {1, 2, 3}  # from its own checkpoint, not from the one it began with
 

@@ -234,3 +234,19 @@ def test_odd_values_end_in_one_message(
     assert code == 2, said
     assert words in said.replace("\n", " ")
     assert said.count("Error:") == 1
+
+
+@pytest.mark.parametrize("name", ["upvits.deploy.cli.app", "typer", "pydantic", "rich.console"])
+def test_an_interruption_while_the_command_is_imported_is_one_line(name: str) -> None:
+    code = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def interrupted(name, *rest, **more):\n"
+        "    if name == sys.argv[1]: raise KeyboardInterrupt\n"
+        "    return real(name, *rest, **more)\n"
+        "from upvits.__main__ import run\n"
+        "builtins.__import__ = interrupted\n"
+        "run()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")

@@ -59,3 +59,27 @@ def test_what_says_nothing_is_refused(part: str, values: dict[str, Any], text: s
     with pytest.raises(UserError) as caught:
         recipe_of(part, **values)
     assert text in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"distill": {"epochs": True}}, {"plan": {"ratio": True}}, {"bench": {"batches": [True, 2]}}, {"seed": False},
+        {"detect": {"epochs": True}}, {"detect": True}, {"model": True}, {"mean": [True, 1.0, 1.0]},
+        {"engine": {"batch": True}}, {"plan": True},
+    ],
+)  # fmt: skip
+def test_true_and_false_are_no_numbers(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="Input should be no truth value"):
+        make_recipe({"model": "pvt_v2_b0", **values})
+
+
+def test_true_and_false_are_taken_where_they_are_meant() -> None:
+    recipe = make_recipe({
+        "model": "deit_tiny", "compensate": {"enabled": True}, "engine": {"require_fused_attention": True},
+        "allow_weak": True, "model_args": {"qkv_bias": False}, "detect": {"amp": True, "epochs": 1},
+    })  # fmt: skip
+    assert recipe.compensate.enabled
+    assert recipe.model_args == {"qkv_bias": False}
+    assert recipe.detect is not None
+    assert recipe.detect.amp

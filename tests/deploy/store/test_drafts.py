@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from upvits.deploy.store.artifacts import atomic_write, whole_file
-from upvits.deploy.store.drafts import remove_drafts, scratch_folder
+from upvits.deploy.store.drafts import remove_drafts, remove_work_folders, scratch_folder
 
 KILLED = """
 import os, signal, sys
@@ -115,3 +115,18 @@ def test_a_scratch_folder_in_use_stays(tmp_path: Path, monkeypatch: pytest.Monke
         assert first.is_dir()
         assert sorted(tmp_path.iterdir()) == sorted([first, second, tmp_path / "upvits-work-of-mine"])
     assert [path.name for path in tmp_path.iterdir()] == ["upvits-work-of-mine"]
+
+
+def test_work_folders_of_stages_that_are_not_run_again_go_and_those_of_detectors_stay(tmp_path: Path) -> None:
+    gone = [".1-score.work-0123456789abcdef", "5-engine/.tensorrt-fp16.work-0123456789abcdef", ".1-score.shared"]
+    stay = ["7-detect/.dense.work-0123456789abcdef", ".2-prune.work-mine", ".mine.work-0123456789abcdef", "3-distill"]
+    for name in (*gone, *stay):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "half").touch()
+    (tmp_path / "elsewhere/.x.work-0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "run/4-export").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run/.6-bench.work-0123456789abcdef").symlink_to(tmp_path / "elsewhere")
+    remove_work_folders(tmp_path / "run")
+    assert not any((tmp_path / "run" / name).exists() for name in gone)
+    assert all((tmp_path / "run" / name / "half").exists() for name in stay)
+    assert (tmp_path / "elsewhere/.x.work-0123456789abcdef").exists()
