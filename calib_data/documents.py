@@ -78,7 +78,7 @@ def parse_document(
         if plain:  # and without keys that stand there twice
             text = to_json(parse_json(text, name, fix=fix), inf_nan_mode="constants")
         else:
-            require_memory(text, name, fix=fix, dense=True)
+            require_memory(text, name, fix=fix)
         document: Document = _adapter(cast(Hashable, kind)).validate_json(text, strict=strict)
         return document
     except ValidationError as error:
@@ -121,24 +121,23 @@ def require_plain(values: Any) -> None:
                 raise ValueError("a whole number in it has more than 64 bits")
 
 
-def require_memory(text: bytes | str, name: str, *, fix: str, dense: bool = False, rows: bool = False) -> None:
+def require_memory(text: bytes | str, name: str, *, fix: str, rows: bool = False) -> None:
     """Refuse a large document that would take more memory than is free, told from the signs in it before it is parsed.
 
     Args:
         text: of a file that was read from `name`.
         fix: what to do then.
-        dense: also refuse what is made of brackets and commas more than of anything else.
         rows: lines are rows, which take memory of their own.
 
     Raises:
-        UserError: it would.
+        UserError: it would, or it is made of brackets and commas more than of anything else.
     """
     signs = {**_MEMORY, "\n": 160} if rows else _MEMORY
     counted = (text.count(sign) if isinstance(text, str) else text.count(sign.encode()) for sign in signs)
     needed = 3 * len(text) + sum(count * each for count, each in zip(counted, signs.values(), strict=True))
     free = psutil.virtual_memory().available
-    if dense and needed > _AT_MOST * len(text) + _ALWAYS:
-        raise UserError(f"{name} is not valid.", why="It has far more brackets and commas than values.", fix=fix)
+    if needed > _AT_MOST * len(text) + _ALWAYS:
+        raise UserError(f"{name} is not valid.", why="It has far more brackets and commas than anything else.", fix=fix)
     if needed > max(free, _ALWAYS):
         raise UserError(
             f"{name} is too large for this machine.",

@@ -168,3 +168,12 @@ def test_rows_of_a_table_that_no_file_system_and_no_number_can_hold_are_refused(
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError):
         open_data(f"csv:{tmp_path / name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("a.csv", "a,b\n"), ("a.jsonl", "{}\n"), ("a.txt", "a b\n"), ("a.csv", ",\n")]
+)
+def test_a_table_of_separators_is_refused_before_it_fills_memory(name: str, row: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(row * 3_000_000)
+    with pytest.raises(UserError, match="is not valid"):
+        open_data(f"csv:{tmp_path / name}")
