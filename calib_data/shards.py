@@ -222,6 +222,8 @@ def _chosen(pictures: dict[str, tarfile.TarInfo], image_key: str | None, sample:
 
 
 def _picture(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    if member.size < 0:  # as an extended header can say
+        raise ValueError(f"the image {member.name} has {member.size} bytes")
     if member.size > LARGEST_PICTURE:
         raise ValueError(f"the image {member.name} has {member.size >> 20:,} MiB")
     return member
@@ -229,7 +231,7 @@ def _picture(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> bytes:
     content = tar.extractfile(member)
-    if member.size > largest or content is None:
+    if not 0 <= member.size <= largest or content is None:
         raise ValueError(f"{'a .cls file' if largest == _LABEL_BYTES else 'a .json file'} has {member.size} bytes")
     return content.read(largest)
 

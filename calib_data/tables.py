@@ -39,8 +39,10 @@ class _Line(RootModel[dict[str, object]]):
     """One line of JSON."""
 
 
-class _Lines(RootModel[Annotated[list[dict[str, object]], FailFast()]]):
+class _Lines(RootModel[list[dict[str, object]]]):
     """A list in JSON."""
+
+    root: Annotated[list[dict[str, object]], FailFast()]  # within the brackets above, it has to be hashable
 
 
 def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[str] = (), quiet: bool) -> DataSource:

@@ -12,6 +12,7 @@ from upvits.calib_data.datasets import DataSource, Images
 from upvits.calib_data.decoding import to_rgb
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.hugging_face import first_line, published_digest
+from upvits.calib_data.printable import printable
 
 TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "image_folder")
 
@@ -43,10 +44,10 @@ def _open_torch_split(name: str, root: Path, split: str) -> Any:
         except RuntimeError:  # torchvision's "not found or corrupted"
             root.mkdir(parents=True, exist_ok=True)
             return create_dataset(f"torch/{name}", root=str(root), split=split, download=True)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of any kind: torchvision takes files as they are
         raise MissingDependencyError(
-            f"The data set torch/{name} is not in {root} and could not be downloaded there.",
-            why=first_line(error),
+            f"The data set torch/{name} is not whole in {root} and could not be downloaded there.",
+            why=printable(first_line(error), 300),
             fix=f"Let torchvision download it on a machine with network, copy the folder, and give torch:{name}:DIR.",
         ) from None
 

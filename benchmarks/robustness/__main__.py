@@ -40,6 +40,7 @@ from benchmarks.robustness import (
     payloads,
     pictures,
     surroundings,
+    tables,
 )
 from benchmarks.robustness.case import Case, Ground, Outcome, prepare
 from benchmarks.robustness.driver import import_everything, judged, outcome_of
@@ -57,6 +58,7 @@ PARTS: dict[str, Callable[[Ground, Random], Iterator[Case]]] = {
     "pictures": pictures.cases,
     "shards": pictures.shards,
     "hugging face": hugging_face.cases,
+    "tables": tables.cases,
     "detection": detection.cases,
     "payloads": payloads.cases,
     "surroundings": surroundings.cases,

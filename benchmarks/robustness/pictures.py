@@ -264,6 +264,7 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
         "size of 10**6 more": {"size": len(good) + 10**6},
         "size of 2**50": {"size": 2**50},
         "size of 0": {"size": 0},
+        "size below 0 in a header": {"pax_headers": {"size": "-5"}},
     }
     for what, header in kinds.items():
         more: Sequence[Member] = [("z.png", good, header), ("z.cls", b"0", {})]

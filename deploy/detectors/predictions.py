@@ -215,8 +215,10 @@ class _DetectionEntry(BaseModel):
     segmentation: _Mask | None = None
 
 
-class _DetectionList(RootModel[Annotated[list[_DetectionEntry], FailFast()]]):
+class _DetectionList(RootModel[list[_DetectionEntry]]):
     """`predictions.json`."""
+
+    root: Annotated[list[_DetectionEntry], FailFast()]  # within the brackets above, it has to be hashable
 
 
 def read_detections(folder: Path) -> Detections:

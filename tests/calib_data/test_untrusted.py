@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
 from upvits.calib_data import Images, open_data
 from upvits.calib_data.decoding import depth_in, load_rgb
 from upvits.calib_data.documents import read_regular
-from upvits.calib_data.errors import UserError
+from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.printable import printable, printable_json
 
@@ -177,3 +178,27 @@ def test_a_table_of_separators_is_refused_before_it_fills_memory(name: str, row:
     (tmp_path / name).write_text(row * 3_000_000)
     with pytest.raises(UserError, match="is not valid"):
         open_data(f"csv:{tmp_path / name}")
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.cls", "1.json"])
+def test_a_shard_that_says_a_size_below_zero_is_refused(name: str, tmp_path: Path) -> None:
+    said = b"11 size=-5\n"
+    header, member = tarfile.TarInfo("x"), tarfile.TarInfo(name)
+    header.type, header.size, member.size = tarfile.XHDTYPE, len(said), 10
+    blocks = [header.tobuf(tarfile.USTAR_FORMAT), said.ljust(512, b"\0"), member.tobuf(tarfile.USTAR_FORMAT)]
+    (tmp_path / "train.tar").write_bytes(b"".join(blocks) + b"x".ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(UserError, match=r"Cannot read the shard|No images"):
+        open_data(f"wds:{tmp_path}")
+
+
+def test_files_of_a_torchvision_set_that_are_none_are_one_message(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    (tmp_path / "MNIST/processed").mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):
+        torch.save(Harmful(), tmp_path / "MNIST/processed" / name)
+    with pytest.raises(MissingDependencyError, match="is not whole"):
+        open_data(f"torch:mnist:{tmp_path}")
+    assert not (tmp_path / "ran").exists()
