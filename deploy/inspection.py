@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,8 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.loading import NORMALISATIONS, SIZES
 from upvits.calib_data.printable import printable
+from upvits.deploy.handover.document import PACKAGE
+from upvits.deploy.store.run_dir import RECIPE
 from upvits.toolchain.families import family_of, groups_of
 from upvits.toolchain.networks.catalogue import architectures
 from upvits.toolchain.networks.config_document import has_config
@@ -122,6 +125,7 @@ def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Ins
         UserError: it holds no network that can be pruned; says what it looks like and what stands in the way.
     """
     path = user_path(weights.removeprefix("local-dir:"))
+    _refuse_others(weights, path)
     loaded = _from_folder(path) if path.is_dir() and has_config(path) else _from_file(path)
     model, found = loaded.model, found_in(loaded.model)
     preprocess = preprocess_of(model)
@@ -158,6 +162,34 @@ def inspect(weights: str, data: str | None = None, *, quiet: bool = True) -> Ins
         remarks=tuple(remarks),
         command=_command(loaded, weights, data, figures),
     )  # fmt: skip
+
+
+_OTHERS = {
+    RECIPE: ("a run", "`upvits-deploy report` shows it, and `upvits-deploy predict` what its networks see."),
+    PACKAGE: ("a package", "`upvits-deploy predict` shows what its network sees; its README says what is in it."),
+    "detector.json": ("a detector's folder", "`upvits-deploy detect eval` judges it."),
+}
+"""What folders of this tool hold, by the file that tells them."""
+
+
+def _refuse_others(weights: str, path: Path) -> None:
+    """Raises UserError for what is no weights on this machine, with the command that takes it."""
+    if re.match(r"[a-z0-9]+://", weights):
+        raise UserError(
+            f"{weights} is an address.",
+            why="Nothing is fetched from the network.",
+            fix="Download the file, and give its path.",
+        )
+    hub = re.match(r"(?:hf[-_]hub:)?timm/([\w.-]+)$", weights)
+    if hub and not path.exists():
+        raise UserError(
+            f"{weights} is not on this machine.",
+            why="It is a name on the hub, and what is there is read from files.",
+            fix=f"`upvits-deploy build --model {hub[1]} --weights timm` fetches it.",
+        )
+    for name, (what, fix) in _OTHERS.items():
+        if path.is_dir() and (path / name).is_file() and not has_config(path):
+            raise UserError(f"{path} is {what}, not the weights of a network.", fix=fix)
 
 
 def _from_folder(folder: Path) -> _Loaded:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from difflib import get_close_matches
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -332,6 +333,12 @@ def models(
     from upvits.toolchain.networks.catalogue import architectures
 
     listed = list(architectures(pattern))
+    if pattern and not listed:
+        near = get_close_matches(pattern.lower(), [one.name for one in architectures()], n=5, cutoff=0.4)
+        raise UserError(
+            f"No architecture that can be pruned has {pattern!r} in its name.",
+            fix=(f"Did you mean {', '.join(near)}? " if near else "") + "`upvits-deploy models` lists all of them.",
+        )
     if json:
         print_json(dumps([asdict(architecture) for architecture in listed], indent=2))
     else:

@@ -34,6 +34,7 @@ from upvits.toolchain.structure.timm_config import num_classes_of
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 _FP32 = "onnxruntime fp32"
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,10 @@ def open_networks(
         else:
             raise UserError(
                 f"{path} is nothing to predict with." if path.exists() else f"There is no {path}.",
+                why="Weights alone do not say how they are built." if path.suffix in _CHECKPOINTS else "",
                 fix=f"Name a run (with {RECIPE}), a package (with {PACKAGE}), a model folder (with config.json) or an "
-                "ONNX file.",
+                "ONNX file."
+                + (" `upvits.create_model` and `upvits.save` make a folder." if path.suffix in _CHECKPOINTS else ""),
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +27,17 @@ def pictures_in(paths: Sequence[Path]) -> list[Path]:
     """Files as they were named, and the pictures at any depth of folders in the order of their names; each once.
 
     Raises:
-        UserError: a folder has no pictures, or nothing was named.
+        UserError: a folder has no pictures, a file is not there, or nothing was named.
     """
     found: list[Path] = []
     for path in map(user_path, paths):
+        if not path.exists():
+            is_address = re.match(r"(https?|s3|gs):/", str(path)) is not None
+            raise UserError(
+                f"There is no picture {path}.",
+                why="It is an address, and nothing is fetched from the network." if is_address else "",
+                fix="Download it, and give the file." if is_address else "Name picture files, or folders of them.",
+            )
         inside = _below(path) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"There are no pictures in {path}.", why=f"Looked for {' '.join(sorted(EXTENSIONS))}.")

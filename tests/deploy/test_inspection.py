@@ -218,3 +218,27 @@ def test_a_folder_of_transformers_of_no_size_of_timms_gets_no_command_that_fails
     assert "upvits.load" in found.remarks[-1]
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path)], env={"COLUMNS": "80"}).stdout
     assert "build" not in shown
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "fix"),
+    [
+        ("https://example.com/model.safetensors", "is an address", "Download"),
+        ("hf_hub:timm/vit_tiny_patch16_224.augreg_in21k", "not on this machine", "--model vit_tiny_patch16_224.augreg"),
+        ("run", "is a run", "upvits-deploy predict"),
+        ("package", "is a package", "upvits-deploy predict"),
+        ("detector", "is a detector's folder", "detect eval"),
+        ("photo.png", "looks like a picture", "predict"),
+    ],
+)
+def test_what_is_no_weights_is_sent_to_the_command_that_takes_it(
+    weights: str, words: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("run", "recipe.toml"), ("package", "package.json"), ("detector", "detector.json")):
+        Path(folder).mkdir()
+        Path(folder, file).touch()
+    Image.new("RGB", (4, 4)).save("photo.png")
+    with pytest.raises(UserError, match=words) as caught:
+        inspect(weights)
+    assert fix in caught.value.fix

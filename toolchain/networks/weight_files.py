@@ -205,6 +205,8 @@ def _refuse_other_kinds(path: Path) -> None:
     elif path.suffix == ".onnx" or (start[:1] == b"\x08" and b"pytorch" in start):
         looks = "an ONNX graph"
         fix = "A graph cannot be trained: give the checkpoint that it was exported from."
+    elif start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")):
+        looks, fix = "a picture", "Give a checkpoint; `upvits-deploy predict` takes pictures beside a network."
     elif start.lstrip()[:1] == b"<":
         looks, fix = "a web page or XML", "The download gave a page instead of the file: get it again."
     elif start.startswith(b"PK"):

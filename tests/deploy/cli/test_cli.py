@@ -356,6 +356,14 @@ def test_tables_are_printed_as_json_too(capsys: pytest.CaptureFixture[str], monk
     assert (code, json.loads(out)) == (0, [{**listed, **sizes}])
 
 
+def test_a_name_that_no_architecture_has_is_answered_with_near_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "models", "pvtv2_b0")
+    assert (code, out) == (2, "")
+    assert "pvt_v2_b0" in err
+
+
 def test_models_are_listed_within_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

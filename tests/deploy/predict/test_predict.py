@@ -233,3 +233,31 @@ def test_figures_are_plain_values(run: Path, pictures: Path) -> None:
     made = predict(run, [pictures / "a.png"], thumbnails=True)
     assert made.pictures[0].thumbnail
     assert json.loads(json.dumps(figures_of(made))) == figures_of(made)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "https://example.com/cat.jpg"])
+def test_pictures_that_are_not_there_end_it_before_anything_is_opened(run: Path, pictures: Path, name: str) -> None:
+    with pytest.raises(UserError, match="There is no picture") as caught:
+        predict(run, [pictures / "a.png", Path(name)])
+    assert ("Download" in caught.value.fix) == name.startswith("http")
+
+
+def test_a_checkpoint_alone_is_nothing_to_predict_with(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(UserError, match="nothing to predict with") as caught:
+        predict(tmp_path / "w.pth", [pictures / "a.png"])
+    assert "upvits.save" in caught.value.fix
+
+
+def test_pictures_of_more_than_eight_bits_have_one_scale(run: Path, tmp_path: Path) -> None:
+    """The dark one alone would be as bright as the other."""
+    for name, brightest in (("bright", 65_535), ("dark", 4095)):
+        ramp = np.tile(np.linspace(0, brightest, 64), (64, 1)).astype(np.uint16)
+        Image.fromarray(ramp).save(tmp_path / f"{name}.png")
+    black = tmp_path / "black.png"
+    Image.fromarray(np.tile(np.linspace(0, 4095, 64) * 255 / 65_535, (64, 1)).astype(np.uint8)).save(black)
+    both = predict(run, [tmp_path / "bright.png", tmp_path / "dark.png", black])
+    alone = predict(run, [tmp_path / "dark.png"])
+    dark, same = both.pictures[1].predictions["dense"].top, both.pictures[2].predictions["dense"].top
+    assert [guess.percent for guess in dark] == pytest.approx([guess.percent for guess in same], abs=0.2)
+    assert dark[0].percent != pytest.approx(alone.pictures[0].predictions["dense"].top[0].percent, abs=0.2)
