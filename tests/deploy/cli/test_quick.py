@@ -39,6 +39,18 @@ assert not [finder for finder in sys.meta_path if "upvits" in type(finder).__mod
 """
 
 
+_MODELS = """
+import sys
+from upvits.deploy.cli.app import main
+sys.argv = ["upvits-deploy", "models", "--json"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {"torch", "timm"} & sys.modules.keys()
+"""
+
+
 def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,3 +62,7 @@ def test_inspect_imports_no_compiler_and_no_exporter() -> None:
 
 def test_the_compiler_comes_whole_when_something_wants_it() -> None:
     run(_COMPILED)
+
+
+def test_models_imports_no_torch() -> None:
+    run(_MODELS)
