@@ -76,6 +76,15 @@ def in_timm_names(state: State, layout: str, model: nn.Module) -> State:
     return {**_by_timm(_without_chunks(state), model), **dropped}
 
 
+class _AnyLength:
+    """Differs from no number: the length of a position embedding that is not to be resampled."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
 def _by_timm(state: State, model: nn.Module) -> State:
     """timm's filter of the architecture, without its resampling: sizes are settled later."""
     filters: Callable[..., State] | None = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -95,7 +104,11 @@ def _by_timm(state: State, model: nn.Module) -> State:
     )
     if weight.ndim == 4:
         standin.patch_embed.proj = SimpleNamespace(weight=weight)
-    return filters(dict(state), standin, adapt_layer_scale=True)
+    try:
+        return filters(dict(state), standin, adapt_layer_scale=True)
+    except AttributeError:  # timm 1.0.24 asks for its length before it resamples
+        standin.pos_embed = SimpleNamespace(shape=(1, _AnyLength()))
+        return filters(dict(state), standin, adapt_layer_scale=True)
 
 
 def _without_chunks(state: State) -> State:
