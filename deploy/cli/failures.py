@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -30,6 +31,8 @@ _OF_THE_SYSTEM = (
     errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT,
     errno.EFBIG, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
+_STAND_IN = re.compile(r"[\ud800-\udfff]|\\ud[89a-f][0-9a-f]{2}")
+"""Python's stand-ins for bytes that are no UTF-8, as they are or as some libraries write them."""
 _NO_UTF8 = ("surrogates not allowed", "is not valid UTF-8", "as a unicode string")
 """What Python, safetensors and pydantic say of such a name."""
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment", "bad_alloc",
@@ -122,7 +125,7 @@ def _of_the_machine(error: Exception) -> UserError | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
         return UserError("Links lead in a circle.", why=f"{error}.", fix="Give another path.")
     said = any(words in str(error) for words in _NO_UTF8)
-    if said or any("\ud800" <= letter <= "\udfff" for letter in str(error)):
+    if said or _STAND_IN.search(str(error)):
         # Python's stand-ins for bytes that are no UTF-8: some libraries take no such path
         return UserError(
             "The name of a file or folder is no text in UTF-8.",

@@ -95,6 +95,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
         (RuntimeError("Path a\ufffd is not valid UTF-8"), "UTF-8"),
         (ValueError("unable to parse raw data as a unicode string"), "UTF-8"),
         (TypeError("InferenceSession(arg0: '/ph\udce9tos/model.onnx')"), "UTF-8"),
+        (TypeError(r"InferenceSession(arg0: '/ph\udce9tos/model.onnx')"), "UTF-8"),
         (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "ulimit -f"),
         (UserError("mine", why="because"), "because"),
     ],
