@@ -230,11 +230,12 @@ def structure_of(model: nn.Module, model_args: dict[str, Any] | None = None) -> 
     """
     family = family_of(model)
     uniform = family.uniform_args(model)
+    given = family.constructor_args(model)
     with on_meta():
-        stock = build(architecture_of(model))
+        stock = build(architecture_of(model), **given)  # what is usual depends on them: fc_norm on the pooling
         usual = family.variant_args(stock)
     unusual = {name: value for name, value in family.variant_args(model).items() if value != usual.get(name)}
-    args = {**family.constructor_args(model), **unusual, **(model_args or {}), **(uniform or {})}
+    args = {**given, **unusual, **(model_args or {}), **(uniform or {})}
     if uniform is None and not _holds(architecture_of(model), args, model):
         args |= family.wide_args(model)
     config = _config(model, args)

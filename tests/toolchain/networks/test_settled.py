@@ -87,6 +87,8 @@ def test_average_pooling_without_a_norm_of_its_own(tmp_path: Path) -> None:
         network = read(path, VIT, **options)
         assert torch.allclose(outputs(network), outputs(model), rtol=1e-5, atol=1e-5)
         assert any("global_pool=avg" in note for note in found_in(network).notes)
+        toolchain.save(network, path.parent / "saved")
+        assert torch.equal(outputs(toolchain.load(path.parent / "saved")), outputs(network))
 
 
 def test_pooling_that_nothing_tells_is_said_to_be_assumed(tmp_path: Path) -> None:
