@@ -58,6 +58,9 @@ class DecodedBoxes(nn.Module):
         detector: mmdet's RetinaNet, in eval mode.
         size: (height, width) of the images, multiples of 32.
         with_levels: give what `Levels` gives first.
+
+    Raises:
+        UserError: the size does not fit, or the detector has no `nms_pre`.
     """
 
     def __init__(self, detector: nn.Module, size: tuple[int, int], *, with_levels: bool = False) -> None:
@@ -67,6 +70,11 @@ class DecodedBoxes(nn.Module):
         self.levels = Levels(detector)
         self.size, self.with_levels = size, with_levels
         head = self.levels.bbox_head
+        if "nms_pre" not in head.test_cfg:
+            raise UserError(
+                "The detector does not say how many boxes of a level count (test_cfg.nms_pre).",
+                fix="Use a detector's folder as it was written.",
+            )
         self.num_classes, self.candidates = int(head.cls_out_channels), int(head.test_cfg["nms_pre"])
         with torch.no_grad():
             example = torch.zeros(1, 3, *size, device=next(detector.parameters()).device)

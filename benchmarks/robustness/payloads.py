@@ -232,7 +232,9 @@ def _hostile_names(ground: Ground) -> Iterator[Case]:
         report = json.loads((here / _RUN / "report.json").read_text())
         wrong = without_markup(here, outcome)
         for line in report["reproduce"]:
-            if not any(word.endswith((_RUN, f"{_RUN}/recipe.toml")) for word in shlex.split(line)):
+            if not line.startswith("pip install ") and not any(
+                word.endswith((_RUN, f"{_RUN}/recipe.toml")) for word in shlex.split(line)
+            ):
                 wrong.append(f"a line to copy is not quoted: {line[:100]}")
         labels = json.loads((here / "package/labels.json").read_text())
         if len(labels) != len(_CLASSES):

@@ -55,6 +55,10 @@ def test_images_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:
         DecodedBoxes(detector, (64, 100))
     with pytest.raises(UserError, match="Linear cannot be exported"):
         Levels(nn.Linear(1, 1))
+    head: Any = detector.get_submodule("bbox_head")
+    del head.test_cfg["nms_pre"]
+    with pytest.raises(UserError, match="nms_pre"):
+        DecodedBoxes(detector, (64, 96))
 
 
 def test_a_folder_gives_the_detector_back(folders: dict[str, Path], tmp_path: Path) -> None:
