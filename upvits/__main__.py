@@ -4,6 +4,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 
 def run() -> None:
@@ -15,10 +16,12 @@ def run() -> None:
     code: str | int | None = 0
     several = False
     try:  # what is imported, too, so that Ctrl-C meanwhile is no traceback
+        from upvits.calib_data.errors import UserError
         from upvits.deploy.cli.app import main
         from upvits.toolchain.processes.launchers import number_of_processes
 
-        several = number_of_processes() > 1
+        with suppress(UserError):  # the command says it
+            several = number_of_processes() > 1
         main()
     except SystemExit as error:
         code = error.code

@@ -390,7 +390,11 @@ def _run() -> int | str | None:
     def speak(error: Exception) -> int:
         return exit_code_of(error, options_of(app))
 
-    if number_of_processes() == 1:
+    try:
+        alone = number_of_processes() == 1
+    except UserError as error:
+        return speak(error)
+    if alone:
         return _run_command(app)
     return _run_command(lambda: lead(app, speak)) if is_first() else follow(speak)
 

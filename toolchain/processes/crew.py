@@ -180,8 +180,8 @@ def _joined() -> Iterator[Process]:
         raise UserError(
             f"The processes of this job cannot meet at {place}.",
             why=str(error).strip().splitlines()[0],
-            fix="Check that all of them were started, and that the port is free: what starts them, or MASTER_PORT, sets "
-            "another one.",
+            fix="Check that all of them were started, and that the port is free; MASTER_PORT, or what starts them, "
+            "sets another.",
         ) from error
     try:
         yield Process(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 from upvits.calib_data.errors import UserError
@@ -14,8 +15,20 @@ def number_of_processes() -> int:
     """How many processes were started for this job. torchrun's word counts before slurm's.
 
     Only a step that `srun` started has several tasks; the script of `sbatch` is one process, whatever it reserved.
+
+    Raises:
+        UserError: the environment says something else than a number.
     """
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1")
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if said := os.environ.get(name):
+            if not re.fullmatch("[1-9][0-9]{0,5}", said, re.ASCII):
+                raise UserError(
+                    f"The environment variable {name} is {said[:50]!r}.",
+                    why="torchrun and srun say in it how many processes work together.",
+                    fix=f"Remove it (`unset {name}`), or start the command by torchrun or srun.",
+                )
+            return int(said)
+    return 1
 
 
 def set_places() -> None:

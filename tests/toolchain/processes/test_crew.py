@@ -10,7 +10,7 @@ import torch
 
 from tests.toolchain.processes import workers
 from tests.toolchain.processes.workers import cut, exit_codes, scored, start
-from upvits.calib_data.errors import LostProcessError
+from upvits.calib_data.errors import LostProcessError, UserError
 from upvits.toolchain.processes.launchers import number_of_processes, set_places
 
 LOST = LostProcessError.exit_code
@@ -73,9 +73,17 @@ def test_one_of_three_dies(tmp_path: Path) -> None:
     assert messages(tmp_path) == 1
 
 
+@pytest.mark.parametrize("said", ["abc", "0", "-1", "1.5", "\u00b2", "9" * 5000])
+def test_a_number_of_processes_that_is_none_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(UserError, match="WORLD_SIZE is"):
+        number_of_processes()
+
+
 def test_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what `set_places` sets is undone after the test
+        monkeypatch.delenv(name)
     batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
     for name, value in batch.items():
         monkeypatch.setenv(name, value)
