@@ -39,9 +39,9 @@ class DetectRecipe(BaseModel):
         None, "Images per step and process.", "--batch-size", shown="8 on the demo, else 2", ge=1, le=65_536
     )
     lr: float | None = setting(
-        None, "Peak rate for 16 images a step.", "--lr", shown="2e-3 on the demo, else 1e-4", gt=0
+        None, "Peak rate for 16 images a step.", "--lr", shown="2e-3 on the demo, else 1e-4", gt=0, le=1e6
     )
-    weight_decay: float | None = setting(None, "Of AdamW.", shown="1e-2 on the demo, else 1e-4", ge=0)
+    weight_decay: float | None = setting(None, "Of AdamW.", shown="1e-2 on the demo, else 1e-4", ge=0, le=1e6)
     scale: tuple[int, int] | None = setting(
         None, "Largest sides in pixels, e.g. 1333x800.", "--scale", shown="128x128 on the demo, else 1333x800"
     )
@@ -54,12 +54,16 @@ class DetectRecipe(BaseModel):
     stacked_convs: int | None = setting(
         None, "Convolutions of each branch of the head.", "--stacked-convs", shown="2 on the demo, else 4", ge=1, le=64
     )
-    warmup: int | None = setting(None, "Steps with a rising rate.", shown="50 on the demo, else 500", ge=1)
-    grad_clip: float | None = setting(None, "Largest norm of all gradients.", shown="10 on the demo, else none", gt=0)
-    workers: int | None = setting(None, "Reading processes.", "--workers", shown="0 on the demo, else 2", ge=0)
+    warmup: int | None = setting(None, "Steps with a rising rate.", shown="50 on the demo, else 500", ge=1, le=10**9)
+    grad_clip: float | None = setting(
+        None, "Largest norm of all gradients.", shown="10 on the demo, else none", gt=0, le=1e9
+    )
+    workers: int | None = setting(
+        None, "Reading processes.", "--workers", shown="0 on the demo, else 2", ge=0, le=1_024
+    )
     amp: bool = setting(False, "Mixed precision.", "--amp")
     tensorboard: bool = setting(False, "Write curves for it.", "--tensorboard")
-    imitation: float = setting(0.0, "Weight of the dense detector's features.", "--imitation", ge=0)
+    imitation: float = setting(0.0, "Weight of the dense detector's features.", "--imitation", ge=0, le=1e6)
     cfg_options: dict[str, Any] = setting({}, "key=value of mmdet's configuration; may be repeated.", "--cfg-options")
     batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = setting((1,), "Batch sizes to time.", "--bench-batches")
     ap_images: int = setting(500, "Validation images that engines are judged on.", "--ap-images", ge=1)

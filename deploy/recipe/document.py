@@ -158,7 +158,7 @@ class DistillRecipe(_Part):
         ge=0,
     )
     workers: int | None = setting(
-        None, "Reading processes.", "--workers", panel=TRAIN, shown="0; on GPUs cores - 1, at most 8", ge=0
+        None, "Reading processes.", "--workers", panel=TRAIN, shown="0; on GPUs cores - 1, at most 8", ge=0, le=1_024
     )
     checkpoint_minutes: float = setting(
         10.0, "Minutes between checkpoints within an epoch.", "--checkpoint-minutes", panel=TRAIN, ge=0

@@ -80,6 +80,8 @@ PLAN = ("plan", "--model", "pvtv2_b0")
         ((*PLAN, "--ratio", "0.5", "--method", "taylor"), "score.method"),
         ((*PLAN, "--ratio", "0.5", "--epochs", "9" * 19), "100000"),
         (("detect", "train", "--run", "r", "--epochs", "9" * 19), "100000"),
+        (("detect", "train", "--run", "r", "--workers", "9" * 19), "1024"),
+        (("detect", "compare", "--run", "r", "--lr", "1e29"), "1000000"),
         ((*PLAN, "--ratio", "0.5", "--runtime", "onnxruntim"), "did you mean onnxruntime"),
         ((*PLAN, "--ratio", "0.5", "--precision", "int3"), "int3"),
         ((*PLAN, "--ratio", "0.5", "--batch-profile", "8:1"), "min:opt:max"),
