@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def open_torch(spec: str, name: str, root: Path | None) -> DataSource:
 
 
 def _open_torch_split(name: str, root: Path, split: str) -> Any:
+    is_new = not root.exists()
     try:
         try:
             return create_dataset(f"torch/{name}", root=str(root), split=split)
@@ -45,6 +47,9 @@ def _open_torch_split(name: str, root: Path, split: str) -> Any:
             root.mkdir(parents=True, exist_ok=True)
             return create_dataset(f"torch/{name}", root=str(root), split=split, download=True)
     except Exception as error:  # of any kind: torchvision takes files as they are
+        if is_new:
+            with suppress(OSError):
+                root.rmdir()  # only where nothing came
         raise MissingDependencyError(
             f"The data set torch/{name} is not whole in {root} and could not be downloaded there.",
             why=printable(first_line(error), 300),

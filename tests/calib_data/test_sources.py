@@ -169,6 +169,7 @@ def test_torchvision_set_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: 
         open_data(f"torch:cifar10:{tmp_path / 'cache'}")
     assert caught.value.exit_code == 3
     assert "torch:cifar10:DIR" in caught.value.fix
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
