@@ -20,7 +20,8 @@ from upvits.deploy.store.artifacts import file_digest
 
 _CHANGES = ("rename", "replace", "unlink", "mkdir", "rmdir", "fsync", "chmod", "link", "symlink")
 _MEASURED = re.compile(
-    r"second|rss|created|_ms$|latency|speedup|^low$|^high$|load|stages|best|findings|threads|reproduce|layer_times|median"
+    r"second|rss|created|_ms$|^ms$|latency|speedup|^low$|^high$|load|stages|best|findings|threads|reproduce|layer_times|median"
+    r"|on_front|verdict"
 )
 """Entries of a report that are other ones every time: what was timed, and what follows from it."""
 
