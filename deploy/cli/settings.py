@@ -111,7 +111,7 @@ def settings_of(document: type[BaseModel], *, within: str = "") -> dict[str, Set
 def _settings(document: type[BaseModel], within: str) -> Iterator[Setting]:
     for name, field in document.model_fields.items():
         kind = _bare(field.annotation)
-        part = isinstance(kind, type) and issubclass(kind, BaseModel)
+        part = get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)  # 3.10: list[int]
         if about(field, "option"):  # of a part that may be missing, the option gives the first field
             path = f"{within}{name}.{next(iter(kind.model_fields))}" if part else f"{within}{name}"
             yield Setting(path, field, str if part else kind)
