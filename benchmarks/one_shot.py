@@ -165,7 +165,7 @@ def make_task(name: str, model: nn.Module, source: DataSource, asked: argparse.N
         checkpoint=name,
         model=model,
         source=source,
-        images=proxy_images(source, preprocess, asked.calib_images, seed),
+        images=proxy_images(source, preprocess, asked.calib_images, seed).read(),
         labels=torch.tensor(proxy_set(source, asked.calib_images, seed).labels),
         score_images=asked.score_images,
         val=val,

@@ -74,7 +74,9 @@ def measure_run(run: Path, calib_images: int, eval_images: int, quiet: bool) -> 
     """Rows for both networks of a run."""
     source = open_data(read_recipe(run)["data"])
     preprocess = toolchain.preprocess_of(toolchain.load(run / "3-distill/model"))
-    calibration = [images.numpy() for images in torch.split(proxy_images(source, preprocess, calib_images, 0), 8)]
+    calibration = [
+        images.numpy() for images in torch.split(proxy_images(source, preprocess, calib_images, 0).read(), 8)
+    ]
     for network in ("dense", "pruned"):
         plain = load_model(run / "4-export" / network / "model.onnx")
         for outliers, model in ((False, plain), (True, with_outliers(plain))):

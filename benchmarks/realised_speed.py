@@ -96,7 +96,7 @@ def deit_shape(num_images: int) -> Network:
 
 
 def _images(data: str, model: nn.Module, num_images: int) -> Tensor:
-    return proxy_images(open_data(data, quiet=True), toolchain.preprocess_of(model), num_images, seed=0)
+    return proxy_images(open_data(data, quiet=True), toolchain.preprocess_of(model), num_images, seed=0).read()
 
 
 def cuts_of(network: Network, shares: Sequence[float], quiet: bool) -> Iterator[Cut]:

@@ -219,11 +219,11 @@ def tables(document: dict[str, Any]) -> list[Table]:
 def networks(asked: argparse.Namespace) -> list[tuple[str, nn.Module, Tensor, list[ChannelGroup]]]:
     """Trained networks, their images, and the groups whose units are all taken out one by one."""
     model = toolchain.create_model("pvtv2_b0", weights="demo").eval()
-    images = proxy_images(open_data("demo"), toolchain.preprocess_of(model), asked.images, 0)
+    images = proxy_images(open_data("demo"), toolchain.preprocess_of(model), asked.images, 0).read()
     found = [("pvt_v2_b0 (demo)", model, images, list(groups_of(model)))]
     if asked.model_dir is not None:
         model = toolchain.load(asked.model_dir).eval()
-        images = proxy_images(open_data(asked.data), toolchain.preprocess_of(model), asked.images, 0)
+        images = proxy_images(open_data(asked.data), toolchain.preprocess_of(model), asked.images, 0).read()
         chosen = [group for group in groups_of(model) if group.name in asked.groups or not asked.groups]
         found.append((asked.model_dir.name, model, images, chosen))
     return found

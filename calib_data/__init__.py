@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from upvits.calib_data.datasets import DataSource, Images
     from upvits.calib_data.demo import demo_weights
     from upvits.calib_data.loading import Preprocess, batches, proxy_images, proxy_set
+    from upvits.calib_data.prepared import PreparedImages
     from upvits.calib_data.sources import open_data
     from upvits.calib_data.writing import write_coco, write_imagefolder
 
 __all__ = [
     "DataSource",
     "Images",
+    "PreparedImages",
     "Preprocess",
     "batches",
     "demo_weights",
@@ -32,6 +34,7 @@ if not TYPE_CHECKING:  # a type checker then knows which names there are
         {
             "datasets": ("DataSource", "Images"),
             "demo": ("demo_weights",),
+            "prepared": ("PreparedImages",),
             "loading": ("Preprocess", "batches", "proxy_images", "proxy_set"),
             "sources": ("open_data",),
             "writing": ("write_coco", "write_imagefolder"),

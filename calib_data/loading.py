@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from upvits.calib_data.datasets import DataSource, Images
+from upvits.calib_data.prepared import PreparedImages
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -169,11 +170,10 @@ def _share_of_epoch(order: list[int], batch_size: int, share: tuple[int, int], s
     return [i for start in starts for i in order[start + rank * part : start + (rank + 1) * part]], max(part, 1)
 
 
-def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> Tensor:
-    """The pictures of `proxy_set` at evaluation transforms, [N, 3, H, W]."""
-    transform = preprocess.eval_transform()
+def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> PreparedImages:
+    """The pictures of `proxy_set` at evaluation transforms, [N, 3, H, W], each read when it is needed."""
     chosen = proxy_set(source, num_images, seed)
-    return torch.stack([transform(chosen[index][0]) for index in range(len(chosen))])
+    return PreparedImages(chosen, preprocess.eval_transform(), preprocess.input_size)
 
 
 def proxy_set(source: DataSource, num_images: int, seed: int) -> Images:

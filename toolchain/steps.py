@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upvits.calib_data import DataSource, proxy_images
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.prepared import ImageSet, PreparedImages
 from upvits.toolchain.compensation import (
     TooFewImagesError,
     compensated_curves,
@@ -41,7 +42,7 @@ EVAL_BATCH = 64
 _log = logging.getLogger(__name__)
 
 
-def calibration_images(model: nn.Module, data: DataSource, num_images: int = 512, *, seed: int = 0) -> Tensor:
+def calibration_images(model: nn.Module, data: DataSource, num_images: int = 512, *, seed: int = 0) -> PreparedImages:
     """Random training images as a network reads them, for `score`, `plan` and `prune`.
 
     Args:
@@ -51,7 +52,7 @@ def calibration_images(model: nn.Module, data: DataSource, num_images: int = 512
         seed: decides which.
 
     Returns:
-        [N, 3, H, W] float32, on the CPU.
+        N images [N, 3, H, W] float32 that are read batch by batch; `read()` gives the tensor of all.
 
     Example:
         >>> import upvits
@@ -75,7 +76,7 @@ def plan(
     align: int = 8,
     components: Sequence[Component] = DEFAULT_COMPONENTS,
     floor: float = FLOOR,
-    images: Tensor | None = None,
+    images: ImageSet | None = None,
     input_size: tuple[int, int, int] | None = None,
     seed: int = 0,
     quiet: bool = True,
@@ -135,7 +136,7 @@ def plan(
 def prune(
     model: nn.Module,
     plan: PruningPlan,
-    images: Tensor | None = None,
+    images: ImageSet | None = None,
     *,
     compensate: bool = True,
     seed: int = 0,
@@ -189,7 +190,7 @@ def prune(
 
 def weighed_losses(
     model: nn.Module,
-    images: Tensor,
+    images: ImageSet,
     curves: Mapping[str, Curve],
     plan_by: Callable[[Mapping[str, Curve]], PruningPlan],
     *,
@@ -204,7 +205,7 @@ def weighed_losses(
 
 
 def with_units_for_refit(
-    model: nn.Module, plan: PruningPlan, images: Tensor, *, seed: int = 0, quiet: bool = True
+    model: nn.Module, plan: PruningPlan, images: ImageSet, *, seed: int = 0, quiet: bool = True
 ) -> PruningPlan:
     """The plan with the FFN units that the others can least stand in for; the same plan where scores are to choose.
 

@@ -87,7 +87,7 @@ def check_forward(model: nn.Module, source: DataSource, preprocess: Preprocess) 
     Raises:
         UserError: it cannot take images of this size, or gives NaN.
     """
-    images = proxy_images(source, preprocess, 4, seed=0)
+    images = proxy_images(source, preprocess, 4, seed=0).read()
     try:
         with torch.inference_mode():
             outputs = model(images)

@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from upvits import toolchain
-from upvits.calib_data import proxy_images
+from upvits.calib_data import PreparedImages, proxy_images
 from upvits.deploy.recipe.request import Job, plan_arguments
 from upvits.deploy.report.verdict import small_proxy
 from upvits.deploy.speed.search import FittedPlan, LatencyRecord, search
@@ -91,7 +91,9 @@ def _cut(
     return plan, *_compensated(job, plan, images)
 
 
-def _compensated(job: Job, plan: PruningPlan, images: Tensor | None) -> tuple[nn.Module | None, CompensationRecord]:
+def _compensated(
+    job: Job, plan: PruningPlan, images: PreparedImages | None
+) -> tuple[nn.Module | None, CompensationRecord]:
     """The network rotated, cut and refitted, and the record of it.
 
     There is no network where compensation is switched off (no images), nor where the images are too few and the recipe
@@ -124,7 +126,7 @@ def _warn_of_small_proxy(job: Job, plan: PruningPlan, scores: Scores, rotated: S
         _LOGGER.warning("%s", small_proxy(len(groups), worst, groups[worst].overlap))
 
 
-def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[PruningPlan, LatencyRecord | None]:
+def choose_plan(job: Job, scores: Scores, images: PreparedImages | None) -> tuple[PruningPlan, LatencyRecord | None]:
     """The plan that a job asks for; where it asks for a latency, also how that was met."""
     if job.recipe.plan.planner == "latency":
         result = _latency_plan(job, scores, images)
@@ -143,7 +145,7 @@ def choose_plan(job: Job, scores: Scores, images: Tensor | None) -> tuple[Prunin
         return make_plan(job, scores), None
 
 
-def compensation_images(job: Job) -> Tensor | None:
+def compensation_images(job: Job) -> PreparedImages | None:
     """Training images that compensation is fitted on; None when it is switched off."""
     recipe = job.recipe.compensate
     if recipe.enabled is False:
@@ -151,7 +153,7 @@ def compensation_images(job: Job) -> Tensor | None:
     return proxy_images(job.source, job.preprocess, recipe.refit_images or 1, job.recipe.seed)
 
 
-def make_plan(job: Job, scores: Scores, images: Tensor | None = None) -> PruningPlan:
+def make_plan(job: Job, scores: Scores, images: PreparedImages | None = None) -> PruningPlan:
     """The plan that a job asks for, unless it asks for a latency or for rounds."""
     arguments = plan_arguments(job.recipe.plan, job.preprocess)
     return toolchain.plan(
@@ -159,7 +161,7 @@ def make_plan(job: Job, scores: Scores, images: Tensor | None = None) -> Pruning
     )
 
 
-def _expected_losses(job: Job, images: Tensor | None) -> Losses | None:
+def _expected_losses(job: Job, images: PreparedImages | None) -> Losses | None:
     """What a latency plan weighs groups by: losses after compensation; None where that is off or images are too few."""
     if images is None:
         return None
@@ -195,7 +197,7 @@ def _plan_in_rounds(job: Job, scores: Scores) -> PruningPlan:
     )
 
 
-def _latency_plan(job: Job, scores: Scores, images: Tensor | None) -> FittedPlan:
+def _latency_plan(job: Job, scores: Scores, images: PreparedImages | None) -> FittedPlan:
     """Widths that meet the latency target, found with a table of this machine and checked on a network that was built.
 
     Raises:

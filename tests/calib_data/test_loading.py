@@ -99,7 +99,7 @@ def test_proxy_is_balanced_random_and_from_the_training_pictures() -> None:
     source = DataSource("x", ("a", "b", "c"), train, Images([], train._read), "digest")
 
     def chosen(count: int, seed: int) -> list[tuple[int, int]]:
-        pixels = ((proxy_images(source, PREPROCESS, count, seed)[:, :, 0, 0] + 1) * 127.5).round().int()
+        pixels = ((proxy_images(source, PREPROCESS, count, seed).read()[:, :, 0, 0] + 1) * 127.5).round().int()
         return [(int(index), int(label)) for index, label, _ in pixels]
 
     picked = chosen(13, seed=0)
@@ -115,12 +115,12 @@ def test_proxy_is_balanced_random_and_from_the_training_pictures() -> None:
 def test_proxy_of_unlabelled_pictures() -> None:
     train = Images([-1] * 20, lambda index: Image.new("RGB", (64, 64), (index * 10, 0, 0)))
     source = DataSource("x", None, train, train, "digest")
-    proxy = proxy_images(source, PREPROCESS, 8, seed=3)
+    proxy = proxy_images(source, PREPROCESS, 8, seed=3).read()
     assert len({float(picture[0, 0, 0]) for picture in proxy}) == 8
 
 
 def test_proxy_of_the_demo_set() -> None:
-    proxy = proxy_images(open_data("demo"), PREPROCESS, 24, seed=0)
+    proxy = proxy_images(open_data("demo"), PREPROCESS, 24, seed=0).read()
     assert tuple(proxy.shape) == (24, 3, 64, 64)
     assert proxy.min() >= -1
     assert proxy.max() <= 1

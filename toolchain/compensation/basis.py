@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.toolchain.compensation.gradients import output_gradients
 from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of
@@ -51,7 +52,7 @@ def measure(
     model: nn.Module,
     streams: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int],
-    images: Tensor,
+    images: ImageSet,
     title: str,
     *,
     batch_size: int,
@@ -71,7 +72,7 @@ def measure(
         quiet: no progress bar.
     """
     names = [name for norms in streams.values() for name in norms]
-    batches = torch.split(images, batch_size)
+    batches = in_batches(images, batch_size)
     sums = {stream: _Sums(len(norms), sizes[stream], device_of(model)) for stream, norms in streams.items()}
     for batch in output_gradients(model, names, batches, title, seed=seed, quiet=quiet):
         seen = iter(batch)

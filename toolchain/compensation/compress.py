@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.toolchain.compensation.heads import rotate_heads
 from upvits.toolchain.compensation.pvt_stream import rotate_stages, stages_can_rotate
 from upvits.toolchain.compensation.refit import LayerReport, Targets, refit
@@ -65,7 +66,7 @@ class Compressed:
 def compress(
     model: nn.Module,
     plan: PruningPlan,
-    images: Tensor,
+    images: ImageSet,
     *,
     rotate: bool = True,
     batch_size: int = 32,
@@ -93,7 +94,7 @@ def compress(
     require_images(images)
     model = copy.deepcopy(model).eval()
     fit, held = split(images)
-    scale = output_scale(model, torch.split(images, batch_size))
+    scale = output_scale(model, in_batches(images, batch_size))
     deleted = delete_units(model, plan).eval()  # refuses the plan of another network
     student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
     shared().agree_on(student)
@@ -105,7 +106,8 @@ def compress(
     def kl(network: nn.Module) -> float:
         total = torch.zeros((), dtype=torch.float64, device=device_of(model))
         with torch.inference_mode():
-            for _, chunk in shared().mine(torch.split(held.to(device_of(model)), batch_size)):
+            for _, chunk in shared().mine(in_batches(held, batch_size)):
+                chunk = chunk.to(device_of(model))
                 total += divergence(model(chunk)[:, outputs], network(chunk), scale).sum()
         shared().sum(total)
         return float(total) / len(held)
@@ -163,7 +165,7 @@ def _require_enough(layers: list[LayerReport], images: int) -> None:
 
 
 def _cut(
-    model: nn.Module, plan: PruningPlan, images: Tensor, rotate: bool, batch_size: int, quiet: bool
+    model: nn.Module, plan: PruningPlan, images: ImageSet, rotate: bool, batch_size: int, quiet: bool
 ) -> tuple[nn.Module, nn.Module, Targets, tuple[str, ...]]:
     """The pruned network before its refit, the (rotated) dense network, how they correspond, and what was rotated."""
     dense = model
@@ -202,7 +204,7 @@ def _cut(
 
 
 def _turn_streams(
-    base: nn.Module, narrower: Mapping[str, tuple[int, ...]], images: Tensor, batch_size: int, quiet: bool
+    base: nn.Module, narrower: Mapping[str, tuple[int, ...]], images: ImageSet, batch_size: int, quiet: bool
 ) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     """Rotate and cut streams where the network allows it: the network, and maps of its streams and of other layers."""
     if "embed" in narrower and stream_can_rotate(base) is None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.gradients import DRAWS
 from upvits.toolchain.compensation.heads import rotate_heads
@@ -67,7 +68,7 @@ class LayerStatistics:
 
 
 def compensated_curves(
-    model: nn.Module, images: Tensor, *, rotate: bool = True, batch_size: int = 16, seed: int = 0, quiet: bool = True
+    model: nn.Module, images: ImageSet, *, rotate: bool = True, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> dict[str, Curve]:
     """Curves for every FFN and attention group, and for the width of every stream that can be rotated.
 
@@ -92,7 +93,7 @@ def compensated_curves(
     require_images(images)
     model = copy.deepcopy(model).eval()
     groups = groups_of(model)
-    batches = torch.split(images, batch_size)
+    batches = in_batches(images, batch_size)
     scale = output_scale(model, batches)
     of_kind = {kind: {g.module: g for g in groups if g.kind == kind} for kind in ("ffn", "attention", "qk", "v")}
     turned = model
@@ -100,7 +101,7 @@ def compensated_curves(
         turned = rotate_heads(model, images, list(of_kind["v"]), batch_size=batch_size, quiet=quiet).model.eval()
     readers = {f"{module}.fc2": g for module, g in of_kind["ffn"].items()}
     readers |= {f"{module}.proj": g for module, g in of_kind["v"].items()}
-    layers, products = _statistics(turned, list(readers), of_kind["qk"], batches, scale, seed, quiet)
+    layers, products = _statistics(turned, list(readers), of_kind["qk"], batches, len(images), scale, seed, quiet)
     curves = {}
     for name, group in watched(readers.items(), "Loss curves", quiet=quiet, total=len(readers)):
         weight = turned.get_submodule(name).get_parameter("weight")
@@ -126,7 +127,7 @@ def _last_dims_first(group: ChannelGroup) -> Tensor:
 
 
 def _narrower(
-    model: nn.Module, images: Tensor, batch_size: int, seed: int, quiet: bool
+    model: nn.Module, images: ImageSet, batch_size: int, seed: int, quiet: bool
 ) -> dict[str, tuple[int, Callable[[int], nn.Module]]]:
     """Streams that can be rotated: their widths, and the network with another width of one of them."""
     if stream_can_rotate(model) is None:
@@ -143,20 +144,24 @@ def _narrower(
 
 
 def _width_curves(
-    model: nn.Module, images: Tensor, scale: float | None, batch_size: int, seed: int, quiet: bool
+    model: nn.Module, images: ImageSet, scale: float | None, batch_size: int, seed: int, quiet: bool
 ) -> dict[str, Curve]:
     fit, held = split(images)  # a rotation looks better on the images that it was made for
     streams = _narrower(model, fit, batch_size, seed, quiet)
-    parts = [part.to(device_of(model)) for _, part in shared().mine(torch.split(held, batch_size))]
+    parts = shared().mine(in_batches(held, batch_size))
+    device = device_of(model)
     curves = {}
     with torch.inference_mode():
-        dense = [model(part) for part in parts]
+        dense = [model(part.to(device)) for _, part in parts]
         for name, (size, narrower) in watched(streams.items(), "Widths of the streams", quiet=quiet):
             points = {0: 0.0}
             for width in sorted({max(2, int(share * size)) for share in WIDTHS}, reverse=True):
                 network = narrower(width).eval()
-                losses = [divergence(whole, network(part), scale) for whole, part in zip(dense, parts, strict=True)]
-                points[size - width] = mean_of(losses, device_of(model))
+                losses = [
+                    divergence(whole, network(part.to(device)), scale)
+                    for whole, (_, part) in zip(dense, parts, strict=True)
+                ]
+                points[size - width] = mean_of(losses, device)
             gone, loss = list(points), torch.tensor(list(points.values()), dtype=torch.float64).cummax(0).values
             # beyond the narrowest width that was measured nobody should go
             table = np.interp(np.arange(size + 1), gone, loss.numpy(), right=float("inf"))
@@ -178,6 +183,7 @@ def _statistics(
     names: Sequence[str],
     queries: Mapping[str, ChannelGroup],
     batches: Sequence[Tensor],
+    count: int,
     scale: float | None,
     seed: int,
     quiet: bool,
@@ -214,7 +220,6 @@ def _statistics(
             counted = (importance[name] + EVENNESS * even) / (1 + EVENNESS)
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) * counted.flatten().sqrt().unsqueeze(1)
             layers[name].second += x.T @ x
-    count = sum(len(batch) for batch in batches)
     shared().sum(*scores.values())
     for layer in layers.values():
         shared().sum(layer.second, layer.fisher)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.toolchain.compensation.gradients import output_gradients
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.processes.process import shared
@@ -89,7 +90,7 @@ class _Rows:
 
 def rotate_heads(
     model: nn.Module,
-    images: Tensor,
+    images: ImageSet,
     groups: Collection[str] | None = None,
     *,
     batch_size: int = 16,
@@ -114,7 +115,7 @@ def rotate_heads(
         torch.Size([3, 65])
     """
     names = [g.module for g in groups_of(model) if g.kind == "qk" and (groups is None or g.module in groups)]
-    moments = _measure(model, names, torch.split(images, batch_size), seed, quiet)
+    moments = _measure(model, names, in_batches(images, batch_size), seed, quiet)
     rotated = copy.deepcopy(model)
     logit_error, output_error = {}, {}
     with torch.no_grad():

@@ -27,6 +27,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.prepared import ImageSet
 from upvits.toolchain.compensation.basis import (
     TINY,
     CutBasis,
@@ -81,7 +82,7 @@ def stages_can_rotate(model: nn.Module) -> str | None:
 
 def rotate_stages(
     model: nn.Module,
-    images: Tensor,
+    images: ImageSet,
     keep: Mapping[str, Sequence[int]],
     *,
     batch_size: int = 16,
@@ -131,7 +132,7 @@ def _require(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
 
 
 def measure_stages(
-    model: nn.Module, images: Tensor, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
+    model: nn.Module, images: ImageSet, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> dict[str, StreamMoments]:
     """The moments from which the streams are cut to any width; two backward passes per image.
 

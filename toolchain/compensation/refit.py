@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
 from upvits.toolchain.families import segments_of
@@ -107,7 +108,7 @@ class _Pair:
 
 
 def refit(
-    model: nn.Module, dense: nn.Module, images: Tensor, targets: Targets, *, batch_size: int = 32, quiet: bool = True
+    model: nn.Module, dense: nn.Module, images: ImageSet, targets: Targets, *, batch_size: int = 32, quiet: bool = True
 ) -> list[LayerReport]:
     """Refit all layers of a pruned network in place, front to back.
 
@@ -122,9 +123,12 @@ def refit(
         batch_size: images per pass.
     """
     fit, held = split(images)
-    chunks = [(chunk, False) for chunk in torch.split(fit, batch_size)]
-    chunks += [(chunk, True) for chunk in torch.split(held, batch_size)]
-    pairs = [_Pair(c, c, c, c, held_out) for _, (c, held_out) in shared().mine(chunks)]
+    batches = [(part, number) for part in (fit, held) for number in range(len(in_batches(part, batch_size)))]
+    pairs = [
+        _Pair(chunk, chunk, chunk, chunk, part is held)
+        for _, (part, number) in shared().mine(batches)
+        for chunk in [in_batches(part, batch_size)[number]]
+    ]
     reports = []
     with torch.inference_mode():
         for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):

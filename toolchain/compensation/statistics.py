@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.prepared import ImageSet, PreparedImages
 
 Site = Literal["input", "output"]
+Images = TypeVar("Images", Tensor, PreparedImages, ImageSet)
 
 
 MIN_IMAGES = 10
@@ -23,7 +25,7 @@ class TooFewImagesError(UserError):
     """The calibration set does not suffice for the regressions; says how many images would."""
 
 
-def require_images(images: Tensor) -> None:
+def require_images(images: ImageSet) -> None:
     """Refuses calibration sets with which nothing can be fitted at all.
 
     Raises:
@@ -37,7 +39,7 @@ def require_images(images: Tensor) -> None:
         )
 
 
-def split(images: Tensor) -> tuple[Tensor, Tensor]:
+def split(images: Images) -> tuple[Images, Images]:
     """Calibration images for fitting and for checking: every fifth is held out."""
     held = torch.arange(len(images)) % 5 == 4
     return images[~held], images[held]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.prepared import ImageSet
 from upvits.toolchain.compensation.basis import (
     StreamMoments,
     best_reads,
@@ -51,7 +52,7 @@ class Rotated:
 
 
 def rotate_stream(
-    model: nn.Module, images: Tensor, width: int, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
+    model: nn.Module, images: ImageSet, width: int, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> Rotated:
     """Rotate the stream of a ViT into the directions that matter and keep `width` channels.
 
@@ -85,7 +86,7 @@ def _check_width(model: nn.Module, width: int) -> None:
 
 
 def measure_stream(
-    model: nn.Module, images: Tensor, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
+    model: nn.Module, images: ImageSet, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
 ) -> StreamMoments:
     """The moments from which the stream of a network is cut to any width; two backward passes per image.
 

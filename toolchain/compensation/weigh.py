@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.compress import compress
 from upvits.toolchain.compensation.curves import mean_of, with_joint_units
@@ -28,7 +29,7 @@ WEIGHTS = (1.0, 0.3, 0.1)
 
 def weigh_streams(
     model: nn.Module,
-    images: Tensor,
+    images: ImageSet,
     curves: Mapping[str, Curve],
     plan_by: Callable[[Mapping[str, Curve]], PruningPlan],
     *,
@@ -55,17 +56,20 @@ def weigh_streams(
     different = [i for i, plan in enumerate(plans) if not any(plan.cut == other.cut for other in plans[:i])]
     if len(different) == 1:
         return weighted[0]
-    fit, judged = images[::2], torch.split(images[1::2].to(device_of(model)), batch_size)
+    fit, judged = images[::2], in_batches(images[1::2], batch_size)
     scale = output_scale(model, judged)
-    judge = [part for _, part in shared().mine(judged)]
+    judge, device = shared().mine(judged), device_of(model)
     losses = {}
     with torch.inference_mode():
-        dense = [model(part) for part in judge]
+        dense = [model(part.to(device)) for _, part in judge]
     for index in watched(different, "Trying widths of the stream", quiet=quiet, total=len(different)):
         network = compress(model, with_joint_units(plans[index], curves), fit, batch_size=batch_size).model
         with torch.inference_mode():
-            divergences = [divergence(whole, network(part), scale) for whole, part in zip(dense, judge, strict=True)]
-        losses[index] = mean_of(divergences, device_of(model))
+            divergences = [
+                divergence(whole, network(part.to(device)), scale)
+                for whole, (_, part) in zip(dense, judge, strict=True)
+            ]
+        losses[index] = mean_of(divergences, device)
     return weighted[min(losses, key=lambda index: losses[index])]
 
 

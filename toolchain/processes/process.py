@@ -24,6 +24,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class _Part(Sequence[tuple[int, T]]):
+    """Some of a sequence of batches, each with its number."""
+
+    items: Sequence[T]
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:  # by position only, nobody slices
+        number = self.numbers[index]
+        return number, self.items[number]
+
+
+@dataclass(frozen=True, slots=True)
 class Process:
     """This process among its equals; only the first one writes files and shows progress.
 
@@ -41,9 +56,12 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mine(self, items: Sequence[T]) -> list[tuple[int, T]]:
-        """This process's part of some batches, each with its number; every batch is in exactly one part."""
-        return [(number, items[number]) for number in range(self.rank, len(items), self.world_size)]
+    def mine(self, items: Sequence[T]) -> _Part[T]:
+        """This process's part of some batches, each with its number; every batch is in exactly one part.
+
+        A batch is asked for when it is looked at, and again each time: nothing is kept.
+        """
+        return _Part(items, range(self.rank, len(items), self.world_size))
 
     def sum(self, *values: Tensor) -> None:
         """Replace each tensor by its sum over all processes."""

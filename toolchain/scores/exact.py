@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import device_of, divergence, half_sums
@@ -69,7 +70,7 @@ def kl_per_image(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     chain: Chain,
-    images: Tensor,
+    images: ImageSet,
     scale: float | None,
     units: Units,
     rows: int,
@@ -94,14 +95,14 @@ def _kl_of(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     chain: Chain,
-    images: Tensor,
+    images: ImageSet,
     scale: float | None,
     units: Units,
     rows: int,
 ) -> dict[str, Tensor]:
     columns: dict[str, list[Tensor]] = {name: [] for name, chosen in units.items() if chosen}
     with torch.inference_mode():
-        for batch in torch.split(images, rows):
+        for batch in in_batches(images, rows):
             parts: dict[str, list[Tensor]] = {name: [] for name in columns}
             for name, _, kl in _without_units(model, groups, chain, batch, scale, units, rows):
                 parts[name].append(kl)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.toolchain.choices import METHODS, Method
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.checkpoints import weights_digest
+from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.divergence import output_scale
 from upvits.toolchain.scores.document import Scores
 from upvits.toolchain.scores.exact import Units, exact_kl
@@ -41,7 +43,7 @@ DEPTH_IMAGES = 64
 
 def score(
     model: nn.Module,
-    images: Tensor | None = None,
+    images: ImageSet | None = None,
     *,
     method: Method = "fisher",
     cuts: Widths | None = None,
@@ -55,8 +57,8 @@ def score(
 
     Args:
         model: a timm network of a supported family; it is not changed.
-        images: the proxy set [N, 3, H, W], normalised as the network expects; labels are not needed. Not used by
-            `magnitude` and `random`.
+        images: the proxy set [N, 3, H, W], normalised as the network expects, as a tensor or to be read batch by batch
+            (`calibration_images`); labels are not needed. Not used by `magnitude` and `random`.
         method: `fisher` (default), `kl` (exact, one pass through the rest of the network per unit and image), `refined`
             (`fisher`, and exact where it decides which units stay), `magnitude` or `random`.
         cuts: widths that a plan is going to keep: where `refined` looks closely and where `stability` is judged; half
@@ -104,7 +106,7 @@ def _without_images(model: nn.Module, groups: Sequence[ChannelGroup], method: Me
 def _on_images(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    images: Tensor,
+    images: ImageSet,
     method: Method,
     cuts: Widths | None,
     batch_size: int,
@@ -113,14 +115,14 @@ def _on_images(
     depth: bool,
     quiet: bool,
 ) -> Scores:
-    batches, rows = torch.split(images, batch_size), max(batch_size, PASS_ROWS)
+    batches, rows = in_batches(images, batch_size), max(batch_size, PASS_ROWS)
     scale = output_scale(model, batches)
     halves: dict[str, Tensor] = {}
     if method == "fisher":
         halves = fisher(model, groups, batches, scale, seed, quiet)
     elif method == "kl":
         chosen = units if units is not None else {group.name: range(group.size) for group in groups}
-        halves = exact_kl(model, groups, torch.split(images, rows), scale, chosen, rows, quiet)
+        halves = exact_kl(model, groups, in_batches(images, rows), scale, chosen, rows, quiet)
         check_finite({name: halves[name][:, list(chosen[name])] for name in chosen})
     if method == "refined":
         values, halves = refined(
@@ -133,7 +135,7 @@ def _on_images(
     if method != "kl":
         check_finite(values)
     told = halves if len(images) > 1 else {}  # one of two halves of a single image is empty
-    paths = depth_paths(model, torch.split(images[:DEPTH_IMAGES], rows), scale, quiet) if depth else {}
+    paths = depth_paths(model, in_batches(images[:DEPTH_IMAGES], rows), scale, quiet) if depth else {}
     return Scores(
         method=method,
         unit="nats" if halves else "none",
@@ -142,7 +144,7 @@ def _on_images(
         seed=seed,
         model_digest=weights_digest(model),
         depth=paths,
-        data_digest=images_digest(images) if halves or depth else None,
+        data_digest=shared().from_leader(lambda: images_digest(images)) if halves or depth else None,
         stability=stability_of(groups, told, cuts) if told else {},
         halves=told,
     )
@@ -159,8 +161,9 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
         )
 
 
-def images_digest(images: Tensor) -> str:
+def images_digest(images: ImageSet) -> str:
     """sha256 over the shape and the values of a proxy set; tells what scores were measured on."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.detach().cpu().contiguous().numpy().data)
+    for batch in in_batches(images, 1):
+        digest.update(batch.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.prepared import ImageSet, in_batches, tensor_of
 from upvits.calib_data.progress import watched
 from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.cuts import Cut, cut_of
@@ -55,7 +56,7 @@ TINY = 1e-30
 def refined(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    images: Tensor,
+    images: ImageSet,
     scale: float | None,
     *,
     seed: int,
@@ -89,7 +90,7 @@ def refined(
     bounds = doubling(len(images))
     bands = {group.name: Band(shares.pop(group.name)[:, order], cut_of(group, cuts)) for group in groups}
     with torch.inference_mode():
-        chain = chain_of(model, groups, images[:2].to(device_of(model)))
+        chain = chain_of(model, groups, tensor_of(images[:2]).to(device_of(model)))
     for requests in watched(_rounds(bands), "Scoring units (kl around the cuts)", quiet=quiet):
         for level, units in requests.items():
             start, end = bounds[level : level + 2]
@@ -116,14 +117,14 @@ def heaviest_first(shares: Mapping[str, Tensor]) -> Tensor:
 def _fisher_of_all(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    images: Tensor,
+    images: ImageSet,
     scale: float | None,
     seed: int,
     batch_size: int,
     quiet: bool,
 ) -> dict[str, Tensor]:
     """Group name -> `fisher` of every image, float32 [size, N]."""
-    batches = torch.split(images, batch_size)
+    batches = in_batches(images, batch_size)
     parts: dict[int, dict[str, Tensor]] = {}
     for number, scores in fisher_per_image(model, groups, batches, scale, seed, quiet, DIRECTIONS):
         parts[number] = {name: values.T.float().cpu() for name, values in scores.items()}

@@ -30,12 +30,13 @@ def depth_paths(model: nn.Module, batches: Sequence[Tensor], scale: float | None
         scale: see `divergence`.
         quiet: no progress bar.
     """
-    count = sum(len(batch) for batch in batches)
     with torch.inference_mode():
         images = [batch.to(device_of(model)) for _, batch in shared().mine(batches)]
         dense = [model(batch) for batch in images]
+        own = torch.tensor(float(sum(map(len, images))))
+        shared().sum(own)
         return {
-            name: _path(model, name, pairs, images, dense, scale, count, quiet)
+            name: _path(model, name, pairs, images, dense, scale, int(own), quiet)
             for name, pairs in all_blocks(model).items()
         }
 

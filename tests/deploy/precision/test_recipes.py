@@ -35,7 +35,8 @@ def images() -> tuple[Array, Array, Array]:
     source = open_data("demo")
     held_out = list(batches(source.val, preprocess, 64))[::5]
     labels = torch.cat([own for _, own in held_out]).numpy()
-    return proxy_images(source, preprocess, 128, 0).numpy(), torch.cat([own for own, _ in held_out]).numpy(), labels
+    calibration = proxy_images(source, preprocess, 128, 0).read().numpy()
+    return calibration, torch.cat([own for own, _ in held_out]).numpy(), labels
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "planted outliers"])
