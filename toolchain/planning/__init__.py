@@ -2,7 +2,7 @@
 
 from upvits.toolchain.choices import DEFAULT_COMPONENTS, Component, Planner
 from upvits.toolchain.planning.costs import Costs
-from upvits.toolchain.planning.counted import count_costs
+from upvits.toolchain.planning.counted import CountedCosts, count_costs
 from upvits.toolchain.planning.curves import Curve, curve_of
 from upvits.toolchain.planning.document import Change, PruningPlan, Size
 from upvits.toolchain.planning.global_plan import FLOOR, NotReachableError, plan_within
@@ -16,6 +16,7 @@ __all__ = [
     "Change",
     "Component",
     "Costs",
+    "CountedCosts",
     "Curve",
     "NotReachableError",
     "Planner",

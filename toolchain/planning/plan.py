@@ -11,14 +11,16 @@ from upvits.calib_data.errors import UserError
 from upvits.toolchain.choices import DEFAULT_COMPONENTS, Component, Planner
 from upvits.toolchain.families import family_of, groups_of, skeleton
 from upvits.toolchain.networks.depth import after_shortening, shorten
+from upvits.toolchain.planning.budget import say_what_is_unused, widths_within
 from upvits.toolchain.planning.choose import kept_by_scores
+from upvits.toolchain.planning.counted import count_costs
 from upvits.toolchain.planning.curves import Curve
 from upvits.toolchain.planning.depth_cut import blocks_at_ratio
 from upvits.toolchain.planning.document import PruningPlan, sizer
 from upvits.toolchain.planning.global_plan import FLOOR, plan_at_size
 from upvits.toolchain.planning.like import blocks_like, widths_like
 from upvits.toolchain.planning.request import check_request, check_scores, groups_to_cut
-from upvits.toolchain.planning.uniform import search_ratio, uniform_widths
+from upvits.toolchain.planning.uniform import uniform_widths
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.structure.groups import widths_of
 from upvits.toolchain.structure.timm_config import architecture_of
@@ -83,18 +85,19 @@ def plan_by_scores(
             model, scores, ratio=ratio, target_macs=target_macs, target_params=target_params, blocks=blocks,
             align=align, components=components, floor=floor, curves=curves, input_size=input_size,
         )  # fmt: skip
-        return replace(chosen, asked={**notes, **chosen.asked})
+        return _checked(replace(chosen, asked={**notes, **chosen.asked}), model, given, align)
     short = shorten(skeleton(model), blocks)
     groups, size = groups_of(short), sizer(short, input_size)
     before = sizer(model, input_size)(widths_of(groups_of(model)))
-    if not given:
-        ratio = 0.0
-    elif ratio is None:
-        ratio = search_ratio(groups, size, align, components, before, target_macs, target_params)
-        notes["found_ratio"] = ratio
-    widths = uniform_widths(groups, ratio, align, components)
+    if target_macs is None and target_params is None:
+        widths = uniform_widths(groups, ratio or 0.0, align, components)
+    else:
+        asked_for = next(f"{name} {value:g}" for name, value in given.items())
+        budget = before.macs * target_macs if target_macs is not None else before.params * (target_params or 0.0)
+        costs = count_costs(short, "parameters" if target_macs is None else "MACs", input_size)
+        widths = widths_within(groups, costs, budget, align, components, asked_for)
     own_scores = replace(scores, values=after_shortening(scores.values, blocks))
-    return PruningPlan(
+    chosen = PruningPlan(
         keep=kept_by_scores(groups, own_scores, widths, "heads" in components),
         num_heads=widths.num_heads,
         architecture=None,
@@ -106,6 +109,15 @@ def plan_by_scores(
         model_digest=scores.model_digest,
         blocks=blocks,
     )
+    return _checked(chosen, short, given, align)
+
+
+def _checked(plan: PruningPlan, network: nn.Module, given: Mapping[str, float], align: int) -> PruningPlan:
+    """The plan, with a warning where it leaves some of its budget."""
+    for name, target in given.items():
+        if name != "ratio":
+            say_what_is_unused(groups_of(network), plan, name, target, align)
+    return plan
 
 
 def _like(

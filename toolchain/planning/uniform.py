@@ -3,22 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.choices import Component
-from upvits.toolchain.planning.document import Size
 from upvits.toolchain.planning.request import groups_to_cut
-from upvits.toolchain.structure.groups import ChannelGroup, Widths, partition
+from upvits.toolchain.structure.groups import ChannelGroup, Kind, Widths, partition
+
+Dimension = tuple[int, Kind]
+"""Stage and kind of groups that get equal shares."""
 
 
 def uniform_widths(groups: Sequence[ChannelGroup], ratio: float, align: int, components: Sequence[Component]) -> Widths:
     """Widths after removing `ratio` of every dimension, equal within a stage."""
+    return widths_at(groups, dict.fromkeys(dimensions(groups, components), ratio), align, components)
+
+
+def dimensions(groups: Sequence[ChannelGroup], components: Sequence[Component]) -> dict[Dimension, ChannelGroup]:
+    """What has a share of its own, with the largest group of each; not embeddings that are as wide as their heads."""
+    result: dict[Dimension, ChannelGroup] = {}
+    cutting = groups_to_cut(groups, components)
+    for group in cutting:
+        key = group.stage, group.kind
+        follows = group.kind == "embed" and _follows_heads(group, groups, cutting)
+        if not follows and (key not in result or group.size > result[key].size):
+            result[key] = group
+    return result
+
+
+def widths_at(
+    groups: Sequence[ChannelGroup],
+    ratios: Mapping[Dimension, float],
+    align: int,
+    components: Sequence[Component],
+) -> Widths:
+    """Widths after removing a share of every dimension.
+
+    Args:
+        groups: of the network.
+        ratios: share to remove, by dimension.
+        align: widths (dims per head) are multiples of this, or whole.
+        components: what may be cut.
+
+    Raises:
+        UserError: a width would be zero.
+    """
     channels, num_heads = {}, {}
     cutting = groups_to_cut(groups, components)
     for group in cutting:
-        if group.kind == "embed" and _follows_heads(group, groups, cutting):
+        if (group.stage, group.kind) not in ratios:
             continue
+        ratio = ratios[group.stage, group.kind]
         if group.kind == "heads":
             heads = max(1, int(group.size * (1 - ratio) + 0.5))
             head_dim = next(other.head_dim for other in groups if other.name == group.module)
@@ -36,6 +71,14 @@ def uniform_widths(groups: Sequence[ChannelGroup], ratio: float, align: int, com
             ]
             channels[group.name] = next(channels[name] for name in names if name in channels)
     return Widths(channels, num_heads)
+
+
+def ratios_of(
+    groups: Sequence[ChannelGroup], widths: Widths, components: Sequence[Component]
+) -> dict[Dimension, float]:
+    """The shares that `widths` removes of every dimension: what `widths_at` makes them from again."""
+    left = {**widths.channels, **{f"{module}.heads": heads for module, heads in widths.num_heads.items()}}
+    return {key: 1 - left[group.name] / group.size for key, group in dimensions(groups, components).items()}
 
 
 def _follows_heads(embed: ChannelGroup, groups: Sequence[ChannelGroup], cutting: Sequence[ChannelGroup]) -> bool:
@@ -63,47 +106,3 @@ def aligned(size: int, ratio: float, align: int, name: str) -> int:
         if largest > 0
         else f"Use `align={size // 2 or 1}` or less.",
     )
-
-
-def search_ratio(
-    groups: Sequence[ChannelGroup],
-    size: Callable[[Widths], Size],
-    align: int,
-    components: Sequence[Component],
-    before: Size,
-    target_macs: float | None,
-    target_params: float | None,
-) -> float:
-    """The smallest ratio (to 1/256) whose network is at or below the target share of `before`.
-
-    Sizes fall monotonically with the ratio, so bisection finds it.
-    """
-
-    def share(ratio: float) -> float:
-        after = size(uniform_widths(groups, ratio, align, components))
-        return after.macs / before.macs if target_macs is not None else after.params / before.params
-
-    target = target_macs if target_macs is not None else target_params
-    assert target is not None
-    low, high = 0, _largest_ratio(groups, align, components)
-    if share(high / 256) > target:
-        raise UserError(
-            f"{'target_macs' if target_macs is not None else 'target_params'} {target:g} cannot be reached.",
-            why=f"Even the largest cut with alignment {align} keeps {share(high / 256):.3f}; "
-            "what is left are the input layer, the head and the parts that are not pruned.",
-            fix="Ask for a larger share, use a smaller `align=`, or prune more components.",
-        )
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if share(middle / 256) <= target else (middle + 1, high)
-    return low / 256
-
-
-def _largest_ratio(groups: Sequence[ChannelGroup], align: int, components: Sequence[Component]) -> int:
-    for step in range(255, -1, -1):
-        try:
-            uniform_widths(groups, step / 256, align, components)
-        except UserError:
-            continue
-        return step
-    raise UserError(f"align {align} is larger than a width of this network.", fix="Use a smaller `align=`.")

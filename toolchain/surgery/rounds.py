@@ -22,7 +22,7 @@ from upvits.toolchain.planning.choose import kept_by_scores
 from upvits.toolchain.planning.counted import count_costs
 from upvits.toolchain.planning.document import sizer, widths_kept
 from upvits.toolchain.planning.global_plan import FLOOR, plan_within
-from upvits.toolchain.planning.uniform import uniform_widths
+from upvits.toolchain.planning.uniform import ratios_of, widths_at
 from upvits.toolchain.scores import Scores
 from upvits.toolchain.structure.groups import Widths
 from upvits.toolchain.surgery.deletion import delete_units
@@ -74,8 +74,7 @@ def plan_in_rounds(
     if rounds == 1:
         return final
     if planner == "uniform":
-        removed = float(final.asked.get("found_ratio", final.asked.get("ratio", 0.0)))
-        result = _uniform_rounds(model, score, first, rounds, removed, depth_ratio, align, components, input_size)
+        result = _uniform_rounds(model, score, first, rounds, final, align, components)
     else:
         result = _global_rounds(model, score, first, rounds, final, floor, input_size)
     after = sizer(shorten(skeleton(model), result.blocks), input_size)(widths_kept(result.keep, result.num_heads))
@@ -87,26 +86,21 @@ def _uniform_rounds(
     score: Score,
     first: Scores,
     rounds: int,
-    removed: float,
-    depth_ratio: float | None,
+    final: PruningPlan,
     align: int,
     components: Sequence[Component],
-    input_size: tuple[int, int, int] | None,
 ) -> PruningPlan:
-    """Equal shares in every round; widths are those of the dense network's ratio, so that rounding doesn't add up."""
-
-    def ratio_after(index: int) -> float:
-        return removed if index == rounds else 1 - (1 - removed) ** (index / rounds)
-
-    plan = plan_by_scores(
-        model, first, ratio=ratio_after(1), depth_ratio=depth_ratio, align=align, components=components,
-        input_size=input_size,
-    )  # fmt: skip
-    groups = groups_of(shorten(skeleton(model), plan.blocks))
-    for index in range(2, rounds + 1):
-        widths = uniform_widths(groups, ratio_after(index), align, components)
+    """Equal shares in every round; widths are those of the dense network's ratios, so that rounding doesn't add up."""
+    groups = groups_of(shorten(skeleton(model), final.blocks))
+    removed = ratios_of(groups, final.widths, components)
+    plan = replace(final, keep={}, num_heads={})
+    now = replace(first, values=after_shortening(first.values, final.blocks))
+    for index in range(1, rounds + 1):
+        ratios = {key: 1 - (1 - ratio) ** (index / rounds) for key, ratio in removed.items()}
+        widths = widths_at(groups, ratios, align, components)
         network = delete_units(model, plan)
-        keep = kept_by_scores(groups_of(network), score(network, widths), widths, "heads" in components)
+        scores = score(network, widths) if index > 1 else now
+        keep = kept_by_scores(groups_of(network), scores, widths, "heads" in components)
         plan = joined(plan, keep, widths.num_heads, {})
     return plan
 

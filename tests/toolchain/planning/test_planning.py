@@ -81,16 +81,13 @@ def test_whole_heads_leave_by_their_own_scores() -> None:
 @settings(max_examples=8)
 @given(st.floats(0.25, 1.0))
 def test_macs_target_is_kept_and_nearly_used(share: float) -> None:
-    model = make(DEIT)
-    plan = random_plan(model, target_macs=share, align=2)
-    assert plan.after.macs <= share * plan.before.macs
-    finer = random_plan(model, ratio=max(0.0, float(plan.asked["found_ratio"]) - 0.05), align=2)
-    assert finer.after.macs > share * plan.before.macs or finer.after == plan.before
+    plan = random_plan(make(DEIT), target_macs=share, align=2)
+    assert 0.97 * share * plan.before.macs <= plan.after.macs <= share * plan.before.macs
 
 
 def test_params_target() -> None:
     plan = random_plan(make(PVT), target_params=0.5, align=4)
-    assert 0.35 < plan.after.params / plan.before.params <= 0.5
+    assert 0.48 < plan.after.params / plan.before.params <= 0.5
 
 
 def test_unreachable_target_says_what_stops_it() -> None:
