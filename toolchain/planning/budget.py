@@ -115,7 +115,7 @@ def say_what_is_unused(groups: Sequence[ChannelGroup], plan: PruningPlan, name: 
     steps = [
         f"{group.name} by {1 if group.kind == 'heads' else align * group.num_heads}"
         for group in dimensions(groups, plan.components).values()
-        if left.get(group.name, group.size) < group.size
+        if left.get(group.name, left.get(group.module, group.size)) < group.size
     ]
     if unused > TOLERANCE and steps:
         _LOGGER.warning(

@@ -78,7 +78,10 @@ def ratios_of(
 ) -> dict[Dimension, float]:
     """The shares that `widths` removes of every dimension: what `widths_at` makes them from again."""
     left = {**widths.channels, **{f"{module}.heads": heads for module, heads in widths.num_heads.items()}}
-    return {key: 1 - left[group.name] / group.size for key, group in dimensions(groups, components).items()}
+    return {
+        key: 1 - left.get(group.name, left.get(group.module, group.size)) / group.size  # q·k and v may be named as one
+        for key, group in dimensions(groups, components).items()
+    }
 
 
 def _follows_heads(embed: ChannelGroup, groups: Sequence[ChannelGroup], cutting: Sequence[ChannelGroup]) -> bool:
