@@ -22,13 +22,15 @@ from torch import nn
 
 from upvits import toolchain
 from upvits.calib_data import DataSource, batches, open_data
+from upvits.calib_data.loading import TrainingBatches
 from upvits.toolchain.training.evaluate import evaluate
 
 
 def train(source: DataSource, model: nn.Module, options: argparse.Namespace) -> list[dict[str, float]]:
     """Cross-entropy with label smoothing, AdamW, cosine; returns the log. Writes the checkpoint after every epoch."""
     preprocess = toolchain.preprocess_of(model)
-    steps = max(1, len(source.train) // options.batch_size)
+    training = TrainingBatches(source.train, preprocess, options.batch_size, workers=options.workers)
+    steps = len(source.train) // options.batch_size
     optimizer = create_optimizer_v2(model, "adamw", lr=options.lr, weight_decay=0.05)
     schedule = CosineLRScheduler(
         optimizer, options.epochs * steps, lr_min=options.lr / 100, warmup_t=steps, warmup_lr_init=options.lr / 100,
@@ -38,9 +40,8 @@ def train(source: DataSource, model: nn.Module, options: argparse.Namespace) -> 
     log = []
     for epoch in range(options.epochs):
         started, losses = time.perf_counter(), []
-        loader = batches(source.train, preprocess, options.batch_size, train=True, epoch=epoch, workers=options.workers)
         model.train()
-        for step, (images, labels) in enumerate(track(loader, f"epoch {epoch + 1}", total=steps)):
+        for step, (images, labels) in enumerate(track(training.epoch(epoch), f"epoch {epoch + 1}", total=steps)):
             schedule.step_update(epoch * steps + step)
             loss = nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
             optimizer.zero_grad()

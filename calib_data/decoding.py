@@ -120,7 +120,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def to_rgb(image: Image.Image, depth: Depth = Depth()) -> Image.Image:  # noqa: B008  # frozen
-    """RGB with the EXIF orientation applied. Transparency is dropped, as timm and torchvision do.
+    """RGB with the EXIF orientation applied; the image itself is turned too. Transparency is dropped, as timm and
+    torchvision do.
 
     Pictures of more than 179 million pixels come at reduced size. Those of more than 8 bits are scaled by the range of
     their set, where `depth` has one, else by the smallest of 1 (real numbers), 8, 12 and 16 bits that they fit into.
@@ -129,7 +130,9 @@ def to_rgb(image: Image.Image, depth: Depth = Depth()) -> Image.Image:  # noqa: 
         ValueError: the values are of no known range, or beyond that of the set. Pillow has other errors for damaged
             pictures, all among `DECODING_ERRORS`.
     """
-    image = _in_eight_bits(ImageOps.exif_transpose(_sized(image)), depth)
+    image = _sized(image)
+    ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies pictures that need no turning
+    image = _in_eight_bits(image, depth)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image.convert("RGB")

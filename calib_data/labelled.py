@@ -96,6 +96,14 @@ def _images(files: list[File], label_of: dict[str, int], depth: Depth) -> Images
     def read(index: int) -> Image.Image:
         try:
             return load_rgb(paths[index], depth)
+        except UserError as error:
+            if paths[index].exists():
+                raise
+            raise UserError(
+                f"The image {paths[index]} is gone.",
+                why="It was there when the data were opened.",
+                fix="Put it back and give the same command again: it goes on from what it has.",
+            ) from error
         except DECODING_ERRORS as error:
             raise UserError(
                 f"Cannot read the image {paths[index]}: {error}.",

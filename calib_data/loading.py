@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,14 +13,17 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from upvits.calib_data.datasets import DataSource, Images
+from upvits.calib_data.errors import UserError
 from upvits.calib_data.prepared import PreparedImages
 
 Transform = Callable[[Image.Image], Tensor]
+Samples = list[tuple[Tensor, int]]
+Batches = Iterator[tuple[Tensor, Tensor]]
 
-_MIN_CROP_SCALE = 0.5
+MIN_CROP_SCALE = 0.5
 """Smallest share of the picture in a training crop. ImageNet's 0.08 is for training from scratch, not fine-tuning."""
 
 NORMALISATIONS = {
@@ -69,19 +73,23 @@ class Preprocess:
         )
 
     def train_transform(self) -> Transform:
-        """timm's random resized crop and horizontal flip: PIL image to float32 [3, H, W], normalised."""
+        """timm's random resized crop and horizontal flip: PIL image to uint8 [3, H, W], to be normalised in batches."""
         return cast(
             Transform,
             create_transform(
                 self.input_size,
                 is_training=True,
-                scale=(_MIN_CROP_SCALE, 1.0),
+                scale=(MIN_CROP_SCALE, 1.0),
                 color_jitter=0.0,
                 interpolation=self.interpolation,
-                mean=self.mean,
-                std=self.std,
+                use_prefetcher=True,  # timm's word for it
             ),
         )
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Pixels, uint8 [B, 3, H, W], as the float32 that the model takes."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        return images.float().sub_(mean).div_(std)
 
 
 def raw_pixels(images: Tensor, preprocess: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -92,24 +100,61 @@ def raw_pixels(images: Tensor, preprocess: Preprocess) -> np.ndarray[Any, np.dty
 
 
 class _Prepared(Dataset[tuple[Tensor, int]]):
-    """Transformed pictures. With a `seed`, each one's random changes depend on (seed, index) alone."""
+    """Transformed pictures by position."""
 
-    def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Transform, seed: int | None) -> None:
-        self._images, self._transform, self._seed = images, transform, seed
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self._images, self._transform = images, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self._images[index]
-        if self._seed is None:
-            return self._transform(image), label
-        # timm's transforms draw from Python's and torch's global generators: seed both, and put them back.
-        state = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            own = stream(self._seed, index)
-            random.seed(own)
-            torch.default_generator.manual_seed(own)
-            tensor = self._transform(image)
-        random.setstate(state)
-        return tensor, label
+        return self._transform(image), label
+
+    def __getitems__(self, indices: list[int]) -> Samples | UserError:
+        """A batch. What a user can mend is returned: raised in a worker, it would come with a traceback as its text."""
+        try:
+            return [self[index] for index in indices]
+        except UserError as error:
+            return error
+
+
+class _Changed(_Prepared):
+    """Pictures by position and seed: what is drawn at random for one depends on its seed alone."""
+
+    def __getitems__(self, drawn: list[tuple[int, int]]) -> Samples | UserError:  # type: ignore[override]
+        try:
+            with _own_generators():
+                return [self._seeded(index, seed) for index, seed in drawn]
+        except UserError as error:
+            return error
+
+    def _seeded(self, index: int, seed: int) -> tuple[Tensor, int]:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        return self[index]
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """The global generators of Python, numpy and torch, from which timm's transforms draw, are put back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _collated(samples: Samples | UserError) -> Any:
+    return samples if isinstance(samples, UserError) else default_collate(samples)
+
+
+def _without_errors(loader: Iterable[tuple[Tensor, Tensor] | UserError]) -> Batches:
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def batches(
@@ -117,57 +162,129 @@ def batches(
     preprocess: Preprocess,
     batch_size: int,
     *,
-    train: bool = False,
-    seed: int = 0,
-    epoch: int = 0,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
-    skip: int = 0,
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches (images [B, 3, H, W] float32, labels [B] int64).
+    pin_memory: bool = False,
+) -> Batches:
+    """All pictures in order, for evaluation: batches (images [B, 3, H, W] float32, labels [B] int64).
 
-    For evaluation all pictures in order. With `train`, random crops and flips in a random order, without the last
-    incomplete batch (unless it is the only one); the same (seed, epoch) gives the same batches whatever the number of
-    workers, so that a continued run sees what the uninterrupted one would have seen.
+    Args:
+        dataset: the pictures.
+        preprocess: how they are prepared.
+        batch_size: pictures of a batch.
+        workers: processes that read.
+        share: (rank, processes) of the process that asks: it gets every so-many-th batch.
+        pin_memory: whether batches lie where a GPU fetches them from.
+    """
+    rank, processes = share
+    starts = range(rank * batch_size, len(dataset), processes * batch_size)
+    loader = DataLoader(
+        _Prepared(dataset, preprocess.eval_transform()),
+        batch_size=batch_size,
+        sampler=[index for start in starts for index in range(start, min(start + batch_size, len(dataset)))],
+        num_workers=workers,
+        collate_fn=_collated,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise the loader takes a number from the global generator
+    )
+    return _without_errors(loader)
+
+
+class _Order(Sampler[tuple[int, int]]):
+    """The pictures of one process in the whole batches of an epoch: position, and seed of what is drawn for it."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, share: tuple[int, int]) -> None:
+        self._count, self._batch_size, self._seed, self._share = count, batch_size, seed, share
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        return (self._count // self._batch_size - self.skip) * (self._batch_size // self._share[1])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, processes = self._share
+        part = self._batch_size // processes
+        own = stream(self._seed, self.epoch)
+        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(own))
+        for step in range(self.skip, self._count // self._batch_size):
+            start = step * self._batch_size + rank * part
+            for place, index in enumerate(order[start : start + part].tolist(), start):
+                yield index, stream(own, place)
+
+
+class TrainingBatches:
+    """Random crops and flips of the pictures in a random order: whole batches, epoch after epoch.
+
+    Order and changes depend on seed, epoch and place in the epoch alone, whatever the number of workers and of
+    processes: a training that goes on sees what the uninterrupted one would have seen. Workers stay from epoch to
+    epoch.
 
     Args:
         dataset: the pictures.
         preprocess: how they are prepared.
         batch_size: pictures of a batch, over all processes.
-        train: whether they are trained on.
-        seed: decides order and changes, with `epoch`.
-        epoch: its number.
+        seed: decides order and changes, with the number of the epoch.
         workers: processes that read.
-        share: (rank, processes) of the process that asks. Of every training batch it gets its part, B / processes
-            pictures; of the evaluation's batches, every so-many-th.
-        skip: so many training batches were seen already.
+        share: (rank, processes) of the process that asks. Of every batch it gets its part, B / processes pictures.
+        device: where the batches are wanted. They go there as bytes and are normalised there, a quarter of the way for
+            workers and GPUs.
+
+    Raises:
+        UserError: there are fewer pictures than one batch has.
+
+    Example:
+        >>> from upvits.calib_data.demo import demo_images
+        >>> preprocess = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+        >>> training = TrainingBatches(demo_images("train", 40), preprocess, 16)
+        >>> [tuple(images.shape) for images, labels in training.epoch(0)]
+        [(16, 3, 64, 64), (16, 3, 64, 64)]
     """
-    generator = torch.Generator().manual_seed(stream(seed, epoch))
-    if train:
-        order, batch_size = _share_of_epoch(
-            torch.randperm(len(dataset), generator=generator).tolist(), batch_size, share, skip
+
+    def __init__(
+        self,
+        dataset: Images,
+        preprocess: Preprocess,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        share: tuple[int, int] = (0, 1),
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # a value
+    ) -> None:
+        require_whole_batch(batch_size, len(dataset))
+        self._preprocess, self._device = preprocess, device
+        self._order = _Order(len(dataset), batch_size, seed, share)
+        self._loader = DataLoader(
+            _Changed(dataset, preprocess.train_transform()),
+            batch_size=batch_size // share[1],
+            sampler=self._order,
+            num_workers=workers,
+            collate_fn=_collated,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # see `batches`
         )
-    else:
-        rank, processes = share
-        starts = range(rank * batch_size, len(dataset), processes * batch_size)
-        order = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
-    transform = preprocess.train_transform() if train else preprocess.eval_transform()
-    return DataLoader(
-        _Prepared(dataset, transform, stream(seed, epoch) if train else None),
-        batch_size=batch_size,
-        sampler=order,
-        num_workers=workers,
-        generator=generator,  # otherwise the loader takes a number from the global generator
-    )
+
+    def epoch(self, number: int, skip: int = 0) -> Batches:
+        """Batches (images [B / processes, 3, H, W] float32, labels [B / processes] int64) of one epoch; the first
+        `skip` were seen already. One epoch at a time."""
+        self._order.epoch, self._order.skip = number, skip
+        for images, labels in _without_errors(self._loader):
+            images, labels = (part.to(self._device, non_blocking=True) for part in (images, labels))
+            yield (self._preprocess.normalised(images) if images.dtype == torch.uint8 else images), labels
 
 
-def _share_of_epoch(order: list[int], batch_size: int, share: tuple[int, int], skip: int) -> tuple[list[int], int]:
-    """One process's pictures of the whole batches of an epoch, in order, and how many of them make a step."""
-    rank, processes = share
-    batch_size = min(batch_size, len(order))
-    part = batch_size // processes
-    starts = range(skip * batch_size, len(order) - batch_size + 1, batch_size) if part else ()
-    return [i for start in starts for i in order[start + rank * part : start + (rank + 1) * part]], max(part, 1)
+def require_whole_batch(batch_size: int, images: int) -> None:
+    """Refuse a batch that is larger than the data.
+
+    Raises:
+        UserError: there are fewer images than that.
+    """
+    if batch_size > images:
+        raise UserError(
+            f"A batch of {batch_size} is larger than the data, which have {images} training images.",
+            why="The learning rate is meant for a batch of that size, and no step would have one.",
+            fix=f"Choose a `batch_size` of {images} at most, or leave it out.",
+        )
 
 
 def proxy_images(source: DataSource, preprocess: Preprocess, num_images: int, seed: int) -> PreparedImages:

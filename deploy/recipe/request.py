@@ -18,6 +18,7 @@ from upvits.calib_data import DataSource, Preprocess, demo_weights, open_data
 from upvits.calib_data.classes import with_outputs
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
+from upvits.calib_data.loading import require_whole_batch
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.recipe.checks import check_classes, check_compensation, check_forward, check_weighing
 from upvits.deploy.recipe.detect import resolved as resolved_detection
@@ -128,6 +129,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
             read_weights(Path(recipe.distill.finetuned))  # says now what cannot be read
     elif recipe.distill.epochs:
         require_shareable(recipe.distill.batch_size or 1, crew().size)
+        require_whole_batch(recipe.distill.batch_size or 1, len(source.train))
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
     plan = _first_plan(recipe, dense, like, preprocess)

@@ -3,8 +3,9 @@
 import random
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,8 @@ from timm.data.transforms_factory import create_transform
 
 from upvits.calib_data import DataSource, Images, Preprocess, batches, open_data, proxy_images
 from upvits.calib_data.demo import demo_images
+from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import TrainingBatches
 
 PREPROCESS = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 
@@ -55,42 +58,91 @@ def test_evaluation_transform_is_timms(crop_mode: str) -> None:
 # torch warns where there are more workers than cores: that is about speed, and this about results.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 def test_training_batches_depend_on_seed_and_epoch_alone(images: Images) -> None:
-    def run(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return all_of(batches(images, PREPROCESS, 8, train=True, **options))
+    def run(epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return all_of(TrainingBatches(images, PREPROCESS, 8, seed=seed).epoch(epoch))
 
-    x, y = run(seed=1, epoch=2)
+    x, y = run(2, seed=1)
     torch.manual_seed(99)
     random.seed(99)
-    for options in ({}, {"workers": 2}):
-        again_x, again_y = run(seed=1, epoch=2, **options)
+    with_workers = TrainingBatches(images, PREPROCESS, 8, seed=1, workers=2)
+    next(with_workers.epoch(1))  # given up in its middle
+    for again_x, again_y in (run(2, seed=1), *(all_of(with_workers.epoch(2)) for _ in range(2))):
         assert torch.equal(x, again_x)
         assert torch.equal(y, again_y)
-    for other in ({"seed": 1, "epoch": 3}, {"seed": 2, "epoch": 1}, {"seed": 2, "epoch": 2}):
-        assert not torch.equal(x, run(**other)[0])
+    halves = [list(TrainingBatches(images, PREPROCESS, 8, seed=1, share=(rank, 2)).epoch(2)) for rank in range(2)]
+    assert torch.equal(x, torch.cat([part[0] for step in zip(*halves, strict=True) for part in step]))
+    assert torch.equal(x[16:], all_of(with_workers.epoch(2, skip=2))[0])
+    for seed, epoch in ((1, 3), (2, 1), (2, 2)):
+        assert not torch.equal(x, run(epoch, seed=seed)[0])
     assert Counter(y.tolist()) == Counter(images.labels)
     assert y.tolist() != list(images.labels)
 
 
 def test_training_changes_each_picture_in_each_epoch() -> None:
     same = Images([0, 1, 2, 3], lambda index: demo_images("train", 12)[4][0])
-    x, _ = all_of(batches(same, PREPROCESS, 4, train=True))
-    assert len({picture.numpy().tobytes() for picture in x}) == 4
+    training = TrainingBatches(same, PREPROCESS, 4)
+    x = torch.cat([all_of(training.epoch(number))[0] for number in range(2)])
+    assert len({picture.numpy().tobytes() for picture in x}) == 8
+
+
+def test_all_generators_are_seeded_for_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's augmentations draw from all three."""
+
+    def drawn(image: Image.Image) -> torch.Tensor:
+        return torch.tensor([random.random(), float(np.random.random()), torch.rand(1).item()])
+
+    monkeypatch.setattr(Preprocess, "train_transform", lambda _: drawn)
+    images = Images([0] * 12, lambda index: Image.new("RGB", (8, 8)))
+    runs = [all_of(TrainingBatches(images, PREPROCESS, size).epoch(4))[0] for size in (4, 6)]
+    assert torch.equal(*runs)
+    assert all(len(set(column.tolist())) == 12 for column in runs[0].T)
 
 
 def test_loading_leaves_the_global_generators_alone(images: Images) -> None:
-    random.seed(5)
-    torch.manual_seed(5)
-    expected = random.random(), torch.rand(1).item()
-    random.seed(5)
-    torch.manual_seed(5)
-    list(batches(images, PREPROCESS, 8, train=True))
+    def seeded() -> None:
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), torch.rand(1).item()
+
+    seeded()
+    expected = drawn()
+    seeded()
+    list(TrainingBatches(images, PREPROCESS, 8).epoch(0))
     list(batches(images, PREPROCESS, 8))
-    assert (random.random(), torch.rand(1).item()) == expected
+    assert drawn() == expected
 
 
-def test_incomplete_training_batches_are_dropped_unless_alone(images: Images) -> None:
-    assert [len(y) for _, y in batches(images, PREPROCESS, 16, train=True)] == [16, 16]
-    assert [len(y) for _, y in batches(images, PREPROCESS, 64, train=True)] == [40]
+def test_incomplete_training_batches_are_dropped(images: Images) -> None:
+    assert [len(y) for _, y in TrainingBatches(images, PREPROCESS, 16).epoch(0)] == [16, 16]
+
+
+def test_batch_that_is_larger_than_the_data_is_refused(images: Images) -> None:
+    with pytest.raises(UserError, match="A batch of 41 is larger than the data, which have 40") as caught:
+        TrainingBatches(images, PREPROCESS, 41)
+    assert "`batch_size` of 40 at most" in caught.value.fix
+    assert len(list(TrainingBatches(images, PREPROCESS, 40).epoch(0))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_file_that_vanishes_while_training_is_named_without_a_traceback(tmp_path: Path, workers: int) -> None:
+    for number in range(12):
+        folder = tmp_path / f"class{number % 2}"
+        folder.mkdir(exist_ok=True)
+        Image.effect_noise((20, 20), 60).save(folder / f"{number}.png")
+    source = open_data(f"imagefolder:{tmp_path}")
+    training = TrainingBatches(source.train, PREPROCESS, 4, workers=workers)
+    list(training.epoch(0))
+    for file in tmp_path.glob("*/*.png"):
+        file.unlink()
+    for loader in (training.epoch(1), batches(source.val, PREPROCESS, 2, workers=workers)):
+        with pytest.raises(UserError, match=r"^The image .*\.png is gone\.\n") as caught:
+            list(loader)
+        assert "same command" in caught.value.fix
+        assert "Traceback" not in str(caught.value)
 
 
 def test_proxy_is_balanced_random_and_from_the_training_pictures() -> None:

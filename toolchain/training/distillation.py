@@ -27,8 +27,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upvits.calib_data import DataSource, Preprocess, batches
+from upvits.calib_data import DataSource, Preprocess
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import TrainingBatches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import preprocess_of
@@ -130,6 +131,7 @@ class _Run:
 
     settings: DistillSettings
     data: DataSource
+    batches: TrainingBatches
     preprocess: Preprocess
     device: torch.device
     fit: Fit
@@ -164,11 +166,20 @@ def _prepare(
     optimizer = create_optimizer_v2(
         learner, "adamw", settings.lr * settings.batch_size / 256, settings.weight_decay, fused=True
     )
-    steps_per_epoch = max(len(data.train) // settings.batch_size, 1)  # as `batches` does: only whole ones
+    steps_per_epoch = len(data.train) // settings.batch_size
     autocast = _autocast_type(device) if settings.amp else None
     return _Run(
         settings=settings,
         data=data,
+        batches=TrainingBatches(
+            data.train,
+            preprocess,
+            settings.batch_size,
+            seed=settings.seed,
+            workers=settings.workers,
+            share=(shared().rank, shared().world_size),
+            device=device,
+        ),
         preprocess=preprocess,
         device=device,
         fit=fit,
@@ -291,17 +302,7 @@ def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[i
     """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
     saved = time.perf_counter()
-    loader = batches(
-        run.data.train,
-        run.preprocess,
-        settings.batch_size,
-        train=True,
-        seed=settings.seed,
-        epoch=epoch,
-        workers=settings.workers,
-        share=(process.rank, process.world_size),
-        skip=state.step,
-    )
+    loader = run.batches.epoch(epoch, skip=state.step)
     title = f"distill {epoch + 1}/{settings.epochs}"
     for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
         done = epoch * run.steps_per_epoch + state.step
@@ -324,12 +325,12 @@ def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[i
 def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
     """Mixes, compares, updates the weights; returns the losses [3], detached."""
     device, state, fit = run.device, run.state, run.fit
-    images, share = cutmix(images.to(device, non_blocking=True), run.settings.cutmix, rng)
+    images, share = cutmix(images, run.settings.cutmix, rng)
     with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
         with torch.no_grad():
             answers = outputs(run.teacher, images)
         predicted = run.module(images)
-    parts = losses(predicted, answers, labels.to(device, non_blocking=True), share, fit.weights)
+    parts = losses(predicted, answers, labels, share, fit.weights)
     loss = sum(weight * part for weight, part in zip(fit.weights, parts, strict=True))
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()

@@ -88,7 +88,8 @@ def evaluate_images(
     process = shared()
     numbers = range(process.rank, -(-len(images) // batch_size), process.world_size)
     share = (process.rank, process.world_size)
-    loader = batches(images, preprocess, batch_size, workers=workers, share=share)
+    pin = next((parameter.is_cuda for parameter in model.parameters()), False)
+    loader = batches(images, preprocess, batch_size, workers=workers, share=share, pin_memory=pin)
     steps = watched(loader, "evaluate", quiet=quiet, total=len(numbers))
     own = {number: found.cpu() for number, (found, _) in zip(numbers, _predictions(model, steps), strict=True)}
     return _accuracy(model, torch.cat(process.all_of(own)), torch.tensor(images.labels), reference)

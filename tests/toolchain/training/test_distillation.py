@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tests.toolchain.training.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from upvits.calib_data import Images, batches
 from upvits.calib_data.errors import StoppedError, UserError
+from upvits.calib_data.loading import TrainingBatches
 from upvits.toolchain.processes.process import Process
 from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
@@ -497,14 +498,18 @@ def test_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shares_of_the_data_are_disjoint_and_complete() -> None:
     images = Images(range(100, 122), lambda index: Image.new("RGB", (16, 16)))
 
-    def seen(share: tuple[int, int], **options: Any) -> list[list[int]]:
-        return [labels.tolist() for _, labels in batches(images, preprocess(), 6, share=share, **options)]
+    def seen(share: tuple[int, int], epoch: int = 3, skip: int = 0) -> list[list[int]]:
+        training = TrainingBatches(images, preprocess(), 6, share=share)
+        return [labels.tolist() for _, labels in training.epoch(epoch, skip)]
 
-    whole = seen((0, 1), train=True, epoch=3)
-    parts = [seen((rank, 3), train=True, epoch=3) for rank in range(3)]
+    def evaluated(share: tuple[int, int]) -> list[list[int]]:
+        return [labels.tolist() for _, labels in batches(images, preprocess(), 6, share=share)]
+
+    whole = seen((0, 1))
+    parts = [seen((rank, 3)) for rank in range(3)]
     assert [len(step) for step in whole] == [6, 6, 6]
     assert [[*chain(*step)] for step in zip(*parts, strict=True)] == whole  # the global batch is the same
-    assert seen((1, 3), train=True, epoch=3, skip=2) == parts[1][2:]
-    assert seen((0, 1), train=True, epoch=4) != whole
-    judged = [seen((rank, 3)) for rank in range(3)]
-    assert [judged[number % 3][number // 3] for number in range(4)] == seen((0, 1))
+    assert seen((1, 3), skip=2) == parts[1][2:]
+    assert seen((0, 1), epoch=4) != whole
+    judged = [evaluated((rank, 3)) for rank in range(3)]
+    assert [judged[number % 3][number // 3] for number in range(4)] == evaluated((0, 1))
