@@ -11,11 +11,12 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 READY := $(VENV)/ready-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-detection lint audit smoke docs reference catalogue format constraints clean
+.PHONY: help setup bindings demo test test-detection lint audit smoke docs reference catalogue format constraints clean
 
 help:
 	@echo "make demo         set up $(VENV) and run: upvits-deploy build --model pvtv2_b0 --ratio 0.5"
 	@echo "make test         set up $(VENV) and run the tests"
+	@echo "make bindings     NVIDIA's Python bindings of several TensorRT versions, for the tests; 'make test' does it"
 	@echo "make test-detection  the same for detection, in an environment with mmdet"
 	@echo "make lint         ruff and mypy"
 	@echo "make audit        known vulnerabilities and licences of the pinned packages"
@@ -32,8 +33,17 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/upvits-deploy build --model pvtv2_b0 --ratio 0.5
 
-test: $(READY)
+test: $(READY) .bindings/ready-$(VERSION)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist $(DIST) $(TESTS)
+
+bindings: .bindings/ready-$(VERSION)
+
+# Packages of a few MB, each in a folder of its own. Where a Python has no wheel of one, the tests that need it skip.
+.bindings/ready-$(VERSION): tests/deploy/runtimes/bindings.txt | $(READY)
+	@rm -rf .bindings; $(FIND_UV); while read -r version package; do \
+		$$uv pip install --quiet --no-deps --only-binary :all: --python $(BIN)/python --target ".bindings/$$version" "$$package" || true; \
+	done < $<
+	@mkdir -p .bindings; touch $@
 
 # Detection has an environment of its own, so that the other tests prove that nothing else needs it.
 test-detection:
@@ -69,7 +79,7 @@ constraints:
 	@$(FIND_UV); UV="$$uv" .ci/constraints
 
 clean:
-	rm -rf $(VENV) $(VENV)-detection .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
+	rm -rf $(VENV) $(VENV)-detection .uv .bindings .pytest_cache .mypy_cache .ruff_cache .hypothesis dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv from the PATH, or a private copy next to the environment.

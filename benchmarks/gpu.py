@@ -35,11 +35,12 @@ from upvits import toolchain
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.machine.environment import environment
+from upvits.deploy.machine.gpu import compute_capability
 from upvits.deploy.machine.gpu_monitor import GpuMonitor
 from upvits.deploy.measure.bench import BenchSettings, LatencyStats, interleave
 from upvits.deploy.precision import QUANTIZED, calibrate, convert
 from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, Session, runtime_named
-from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
+from upvits.deploy.runtimes.cuda import missing_gpu
 from upvits.deploy.store.artifacts import atomic_write
 from upvits.toolchain.networks.names import canonical_name
 

@@ -129,5 +129,5 @@ def builder_facts(libraries: Sequence[str], *, on_cpu: bool) -> dict[str, str]:
     if on_cpu:  # these are tuned to the cores that they may use
         device = f"{here.cpu}, {here.cores_usable} cores"
     else:
-        device = ", ".join([*(gpu.name for gpu in here.gpus), *([f"driver {here.driver}"] if here.driver else [])])
+        device = ", ".join([*(gpu.name for gpu in here.gpus[:1]), *([f"driver {here.driver}"] if here.driver else [])])
     return {"library": json.dumps(versions, sort_keys=True), "device": device}

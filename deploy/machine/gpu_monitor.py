@@ -6,7 +6,6 @@ library, a driver or a GPU there is simply nothing to tell.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from upvits.deploy.machine.gpu import gpu_uuid
 
 _SAMPLE_SECONDS = 0.1
 
@@ -32,10 +33,10 @@ _SLOWING = (
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU as its driver describes it; memory in GiB."""
+    """One NVIDIA GPU as its driver describes it; memory in GiB, None where the driver does not tell."""
 
     name: str
-    memory_gib: float
+    memory_gib: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class GpuSample:
 
 
 class GpuMonitor:
-    """Context manager that watches the GPU that CUDA uses by default: before, every 100 ms in a thread, and after.
+    """Context manager that watches the GPU that is computed on: before, every 100 ms in a thread, and after.
 
     Afterwards `samples` holds what was seen and `joules` the energy spent; on machines without an NVIDIA driver they
     are empty and None.
@@ -90,9 +91,8 @@ class GpuMonitor:
         self._nvml = _open_nvml()
         if self._nvml is None:
             return self
-        try:
-            self._device = _default_device(self._nvml)
-        except self._nvml.NVMLError:
+        self._device = _current_device(self._nvml)
+        if self._device is None:
             self._close()
             return self
         self.name = self._read(self._nvml.nvmlDeviceGetName)
@@ -160,11 +160,7 @@ class GpuMonitor:
         return tuple(name for name in _SLOWING if bits & getattr(nvml, f"nvmlClocks{term}Reason{name}"))
 
     def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """One value; None where this GPU does not have it (small and virtual ones lack some)."""
-        try:
-            return function(self._device, *arguments)
-        except self._nvml.NVMLError:
-            return None
+        return _read(self._nvml, function, self._device, *arguments)
 
     def _count_energy(self) -> None:
         after = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
@@ -181,19 +177,36 @@ class GpuMonitor:
 
 
 def nvidia_driver() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Driver version and GPUs; nothing without the library or a driver."""
+    """Driver version and GPUs, the one that is computed on first; nothing without the library or a driver."""
     nvml = _open_nvml()
     if nvml is None:
         return None, ()
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        gpus = tuple(
-            Gpu(nvml.nvmlDeviceGetName(handle), round(nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1))
-            for handle in handles
-        )
-        return nvml.nvmlSystemGetDriverVersion(), gpus
+        numbers = range(_read(nvml, nvml.nvmlDeviceGetCount) or 0)
+        asked = (_read(nvml, nvml.nvmlDeviceGetHandleByIndex, number) for number in numbers)
+        handles = [handle for handle in asked if handle is not None]
+        current = _current_device(nvml)
+        here = None if current is None else _read(nvml, nvml.nvmlDeviceGetUUID, current)
+        if here is not None:
+            handles = [current, *(handle for handle in handles if _read(nvml, nvml.nvmlDeviceGetUUID, handle) != here)]
+        gpus = tuple(_gpu(nvml, handle) for handle in handles)
+        return _read(nvml, nvml.nvmlSystemGetDriverVersion), gpus
     finally:
         nvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    memory = _read(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)  # GB10 shares the host's memory and does not tell
+    name = _read(nvml, nvml.nvmlDeviceGetName, handle)
+    return Gpu(name or "unknown", None if memory is None else round(memory.total / 2**30, 1))
+
+
+def _read(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """One value; None where this GPU does not have it (small, virtual and integrated ones lack some)."""
+    try:
+        return function(*arguments)
+    except nvml.NVMLError:
+        return None
 
 
 def _open_nvml() -> Any:
@@ -209,12 +222,19 @@ def _open_nvml() -> Any:
     return pynvml
 
 
-def _default_device(nvml: Any) -> Any:
-    """The GPU that CUDA programs use unless told otherwise. NVML itself knows nothing of CUDA_VISIBLE_DEVICES."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if first.startswith("GPU-"):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    return nvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdecimal() else 0)
+def _current_device(nvml: Any) -> Any:
+    """NVML's handle of the GPU that is computed on; None where it is not known which that is.
+
+    Where CUDA's driver does not answer, and where NVML knows no UUIDs, the only GPU of a machine is meant.
+    """
+    uuid = gpu_uuid()
+    names = [f"{kind}-{uuid}" for kind in ("GPU", "MIG")] if uuid is not None else []
+    for name in names:
+        handle = _read(nvml, nvml.nvmlDeviceGetHandleByUUID, name)
+        if handle is not None:
+            return handle
+    only = _read(nvml, nvml.nvmlDeviceGetCount) == 1
+    return _read(nvml, nvml.nvmlDeviceGetHandleByIndex, 0) if only else None
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

@@ -124,7 +124,7 @@ class Gpu(_Document):
     """A GPU of the machine."""
 
     name: Name
-    memory_gib: Number
+    memory_gib: Number | None = None  # of some it is not known
 
 
 class Environment(_Document):

@@ -279,7 +279,9 @@ class Recipe(_Part):
     score: ScoreRecipe = ScoreRecipe()
     compensate: CompensateRecipe = CompensateRecipe()
     distill: DistillRecipe = DistillRecipe()
-    device: str = setting("auto", "auto, cpu or cuda.", "--device", panel=TRAIN)
+    device: str = setting(
+        "auto", "auto, cpu, cuda or cuda:N: the GPU that PyTorch and GPU engines use.", "--device", panel=TRAIN
+    )
     engine: EngineRecipe = EngineRecipe()
     precision: PrecisionRecipe = PrecisionRecipe()
     export: ExportRecipe = ExportRecipe()

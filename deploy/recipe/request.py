@@ -110,6 +110,8 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         UserError: a part of the request cannot work, or the parts do not fit each other.
     """
     device = pick_device(recipe.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # engines and the monitor follow PyTorch's current GPU
     recipe = with_names(recipe)
     coco = _coco_data(recipe, quiet=quiet)
     runtimes = resolve_runtimes(recipe.engine.runtime)

@@ -123,6 +123,7 @@ def save_engine(
     onnx_path: Path,
     settings: Mapping[str, str | int | bool],
     built: Built | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Engine:
     """Write the engine's files, then `build.json`; each appears whole or not at all.
 
@@ -153,6 +154,7 @@ def save_engine(
         settings=dict(settings),
         built=built,
         more={name: file_digest(source) for name, source in more.items()},
+        warnings=warnings,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

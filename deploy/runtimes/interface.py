@@ -132,6 +132,7 @@ class LayerTime:
 
 
 BUILD_RECORD = "build.json"
+MOST_WARNINGS = 50  # of a builder that are kept
 
 
 def _plain(name: str) -> str:
@@ -164,6 +165,7 @@ class Engine(BaseModel):
         settings: runtime-specific facts, such as {"tf32": False}.
         built: what the runtime made of the graph; None where it cannot be read.
         more: sha256 by name of the files that the engine file needs beside it.
+        warnings: what the builder warned of, such as kernels that it did not try for lack of memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -184,6 +186,7 @@ class Engine(BaseModel):
     settings: Mapping[Name, bool | int | Name]
     built: Built | None = None
     more: Mapping[_File, _Digest] = {}
+    warnings: tuple[Name, ...] = Field(default=(), max_length=MOST_WARNINGS)
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,8 @@ every name that is used here against all of these versions.
 
 import contextlib
 import functools
+import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,15 +21,17 @@ from upvits.calib_data.errors import BuildError, UserError
 from upvits.deploy.choices import BatchProfile
 from upvits.deploy.graphs.facts import GraphFacts, node_name
 from upvits.deploy.graphs.files import openable
-from upvits.deploy.runtimes.cuda import compute_capability
+from upvits.deploy.machine.gpu import compute_capability, release_cached_memory
 from upvits.deploy.runtimes.engine_folder import build_failed, check_built, save_engine
 from upvits.deploy.runtimes.inspector import read_inspector
-from upvits.deploy.runtimes.interface import BuildOptions, Engine, Runtime
+from upvits.deploy.runtimes.interface import MOST_WARNINGS, BuildOptions, Engine, Runtime
 from upvits.deploy.runtimes.kernels import Compiled, built_from
 from upvits.deploy.store.artifacts import atomic_write
 from upvits.deploy.store.drafts import scratch_folder
 
+_LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
+_LONGEST_WARNING = 500
 # First compute capability whose tensor cores take a precision.
 _FIRST_TARGET = {"fp8": 89, "bf16": 80, "int8": 72, "fp16": 53}
 
@@ -69,7 +73,8 @@ def _compile(
     configure: Callable[[Any], None],
 ) -> memoryview:
     log = messages(trt)
-    log.errors.clear()
+    log.clear()
+    release_cached_memory()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -140,6 +145,7 @@ def build_engine(
     started = time.perf_counter()
     plan = compile_engine(trt, runtime, model, onnx_path, options, configure)
     seconds = time.perf_counter() - started
+    warnings = _warnings(trt, onnx_path)
     built = built_from(read(plan), facts)
     check_built(built, options, runtime)
     return save_engine(
@@ -155,7 +161,23 @@ def build_engine(
         onnx_path=onnx_path,
         settings={"tf32": False, "strongly_typed": True},
         built=built,
+        warnings=warnings,
     )
+
+
+def _warnings(trt: Any, onnx_path: Path) -> tuple[str, ...]:
+    """What the builder warned of, each thing once; kernels that it could not try make a slower engine, so it is said.
+
+    Sources: messages of TensorRT's builder, "Skipping tactic 0x... due to insufficient memory on requested size of ..."
+    """
+    texts = tuple(dict.fromkeys(" ".join(text.split())[:_LONGEST_WARNING] for text in messages(trt).warnings))
+    skipped = [text for text in texts if re.search(r"(?i)skip\w* tactic", text)]
+    if skipped:
+        what = (
+            f"{len(skipped)} kernels were not tried for {onnx_path.name}, so its engine may be slower than it could be"
+        )
+        _LOG.warning("%s; the builder said: %s", what, skipped[0])
+    return (*skipped, *(text for text in texts if text not in skipped))[:MOST_WARNINGS]
 
 
 def has_precision(target: str, precision: str) -> bool:
@@ -240,7 +262,7 @@ def is_out_of_memory(reason: str) -> bool:
 
 @functools.cache
 def messages(trt: Any) -> Any:
-    """The logger of a library: keeps errors in `errors` instead of printing them.
+    """The logger of a library: keeps errors in `errors` and warnings in `warnings` instead of printing them.
 
     One for each library and for good: NVIDIA's libraries hold on to the first logger that they get, also after the
     object that brought it is gone, and crash when it is collected.
@@ -250,10 +272,17 @@ def messages(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.warnings.clear()
 
     return Messages()
 

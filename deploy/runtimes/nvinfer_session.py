@@ -2,8 +2,12 @@
 
 Inputs and outputs live in buffers that are bound once per shape: pinned memory on the host, and memory on the GPU. A
 call is a copy in, the engine (or the replay of a CUDA graph of it), and a copy out, all on the same stream.
+
+TensorRT-RTX compiles the kernels of a shape on the machine that runs it (`rtx_kernels.py`), at the first call with that
+shape; what this took is a figure of its own, `first_run_ms` in the settings of the session.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,20 +17,15 @@ import numpy as np
 import torch
 
 from upvits.calib_data.errors import UserError
+from upvits.deploy.machine.gpu import current_gpu, release_cached_memory
+from upvits.deploy.runtimes.buffers import LESS_MEMORY, Buffer, new_buffer
 from upvits.deploy.runtimes.inspector import read_inspector
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, Arrays, CallTimes, Engine, LayerTime, RunOptions
 from upvits.deploy.runtimes.kernels import Kernel
 from upvits.deploy.runtimes.nvinfer import check_device, is_out_of_memory, messages
+from upvits.deploy.runtimes.rtx_kernels import RtxKernels, has_rtx_kernels
 
-_LESS_MEMORY = "Use smaller batches or fewer streams, build with a smaller largest batch, or free GPU memory."
-
-
-@dataclass(frozen=True, slots=True)
-class _Buffer:
-    """One input or output, on the host and on the GPU."""
-
-    host: torch.Tensor
-    device: torch.Tensor
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,37 +33,45 @@ class _Bound:
     """Buffers that an execution context is bound to, and the CUDA graph of a call with them."""
 
     shapes: dict[str, tuple[int, ...]]
-    inputs: dict[str, _Buffer]
-    outputs: dict[str, _Buffer]
+    inputs: dict[str, Buffer]
+    outputs: dict[str, Buffer]
     graph: Any | None
 
 
 class NvinferSession:
-    """An engine on the first GPU."""
+    """An engine on the GPU that was the current one when it was opened, whichever thread runs it."""
 
     def __init__(self, trt: Any, engine: Engine, options: RunOptions = DEFAULT_RUN) -> None:
         check_device(engine)
         self._trt = trt
         self._log = messages(trt)
-        self._log.errors.clear()
+        self._log.clear()
+        self._gpu = current_gpu()
+        release_cached_memory()
         self._library: Any = trt.Runtime(self._log)
         self._cuda_engine: Any = self._library.deserialize_cuda_engine(engine.path.read_bytes())
         if self._cuda_engine is None:
             raise self._failure(engine, "open", "Build the engine again on this machine with `upvits-deploy engine`.")
-        self._context: Any = self._cuda_engine.create_execution_context()
+        for warning in dict.fromkeys(self._log.warnings):  # such as that it was built on another model of GPU
+            _LOG.warning("%s says of %s: %s", engine.runtime, engine.path, warning.strip())
+        self._rtx: RtxKernels | None = None
+        if has_rtx_kernels(trt):
+            self._rtx = RtxKernels(trt, self._cuda_engine, engine, cuda_graph=options.cuda_graph)
+        self._context: Any = self._new_context()
         if self._context is None:
-            raise self._failure(engine, "run", _LESS_MEMORY)
+            raise self._failure(engine, "run", LESS_MEMORY)
         names = [self._cuda_engine.get_tensor_name(index) for index in range(self._cuda_engine.num_io_tensors)]
         inputs = {name for name in names if self._cuda_engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self.input_names: tuple[str, ...] = tuple(name for name in names if name in inputs)
         self.output_names: tuple[str, ...] = tuple(name for name in names if name not in inputs)
         self.settings: dict[str, str | int | bool] = {
-            "device": torch.cuda.get_device_name(0),
+            "device": torch.cuda.get_device_name(self._gpu),
             "cuda_graph": options.cuda_graph,
+            "first_run_ms": 0,
         }
         self._dtypes = {name: np.dtype(trt.nptype(self._cuda_engine.get_tensor_dtype(name))) for name in names}
         self._engine = engine
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._gpu)  # type: ignore[no-untyped-call]
         self._bound: _Bound | None = None
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
@@ -106,9 +113,9 @@ class NvinferSession:
         """Times of layers, from a separate context: a profiler slows calls down and forbids CUDA graphs."""
         if not hasattr(self._trt, "IProfiler") or calls < 1:
             return ()
-        context = self._cuda_engine.create_execution_context()
+        context = self._new_context()
         if context is None:
-            raise self._failure(self._engine, "profile", _LESS_MEMORY)
+            raise self._failure(self._engine, "profile", LESS_MEMORY)
         profiler = _profiler(self._trt)
         with torch.cuda.stream(self._stream):
             bound = self._bind(context, feeds)
@@ -122,9 +129,15 @@ class NvinferSession:
         kernels = self._kernels(context)
         return tuple(_layer_time(name, times, kernels.get(name)) for name, times in profiler.ms.items())
 
+    def runtime_cache(self) -> bytes:
+        """The kernels that TensorRT-RTX compiled so far, for `RUNTIME_CACHE`; nothing for TensorRT."""
+        return b"" if self._rtx is None else self._rtx.compiled()
+
     def close(self) -> None:
+        if self._rtx is not None and self._context is not None:
+            self._rtx.keep()
         self._bound = None
-        self._context = self._cuda_engine = self._library = None
+        self._context = self._rtx = self._cuda_engine = self._library = None
 
     def __enter__(self) -> "NvinferSession":
         return self
@@ -142,10 +155,11 @@ class NvinferSession:
         if self._bound is None or self._bound.shapes != shapes:
             self._bound = None  # gives its memory back first
             bound = self._bind(self._context, feeds)
-            graph = self._captured(bound) if self.settings["cuda_graph"] else None
-            self._bound = _Bound(shapes, bound.inputs, bound.outputs, graph)
+            self._first_run(bound)
+            by_hand = self.settings["cuda_graph"] and self._rtx is None
+            self._bound = _Bound(shapes, bound.inputs, bound.outputs, self._captured() if by_hand else None)
         for name, buffer in self._bound.inputs.items():
-            buffer.host.copy_(torch.from_numpy(np.ascontiguousarray(feeds[name], self._dtypes[name])))
+            buffer.fill(feeds[name])
         return self._bound
 
     def _bind(self, context: Any, feeds: Arrays) -> _Bound:
@@ -167,30 +181,34 @@ class NvinferSession:
         shapes_out = {name: tuple(context.get_tensor_shape(name)) for name in self.output_names}
         outputs = {name: self._buffer(context, name, shape) for name, shape in shapes_out.items()}
         for name, buffer in inputs.items():
-            buffer.host.copy_(torch.from_numpy(np.ascontiguousarray(feeds[name], self._dtypes[name])))
+            buffer.fill(feeds[name])
         return _Bound(shapes, inputs, outputs, None)
 
-    def _buffer(self, context: Any, name: str, shape: tuple[int, ...]) -> _Buffer:
+    def _buffer(self, context: Any, name: str, shape: tuple[int, ...]) -> Buffer:
         if any(size < 0 for size in shape):
             raise UserError(
                 f"the shape of {name} depends on the data",
                 why="Its buffer cannot be made before the call.",
                 fix="Export the model with outputs of fixed size.",
             )
-        dtype = torch.from_numpy(np.empty(0, self._dtypes[name])).dtype
-        try:
-            host = torch.empty(shape, dtype=dtype, pin_memory=True)
-            device = torch.empty(shape, dtype=dtype, device="cuda")
-        except torch.OutOfMemoryError as error:
-            raise UserError("GPU memory ran out", why=str(error).splitlines()[0], fix=_LESS_MEMORY) from error
-        context.set_tensor_address(name, device.data_ptr())
-        return _Buffer(host, device)
+        buffer = new_buffer(shape, self._dtypes[name], f"cuda:{self._gpu}")
+        context.set_tensor_address(name, buffer.device.data_ptr())
+        return buffer
 
-    def _captured(self, bound: _Bound) -> Any:
-        """A CUDA graph of a call. Copies stay outside, so that they can be timed apart."""
+    def _first_run(self, bound: _Bound) -> None:
+        """The first call with these shapes: it sets up what later ones reuse, and compiles kernels in TensorRT-RTX."""
         self._copy_in(bound)
-        self._execute(self._context)  # what the engine sets up at its first call cannot be captured
         self._stream.synchronize()
+        started = time.perf_counter()
+        self._execute(self._context)
+        self._stream.synchronize()
+        took = round(1e3 * (time.perf_counter() - started))
+        self.settings["first_run_ms"] = max(took, int(self.settings["first_run_ms"]))
+        if self._rtx is not None and not self._rtx.can_record(self._context, self._stream.cuda_stream):
+            _LOG.warning("%s runs without a CUDA graph: its library says that none can be recorded", self._engine.path)
+
+    def _captured(self) -> Any:
+        """A CUDA graph of a call. Copies stay outside, so that they can be timed apart."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
@@ -202,6 +220,12 @@ class NvinferSession:
                 fix="Run it without CUDA graphs.",
             ) from error
         return graph
+
+    def _new_context(self) -> Any:
+        """An execution context; None where the library has no memory for one."""
+        if self._rtx is not None:
+            return self._rtx.new_context()
+        return self._cuda_engine.create_execution_context()
 
     def _copy_in(self, bound: _Bound) -> None:
         for buffer in bound.inputs.values():
@@ -233,7 +257,7 @@ class NvinferSession:
         return UserError(
             f"{engine.runtime} cannot {what} {engine.path}",
             why=why,
-            fix=_LESS_MEMORY if is_out_of_memory(why) else fix,
+            fix=LESS_MEMORY if is_out_of_memory(why) else fix,
         )
 
 

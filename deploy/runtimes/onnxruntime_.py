@@ -5,6 +5,7 @@ The sessions are in `onnxruntime_session.py`. (The trailing underscore keeps the
 
 import functools
 import importlib.util
+import logging
 import platform
 import shutil
 import time
@@ -44,10 +45,13 @@ from upvits.deploy.runtimes.onnxruntime_session import (
     reason,
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
+from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.disk import disk_full_error, is_disk_full
 from upvits.deploy.store.drafts import scratch_folder
 
+_MODEL = "model.onnx"
 _CACHE = "cache"  # folder in an engine folder with what a provider compiled
+_LOG = logging.getLogger(__name__)
 _SMALLER_BUILD = "Build for a smaller largest batch (--batch 1:8:16), or free memory of the device."
 _NOT_OF_PROVIDER = ("provider", "intra_op_threads")
 
@@ -99,13 +103,14 @@ class OnnxRuntime:
             scratch_folder() as weights,
         ):
             source = openable(self._ready(model), weights, apart=keeps_weights_apart(onnx_path))
-            settings, built = self._compile(onnx_path, model, source, options, work)
+            opened = self._as_it_will_be_opened(source, weights)
+            settings, built = self._compile(onnx_path, model, opened, options, work)
             check_built(built, options, self)
             self._save_cache(work, folder)
             return save_engine(
                 self,
                 folder,
-                "model.onnx",
+                _MODEL,
                 source,
                 options=options,
                 targets=(),
@@ -116,6 +121,16 @@ class OnnxRuntime:
                 settings=settings,
                 built=built,
             )
+
+    def _as_it_will_be_opened(self, source: bytes | Path, folder: Path) -> bytes | Path:
+        """A file of the engine file's name for providers that keep what they compiled: they find it by that name.
+
+        Source: `TRTGenerateId` of ONNX Runtime, which hashes the file name, or without one the names in the graph.
+        """
+        if isinstance(source, Path) or not self.has_batch_profile:
+            return source
+        (folder / _MODEL).write_bytes(source)
+        return folder / _MODEL
 
     def _save_cache(self, work: Path, folder: Path) -> None:
         """Put what the provider compiled into an engine folder, which is none until its record is written."""
@@ -153,6 +168,8 @@ class OnnxRuntime:
                 provider_options=chosen | providers.run_settings(self.provider, cache, cuda_graph=False),
             )
             left = session.left_to_cpu()
+            if self.provider == providers.TENSORRT_RTX and (feeds := random_feeds(model, options.batch.opt)):
+                session.run(feeds)  # compiles the kernels of this batch, for this machine's GPU
             session.close()
             if left:
                 why = f"These stay on the CPU: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}."
@@ -175,17 +192,45 @@ class OnnxRuntime:
         tuned = engine.threads("intra_op_threads") or None
         stored = {name: str(value) for name, value in engine.settings.items() if name not in _NOT_OF_PROVIDER}
         graph = options.cuda_graph and not self.on_cpu
+        cache = self._kept(engine)
+        before = providers.compiled_engines(cache)
         try:
-            return OnnxRuntimeSession(
+            session = OnnxRuntimeSession(
                 engine.path,
                 self.provider,
                 threads=options.threads or tuned,
-                provider_options=stored | providers.run_settings(self.provider, folder / _CACHE, cuda_graph=graph),
+                provider_options=stored | providers.run_settings(self.provider, cache, cuda_graph=graph),
                 cuda_graph=graph,
             )
         except load_errors() as error:
             fix = LESS_MEMORY if memory_ran_out(why := reason(error)) else ""
             raise UserError(f"{self.name} cannot open {engine.path}", why=why, fix=fix) from error
+        if before and (anew := providers.compiled_engines(cache) - before):
+            _LOG.warning("%s was compiled again instead of being opened: %s", engine.path, ", ".join(sorted(anew)))
+        return session
+
+    def _kept(self, engine: Engine) -> Path:
+        """Where the provider finds what it compiled, and keeps what it compiles on the way.
+
+        TensorRT's is in the engine folder and complete. Kernels of TensorRT-RTX depend on machine and batch, and
+        gather in the user's cache folder, which starts from what the engine folder has.
+        """
+        built = engine.folder / _CACHE
+        if self.provider != providers.TENSORRT_RTX:
+            return built
+        try:
+            kept = cache_folder() / "rtx" / engine.sha256
+            if built.is_dir():
+                shutil.copytree(built, kept, dirs_exist_ok=True, copy_function=_copy_missing)
+            kept.mkdir(parents=True, exist_ok=True)
+        except (OSError, shutil.Error, UserError):  # nothing can be written there
+            return built
+        return kept
+
+
+def _copy_missing(source: str, target: str) -> None:
+    if not Path(target).exists():
+        shutil.copyfile(source, target)
 
 
 def open_onnx(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:

@@ -51,12 +51,24 @@ def build_settings(provider: str, model: ModelProto, options: BuildOptions) -> d
     return settings
 
 
+def device_settings(provider: str, gpu: int) -> dict[str, str]:
+    """Options of a provider that name the GPU, by CUDA's number."""
+    return {} if provider == CPU else {"device_id": str(gpu)}
+
+
 def run_settings(provider: str, cache: Path | None, *, cuda_graph: bool) -> dict[str, str]:
     """Options of a provider that belong to a session: where its engines are kept, and CUDA graphs."""
     settings = {_GRAPH_OPTION[provider]: "1"} if cuda_graph and provider in _GRAPH_OPTION else {}
     if provider == TENSORRT and cache is not None:
         settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    if provider == TENSORRT_RTX and cache is not None:
+        settings |= {"nv_runtime_cache_path": str(cache)}
     return settings
+
+
+def compiled_engines(cache: Path) -> frozenset[str]:
+    """Names of the engines of TensorRT that a cache folder holds; model, shapes, precision and GPU are in the name."""
+    return frozenset(path.name for path in cache.glob("*.engine"))
 
 
 def missing_tensorrt(provider_library: Path) -> Missing | None:

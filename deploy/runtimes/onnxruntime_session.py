@@ -8,10 +8,8 @@ import importlib
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,9 +19,11 @@ from onnx import ModelProto
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.machine.gpu import current_gpu, release_cached_memory
 from upvits.deploy.runtimes import onnxruntime_providers as providers
 from upvits.deploy.runtimes.interface import Arrays, CallTimes, LayerTime
 from upvits.deploy.runtimes.nvinfer import is_out_of_memory
+from upvits.deploy.runtimes.onnxruntime_binding import Binding
 from upvits.deploy.runtimes.onnxruntime_facts import layer_times_of, load_optimised
 from upvits.deploy.store.drafts import scratch_folder
 
@@ -32,16 +32,6 @@ _FATAL, _WARNING = 4, 2  # severities of ONNX Runtime's logger
 _HEAVY = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
 _LONGEST_CALL = 45.0  # seconds of a call that is not timed; a Loop in a graph need not end
 _Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """Buffers for a set of input shapes, and the binding of a session to them."""
-
-    binding: Any
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-    run_options: Any
 
 
 class OnnxRuntimeSession:
@@ -58,9 +48,12 @@ class OnnxRuntimeSession:
     ) -> None:
         threads = threads or usable_cores()
         self._model, self._provider, self._threads = model, provider, threads
-        self._provider_options = dict(provider_options or {})
+        self._gpu = current_gpu()
+        if provider != providers.CPU:
+            release_cached_memory()
+        self._provider_options = {**providers.device_settings(provider, self._gpu), **(provider_options or {})}
         self._cuda_graph = cuda_graph
-        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        self._bindings: dict[tuple[tuple[int, ...], ...], Binding] = {}
         options = _session_options(threads)
         if provider != providers.CPU:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -74,11 +67,11 @@ class OnnxRuntimeSession:
         self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
         on_gpu = provider != providers.CPU
-        self.settings: Mapping[str, str | int | bool] = {
+        self.settings: dict[str, str | int | bool] = {
             "provider": provider,
             "intra_op_threads": threads,
             "spinning": False,
-            **({"cuda_graph": cuda_graph} if on_gpu else {}),
+            **({"cuda_graph": cuda_graph, "first_run_ms": 0} if on_gpu else {}),
         }
 
     def run(self, feeds: Arrays) -> dict[str, _Array]:
@@ -92,42 +85,13 @@ class OnnxRuntimeSession:
             with _ending(_library().RunOptions()) as options:
                 values = self._session.run(self.output_names, dict(feeds), options)
             return dict(zip(self.output_names, values, strict=True))
-        bound = self._bind(feeds)  # a recorded graph reads and writes the same addresses each time
-        for name, value in bound.inputs.items():
-            value.update_inplace(np.ascontiguousarray(feeds[name]))
-        self._session.run_with_iobinding(bound.binding, bound.run_options)
-        bound.binding.synchronize_outputs()
-        return {name: value.numpy() for name, value in bound.outputs.items()}
+        return self._bound(feeds).call(feeds)  # a recorded graph reads and writes the same addresses each time
 
     def time(self, feeds: Arrays, calls: int) -> CallTimes:
         if self._session is None:
             raise ValueError("the session is closed")
         with _run_errors(self._provider):
-            return self._time(self._bind(feeds), feeds, calls)
-
-    def _time(self, bound: _Bound, feeds: Arrays, calls: int) -> CallTimes:
-        if self._provider == providers.CPU:
-            total = np.empty(calls)
-            for index in range(calls):
-                started = time.perf_counter()
-                self._session.run_with_iobinding(bound.binding)
-                total[index] = time.perf_counter() - started
-            return CallTimes(total=total)
-        arrays = {name: np.ascontiguousarray(feeds[name]) for name in bound.inputs}
-        marks = np.empty((calls, 4))
-        for row in marks:
-            row[0] = time.perf_counter()
-            for name, value in bound.inputs.items():
-                value.update_inplace(arrays[name])
-            row[1] = time.perf_counter()
-            self._session.run_with_iobinding(bound.binding, bound.run_options)
-            bound.binding.synchronize_outputs()
-            row[2] = time.perf_counter()
-            for value in bound.outputs.values():
-                value.numpy()
-            row[3] = time.perf_counter()
-        steps = np.diff(marks, axis=1)
-        return CallTimes(total=steps.sum(1), h2d=steps[:, 0], compute=steps[:, 1], d2h=steps[:, 2])
+            return self._bound(feeds).time(feeds, calls)
 
     def layer_times(self, feeds: Arrays, calls: int) -> tuple[LayerTime, ...]:
         """Empty on GPUs, where the profiler sees how long a kernel takes to be submitted, not to run."""
@@ -158,7 +122,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         self._session = None
-        self._bound.clear()
+        self._bindings.clear()
 
     def __enter__(self) -> "OnnxRuntimeSession":
         return self
@@ -168,41 +132,30 @@ class OnnxRuntimeSession:
     ) -> None:
         self.close()
 
-    def _bind(self, feeds: Arrays) -> _Bound:
-        """Static buffers for these shapes, made once; on CPUs they hold these very inputs."""
-        onnxruntime = _library()
-
-        arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+    def _bound(self, feeds: Arrays) -> Binding:
+        """Static buffers for these shapes, made once."""
+        arrays = {name: np.asarray(feeds[name]) for name in self.input_names}
         key = tuple(array.shape for array in arrays.values())
-        on_cpu = self._provider == providers.CPU
-        if key in self._bound:
-            if on_cpu:
-                for name, value in self._bound[key].inputs.items():
-                    value.update_inplace(arrays[name])
-            return self._bound[key]
-        device = "cpu" if on_cpu else "cuda"
-        make = onnxruntime.OrtValue.ortvalue_from_numpy
-        inputs = {name: make(array.copy(), device, 0) for name, array in arrays.items()}
-        binding = self._session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self.output_names:
-            binding.bind_output(name, device)
-        run_options = onnxruntime.RunOptions()
-        if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
-            run_options.add_run_config_entry("gpu_graph_id", "-1")
-        with _ending(run_options):
-            self._session.run_with_iobinding(binding, run_options)
-        # new buffers: what `get_outputs` returns dangles in ONNX Runtime 1.23 once the binding is cleared
-        arrays_out = zip(self.output_names, binding.copy_outputs_to_cpu(), strict=True)
-        outputs = {name: make(array, device, 0) for name, array in arrays_out}
-        for name, value in outputs.items():
-            binding.bind_ortvalue_output(name, value)
-        run_options = onnxruntime.RunOptions()
-        if self._cuda_graph:
-            run_options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
-        self._bound[key] = _Bound(binding, inputs, outputs, run_options)
-        return self._bound[key]
+        if key not in self._bindings:
+            options, later = _library().RunOptions(), _library().RunOptions()
+            if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
+                options.add_run_config_entry("gpu_graph_id", "-1")
+                later.add_run_config_entry("gpu_graph_id", str(len(self._bindings) + 1))
+
+            def first(binding: Any) -> None:
+                with _ending(options):
+                    self._session.run_with_iobinding(binding, options)
+
+            def run(binding: Any) -> None:
+                self._session.run_with_iobinding(binding, later)
+
+            on_cpu = self._provider == providers.CPU
+            device = ("cpu", 0) if on_cpu else ("cuda", self._gpu)
+            bound = Binding(self._session, arrays, self.output_names, device, first=first, run=run)
+            if not on_cpu:
+                self.settings["first_run_ms"] = max(bound.first_run_ms, int(self.settings["first_run_ms"]))
+            self._bindings[key] = bound
+        return self._bindings[key]
 
 
 def optimised_graph(
@@ -215,7 +168,9 @@ def optimised_graph(
         options.optimized_model_filepath = str(path)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        _create(model, options, provider, dict(provider_options or {}))
+        _create(
+            model, options, provider, {**providers.device_settings(provider, current_gpu()), **(provider_options or {})}
+        )
         return load_optimised(path)
 
 
@@ -275,7 +230,14 @@ def _create(model: bytes | Path, options: Any, provider: str, provider_options: 
     source = str(model) if isinstance(model, Path) else model
     with _quiet_library():
         if provider == providers.TENSORRT_RTX and provider not in onnxruntime.get_available_providers():
-            options.add_provider_for_devices(_rtx_devices(), dict(provider_options))
+            devices = _rtx_devices()
+            number = int(provider_options.get("device_id", 0))
+            if number >= len(devices):
+                raise RuntimeError(
+                    f"the TensorRT-RTX plugin sees {len(devices)} GPUs that it can use, not number {number}"
+                )
+            named = {name: value for name, value in provider_options.items() if name != "device_id"}
+            options.add_provider_for_devices([devices[number]], named)
             return onnxruntime.InferenceSession(source, options)
         chosen = [(provider, dict(provider_options))]
         return onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
@@ -288,10 +250,7 @@ def _rtx_devices() -> list[Any]:
 
     plugin = importlib.import_module(providers.RTX_PLUGIN)
     onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
-    if not devices:
-        raise RuntimeError("the TensorRT-RTX plugin sees no GPU that it can use")
-    return devices[:1]
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""TensorRT 10.9 to 11.x: engines built on, and for, the GPU of this machine."""
+"""TensorRT 10 and 11: engines built on, and for, the GPU of this machine.
+
+Not the version is asked for, but whether it has what is called: JetPack 6 has 10.3, and there is no other for it.
+"""
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.installation import install_line
@@ -20,8 +23,18 @@ from upvits.deploy.runtimes.nvinfer import (
 )
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 
-_OLDEST = (10, 9)
-_TOO_NEW = (12, 0)
+_JETPACK = Path("/etc/nv_tegra_release")
+# What came last of what is called, and what older versions had in its place.
+_NEEDED = (
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "IBuilderConfig.set_memory_pool_limit",
+    "IBuilderConfig.profiling_verbosity",
+    "ICudaEngine.num_io_tensors",
+    "ICudaEngine.get_tensor_mode",
+    "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_tensor_address",
+    "IExecutionContext.execute_async_v3",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +52,7 @@ class TensorRt:
 
     def missing_to_build(self) -> Missing | None:
         if importlib.util.find_spec("tensorrt") is None:
-            return Missing(
-                "The package tensorrt is not installed.",
-                f"{install_line('tensorrt')}  (its installer downloads from NVIDIA's own package index, "
-                "so the network must allow that)",
-            )
+            return Missing("The package tensorrt is not installed.", _to_install())
         # Before the import: without a driver the library can do nothing anyway.
         return missing_gpu() or _unusable_version()
 
@@ -92,11 +101,30 @@ def _unusable_version() -> Missing | None:
     try:
         import tensorrt
     except (ImportError, OSError) as error:
-        return Missing(f"tensorrt is installed but does not load: {error}", "Reinstall tensorrt.")
-    version = tuple(int(part) for part in re.findall(r"\d+", tensorrt.__version__)[:2])
-    if not _OLDEST <= version < _TOO_NEW:
-        return Missing(f"TensorRT {tensorrt.__version__} is not supported.", "pip install 'tensorrt>=10.9,<12'")
+        return Missing(f"tensorrt is installed but does not load: {error}", f"Install it again: {_to_install()}")
+    lacking = [name for name in _NEEDED if not _has(tensorrt, name)]
+    if lacking:
+        why = f"TensorRT {tensorrt.__version__} does not have {', '.join(lacking)}."
+        return Missing(why, _to_install("'tensorrt>=10.9,<12'"))
     return None
+
+
+def _has(trt: Any, name: str) -> bool:
+    kind, member = name.split(".")
+    # a library that knows nothing but strongly typed networks needs no flag for them
+    gone = member == "STRONGLY_TYPED" and not hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH")
+    return gone or hasattr(getattr(trt, kind, None), member)
+
+
+def _to_install(version: str = "") -> str:
+    """How to get TensorRT here; on Jetson it comes with the system, for the system's Python alone."""
+    if _JETPACK.is_file():
+        return (
+            "Use the TensorRT of JetPack 6 or later: sudo apt-get install python3-libnvinfer, and an environment of "
+            "the system's Python that sees it, made by `python3 -m venv --system-site-packages`"
+        )
+    line = f"pip install {version}" if version else install_line("tensorrt")
+    return f"{line}  (downloads from NVIDIA's own package index, so the network must allow that)"
 
 
 TENSORRT = TensorRt()

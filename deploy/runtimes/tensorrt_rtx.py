@@ -9,18 +9,23 @@ from typing import Any
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
-from upvits.deploy.runtimes.cuda import compute_capability, missing_gpu
+from upvits.deploy.machine.gpu import compute_capability
+from upvits.deploy.runtimes.cuda import missing_gpu
 from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from upvits.deploy.runtimes.nvinfer import (
     build_engine,
     check_targets,
     check_version,
+    device_here,
     has_precision,
     refuse_operators,
 )
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
 from upvits.deploy.runtimes.plan_text import read_plan
+from upvits.deploy.runtimes.rtx_kernels import RUNTIME_CACHE
+from upvits.deploy.runtimes.threads import random_feeds
+from upvits.deploy.store.artifacts import atomic_write
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")
 # The parser takes these, the builder does not (1.7).
@@ -80,7 +85,7 @@ class TensorRtRtx:
             for index, capability in enumerate(capabilities):
                 config.set_compute_capability(capability, index)
 
-        return build_engine(
+        engine = build_engine(
             trt,
             self,
             model,
@@ -93,6 +98,12 @@ class TensorRtRtx:
             read=read_plan,
             configure=for_targets,
         )
+        feeds = random_feeds(model, options.batch.opt)
+        if feeds is not None and self.missing_to_run() is None and device_here() in targets:
+            with self.open(folder) as session:  # compiles the kernels of this batch, for this machine's GPU
+                session.run(feeds)
+                atomic_write(folder / RUNTIME_CACHE, session.runtime_cache())
+        return engine
 
     def open(self, folder: Path, options: RunOptions = DEFAULT_RUN) -> NvinferSession:
         engine = runnable_engine(self, folder)

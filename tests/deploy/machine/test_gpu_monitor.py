@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from upvits.deploy.machine import gpu_monitor
 from upvits.deploy.machine.gpu_monitor import Gpu, GpuMonitor, nvidia_driver
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
@@ -30,7 +31,8 @@ class FakeNvml(ModuleType):
             "nvmlShutdown": lambda: self._count(-1),
             "nvmlDeviceGetCount": lambda: 2,
             "nvmlDeviceGetHandleByIndex": lambda index: f"handle {index}",
-            "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle {uuid}",
+            "nvmlDeviceGetHandleByUUID": self._by_uuid,
+            "nvmlDeviceGetUUID": lambda handle: {"handle 0": "GPU-aa", "handle 1": "GPU-bb"}.get(handle, handle[7:]),
             "nvmlSystemGetDriverVersion": lambda: "580.1",
             "nvmlDeviceGetName": lambda handle: f"Test GPU {handle}",
             "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=24 * 2**30, used=512_000_000),
@@ -43,6 +45,12 @@ class FakeNvml(ModuleType):
             "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 5_000 * self.asked.count("energy"),
             "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: self.reasons,
         }
+
+    def _by_uuid(self, uuid: str) -> str:
+        known = {"GPU-aa": "handle 0", "GPU-bb": "handle 1", "MIG-cc": "handle MIG-cc"}
+        if uuid not in known:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return known[uuid]
 
     def _power(self, handle: str) -> int:
         polls = self.asked.count("nvmlDeviceGetPowerUsage")
@@ -72,7 +80,7 @@ class FakeNvml(ModuleType):
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpu_monitor, "gpu_uuid", lambda: "aa")
     return fake
 
 
@@ -124,14 +132,51 @@ def test_a_value_that_a_gpu_lacks_leaves_the_others(nvml: FakeNvml) -> None:
     assert report["during"]["sm_mhz"]["max"] == 1700
 
 
-@pytest.mark.parametrize(("visible", "handle"), [("1,0", "1"), ("GPU-5fa2,GPU-77", "GPU-5fa2"), ("", "0")])
-def test_the_gpu_that_cuda_uses_is_watched(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str, handle: str
+@pytest.mark.parametrize(("uuid", "handle"), [("aa", "0"), ("bb", "1"), ("cc", "MIG-cc")])
+def test_the_gpu_that_is_computed_on_is_watched_and_named_first(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, uuid: str, handle: str
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(gpu_monitor, "gpu_uuid", lambda: uuid)
     with GpuMonitor() as monitor:
         pass
     assert monitor.name == f"Test GPU handle {handle}"
+    _, gpus = nvidia_driver()
+    assert gpus[0].name == monitor.name
+    assert len({gpu.name for gpu in gpus}) == len(gpus) == (3 if handle == "MIG-cc" else 2)
+
+
+@pytest.mark.parametrize("uuid", [None, "of no GPU here"])
+def test_a_gpu_that_is_not_known_is_not_guessed(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, uuid: str | None
+) -> None:
+    monkeypatch.setattr(gpu_monitor, "gpu_uuid", lambda: uuid)
+    with GpuMonitor() as monitor:
+        pass
+    assert monitor.as_json() == {}
+    nvml.answers["nvmlDeviceGetCount"] = lambda: 1  # the only one is meant, as on Jetson
+    with GpuMonitor() as monitor:
+        pass
+    assert monitor.name == "Test GPU handle 0"
+
+
+CALLS = sorted(set(FakeNvml().answers) - {"nvmlInit", "nvmlShutdown"})
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_any_call_that_a_device_does_not_support_is_unknown(nvml: FakeNvml, call: str, gpus: int) -> None:
+    nvml.missing = {call}
+    nvml.answers["nvmlDeviceGetCount"] = lambda: gpus
+    with GpuMonitor() as monitor:
+        pass
+    json.dumps(monitor.as_json())
+    version, found = nvidia_driver()
+    assert version == (None if call == "nvmlSystemGetDriverVersion" else "580.1")
+    unknown_memory = call == "nvmlDeviceGetMemoryInfo"
+    assert {gpu.memory_gib for gpu in found} <= {None if unknown_memory else 24.0}
+    if call == "nvmlDeviceGetName":
+        assert {gpu.name for gpu in found} == {"unknown"}
+    assert nvml.open == 0
 
 
 def test_an_older_library_names_the_reasons_differently(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +212,7 @@ def test_nothing_to_tell_without_a_driver_or_the_library(monkeypatch: pytest.Mon
 
 
 def test_a_device_that_is_not_there_is_nothing_to_tell(nvml: FakeNvml) -> None:
-    nvml.missing = {"nvmlDeviceGetHandleByIndex"}
+    nvml.missing = {"nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID"}
     with GpuMonitor() as monitor:
         pass
     assert monitor.as_json() == {}

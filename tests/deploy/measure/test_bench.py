@@ -261,7 +261,7 @@ def test_energy_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
         read_at.append(len(calls))
         return 5_000 * len(read_at)
 
-    nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = energy
+    nvml.answers |= {"nvmlDeviceGetTotalEnergyConsumption": energy, "nvmlDeviceGetCount": lambda: 1}
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     calls.clear()
     found = joules_per_image(session, feeds(2)[2], seconds=0.2)

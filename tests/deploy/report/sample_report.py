@@ -142,7 +142,7 @@ def sample_document() -> dict[str, Any]:
         "reproduce": ["upvits-deploy build --recipe recipe.toml --output runs/pvt_v2_b0-r0.50-again"],
         "notes": [
             "tensorrt was left out: The package tensorrt is not installed. pip install 'upvits-deploy[tensorrt]'",
-            "tensorrt-rtx engines were built but not run here: No NVIDIA GPU with a working driver was found.",
+            "tensorrt-rtx engines were built but not run here: No NVIDIA GPU can be used.",
         ],
     }
 

@@ -1,66 +1,83 @@
-"""A module with exactly the names and signatures of one version of TensorRT, made from the recorded API surface.
+"""A module with exactly the names and signatures of one version of TensorRT, or of TensorRT-RTX, and nothing behind it.
 
-A name that the version lacks raises AttributeError, a call with other arguments TypeError. What calls return is put in
-by tests in `behaviour`, by "Class.method".
+They are read from NVIDIA's own bindings (`bindings.py`). A name that the version lacks raises AttributeError, a call
+with other arguments TypeError. What calls return is put in by tests in `behaviour`, by "Class.method".
 """
 
+import copy
 import enum
 import importlib.machinery
 import inspect
-import json
+import keyword
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-SURFACE: dict[str, Any] = json.loads((Path(__file__).parent / "api_surface.json").read_text())
-FLAVOURS = tuple(SURFACE["flavours"])
+from tests.deploy.runtimes.bindings import RTX, VERSIONS, surface
+
+FUTURE = "flag gone"
+"""A TensorRT of tomorrow that lacks what only makes sense in old ones, and what is probed for."""
+FLAVOURS = (*VERSIONS, RTX, FUTURE)
+_GONE = (
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "BuilderFlag.TF32", "ParserError.node_operator",
+    "ICudaEngine.device_memory_size_v2", "IProfiler",
+)  # fmt: skip
+
+
+def surface_of(flavour: str) -> dict[str, Any]:
+    """The surface of a flavour."""
+    if flavour != FUTURE:
+        return surface(flavour)
+    made = copy.deepcopy(surface(VERSIONS[-1]))
+    made["version"] = "12.0.0"
+    for name in _GONE:
+        kind, _, member = name.partition(".")
+        if not member:
+            del made["classes"][kind]
+        elif kind in made["enums"]:
+            del made["enums"][kind][member]
+        else:
+            made["classes"][kind]["methods"].pop(member, None)
+            made["classes"][kind]["properties"] = [p for p in made["classes"][kind]["properties"] if p != member]
+    return made
 
 
 def names_of(flavour: str) -> set[str]:
     """Every name of a version: "Class", "Class.member", "Enum.MEMBER" and functions."""
-    names = set(SURFACE["functions"])
-    for kind, members in SURFACE["classes"].items():
+    found = surface_of(flavour)
+    names = set(found["functions"])
+    for kind, members in found["classes"].items():
         names |= {kind, *(f"{kind}.{name}" for name in (*members["methods"], *members["properties"]))}
-    for kind, members in SURFACE["enums"].items():
+    for kind, members in found["enums"].items():
         names |= {kind, *(f"{kind}.{name}" for name in members)}
-    changes = SURFACE["flavours"][flavour]
-    gone = changes["lacks"]
-    return {name for name in names if not any(name == g or name.startswith(f"{g}.") for g in gone)} | set(
-        changes["adds"]
-    )
+    return names
 
 
 def fake_module(flavour: str, name: str = "tensorrt") -> Any:
     """The module; `calls` records (Class.method, arguments) and `behaviour` says what they return."""
-    names = names_of(flavour)
+    found = surface_of(flavour)
     module: Any = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__version__ = "12.0.0" if flavour == "flag gone" else f"{flavour}.1"
+    module.__version__ = found["version"]
     module.calls, module.behaviour = [], {}
-    enums = {enum_name: _enum(enum_name, names) for enum_name in SURFACE["enums"]}
-    for kind, members in SURFACE["classes"].items():
-        if kind in names:
-            setattr(module, kind, _class(module, kind, members, names, enums))
-    for enum_name, made in enums.items():
-        if "." not in enum_name:
-            setattr(module, enum_name, made)
-    for function, parameters in SURFACE["functions"].items():
-        setattr(module, function, _call(module, function, parameters))
+    enums = {kind: enum.IntEnum(kind.split(".")[-1], members) for kind, members in found["enums"].items()}
+    for kind, members in found["classes"].items():
+        setattr(module, kind, _class(module, kind, members, enums))
+    for kind, made in enums.items():
+        if "." not in kind:
+            setattr(module, kind, made)
+    for function, signatures in found["functions"].items():
+        setattr(module, function, _call(module, function, signatures))
     return module
 
 
-def _enum(name: str, names: set[str]) -> Any:
-    members = sorted(known.removeprefix(f"{name}.") for known in names if known.startswith(f"{name}."))
-    return enum.IntEnum(name.split(".")[-1], {member: index for index, member in enumerate(members)})
-
-
-def _class(module: Any, kind: str, members: Any, names: set[str], enums: dict[str, Any]) -> type:
+def _class(module: Any, kind: str, members: Any, enums: dict[str, Any]) -> type:
     space: dict[str, Any] = {"__slots__": ("__dict__",)}
-    for method, parameters in members["methods"].items():
-        if f"{kind}.{method}" in names:
-            space[method] = _call(module, f"{kind}.{method}", ["self", *parameters])
-    settable = {known.split(".")[1] for known in names if known.startswith(f"{kind}.")} - set(members["methods"])
+    for method, signatures in members["methods"].items():
+        if signatures:
+            space[method] = _call(module, f"{kind}.{method}", signatures)
+    settable = set(members["properties"])
+    space |= dict.fromkeys(settable)
 
     def set_attribute(self: Any, name: str, value: object) -> None:
         if type(self).__module__ == __name__ and name not in settable:
@@ -76,23 +93,37 @@ def _class(module: Any, kind: str, members: Any, names: set[str], enums: dict[st
     return type(kind, (), space)
 
 
-def _call(module: Any, name: str, parameters: list[str]) -> Callable[..., Any]:
-    signature = inspect.Signature(
-        [
-            inspect.Parameter(
-                parameter.rstrip("="),
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=None if parameter.endswith("=") else inspect.Parameter.empty,
-            )
-            for parameter in parameters
-        ]
-    )
+def _call(module: Any, name: str, signatures: list[list[str]]) -> Callable[..., Any]:
+    """A function that takes what one of these signatures takes."""
+    known = [_signature(parameters) for parameters in signatures]
+    own = signatures[0][:1] == ["self"]
 
     def call(*arguments: Any, **named: Any) -> Any:
-        bound = signature.bind(*arguments, **named)
-        own = parameters[:1] == ["self"]
+        for signature in known[:-1]:
+            try:
+                bound = signature.bind(*arguments, **named)
+                break
+            except TypeError:
+                continue
+        else:
+            bound = known[-1].bind(*arguments, **named)
         module.calls.append((name, tuple(bound.args[1:] if own else bound.args)))
         act = module.behaviour.get(name)
         return act(*bound.args) if act is not None else None
 
     return call
+
+
+def _signature(parameters: list[str]) -> inspect.Signature:
+    made, optional = [], False
+    for parameter in parameters:
+        name = parameter.rstrip("=")
+        optional = optional or parameter.endswith("=")  # Python has no parameter that must be given after one that may
+        made.append(
+            inspect.Parameter(
+                name + "_" * keyword.iskeyword(name),
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=None if optional else inspect.Parameter.empty,
+            )
+        )
+    return inspect.Signature(made)

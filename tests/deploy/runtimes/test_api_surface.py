@@ -1,9 +1,10 @@
-"""The adapter against the recorded Python API of TensorRT 10.9 to 11.x, and against the real TensorRT-RTX."""
+"""The adapter against NVIDIA's own Python bindings of TensorRT 10.3 to 11.x and of TensorRT-RTX."""
 
 import ast
 import ctypes
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ import torch
 import upvits.deploy.runtimes.nvinfer
 import upvits.deploy.runtimes.tensorrt
 from tests.deploy.conftest import Exported
-from tests.deploy.runtimes.fake_trt import FLAVOURS, fake_module, names_of
+from tests.deploy.runtimes.bindings import RTX, VERSIONS
+from tests.deploy.runtimes.fake_trt import FLAVOURS, FUTURE, fake_module, names_of
 from upvits.calib_data.errors import BuildError, GateError, MissingDependencyError, UserError
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.precision import convert
-from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions
-from upvits.deploy.runtimes.interface import Engine
+from upvits.deploy.runtimes import BatchProfile, BuildOptions, RunOptions, read_engine
+from upvits.deploy.runtimes.interface import Engine, Missing
 from upvits.deploy.runtimes.nvinfer_session import NvinferSession
+from upvits.deploy.runtimes.rtx_kernels import RUNTIME_CACHE, has_rtx_kernels
 from upvits.deploy.runtimes.tensorrt import TENSORRT
 
 RUNTIMES = Path(upvits.deploy.runtimes.nvinfer.__file__).parent
 PROFILE = BatchProfile(1, 2, 4)
-SUPPORTED = FLAVOURS[:3]
 
 # What variables hold in the adapter's files.
 HOLDS = {
@@ -43,6 +45,8 @@ HOLDS = {
     "cuda_engine": "ICudaEngine",
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
+    "kernel_cache": "IRuntimeCache",
+    "runtime_config": "IRuntimeConfig",
 }
 
 
@@ -78,16 +82,16 @@ def test_what_the_adapter_uses_is_found_in_its_sources() -> None:
     assert used_names("nvinfer.py")[1] >= {"BuilderFlag.TF32", "NetworkDefinitionCreationFlag.STRONGLY_TYPED"}
 
 
-@pytest.mark.parametrize("flavour", SUPPORTED)
+@pytest.mark.parametrize("flavour", VERSIONS)
 @pytest.mark.parametrize("file", ["nvinfer.py", "nvinfer_session.py", "tensorrt.py"])
 def test_every_name_exists_in_every_version_of_tensorrt(file: str, flavour: str) -> None:
     needed, probed = used_names(file)
     conditional = {"BuilderFlag.TF32"}  # behind its own hasattr
     assert needed - names_of(flavour) - conditional == set()
-    assert probed <= set().union(*(names_of(known) for known in SUPPORTED))
+    assert probed <= set().union(*(names_of(known) for known in (*VERSIONS, RTX)))
 
 
-@pytest.mark.parametrize("file", ["nvinfer.py", "nvinfer_session.py", "tensorrt_rtx.py"])
+@pytest.mark.parametrize("file", ["nvinfer.py", "nvinfer_session.py", "rtx_kernels.py", "tensorrt_rtx.py"])
 def test_every_name_exists_in_tensorrt_rtx(file: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     for name in sorted(used_names(file)[0]):
@@ -103,21 +107,25 @@ def test_the_surface_knows_what_changed_between_versions() -> None:
     assert "NetworkDefinitionCreationFlag.EXPLICIT_BATCH" in names_of("10.16") - names_of("11.4")
     old, new = fake_module("10.9"), fake_module("11.4")
     assert old.BuilderFlag.FP16.name == "FP16"
-    assert int(old.BuilderFlag.TF32) != int(new.BuilderFlag.TF32)
+    assert int(old.BuilderFlag.VERSION_COMPATIBLE) != int(new.BuilderFlag.VERSION_COMPATIBLE)
     with pytest.raises(AttributeError):
         new.BuilderFlag.FP16  # noqa: B018
     with pytest.raises(TypeError):
         new.Builder()
     with pytest.raises(AttributeError, match="no property"):
         new.Builder(None).workspace = 1
+    for version in VERSIONS:
+        assert not has_rtx_kernels(fake_module(version))
+    assert has_rtx_kernels(fake_module(RTX))
 
 
 # --- building ---
 
 
 @pytest.fixture(params=FLAVOURS)
-def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A fake library that builds and runs y = 2 x, in the place of the real one."""
+    monkeypatch.setenv("UPVITS_DEPLOY_CACHE", str(tmp_path / "user's cache"))
     module = fake_module(request.param)
     module.flavour = request.param
     monkeypatch.setitem(sys.modules, "tensorrt", module)
@@ -198,6 +206,12 @@ def _let_it_run(trt: Any) -> None:
         "IExecutionContext.execute_async_v3": execute,
         "EngineInspector.get_engine_information": lambda inspector, form: inspected(trt, {"product": "int8"}),
         "nptype": lambda kind: np.float32,
+        "ICudaEngine.create_runtime_config": lambda engine: trt.IRuntimeConfig(),
+        "IRuntimeConfig.create_runtime_cache": lambda config: trt.IRuntimeCache(),
+        "IRuntimeConfig.set_runtime_cache": lambda config, cache: True,
+        "IRuntimeCache.deserialize": lambda cache, blob: blob.startswith(b"kernels"),
+        "IRuntimeCache.serialize": lambda cache: b"kernels",
+        "IExecutionContext.is_stream_capturable": lambda context, stream: True,
     }
 
 
@@ -245,7 +259,7 @@ def test_building_calls_what_every_version_has(trt: Any, fp16_vit: Path, tmp_pat
     assert engine.built.source == "engine inspector"
     assert engine.built.gemms == engine.built.planned == {"fp16": 10}
     assert engine.built.attention_fused == engine.built.attention_blocks == 2
-    assert engine.built.memory_bytes == (None if trt.flavour == "flag gone" else 4096)
+    assert engine.built.memory_bytes == (None if trt.flavour == FUTURE else 4096)
     assert cache.read_bytes() == b"timings"
 
     calls = dict(trt.calls)
@@ -254,7 +268,7 @@ def test_building_calls_what_every_version_has(trt: Any, fp16_vit: Path, tmp_pat
     assert calls["IBuilderConfig.profiling_verbosity ="] == (trt.ProfilingVerbosity.DETAILED,)
     assert calls["IBuilderConfig.set_memory_pool_limit"] == (trt.MemoryPoolType.WORKSPACE, 64 << 20)
     assert calls["IOptimizationProfile.set_shape"] == ("images", (1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
-    assert ("IBuilderConfig.clear_flag" in calls) == (trt.flavour != "flag gone")
+    assert ("IBuilderConfig.clear_flag" in calls) == (trt.flavour != FUTURE)
     order = [name for name, _ in trt.calls]
     assert order.index("IBuilderConfig.set_timing_cache") < order.index("Builder.build_serialized_network")
     assert "IBuilderConfig.set_flag" not in calls
@@ -324,6 +338,30 @@ def test_out_of_gpu_memory_says_which_setting_helps(trt: Any, fp16_vit: Path, tm
     assert "--batch" in failure.value.fix
 
 
+@pytest.mark.parametrize(
+    "text", ["Skipping tactic 0x01 due to insufficient memory", "Detected layernorm nodes in FP16"]
+)
+def test_what_the_builder_warns_of_is_kept(
+    trt: Any, text: str, fp16_vit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(builder: Any, network: Any, config: Any) -> bytes:
+        log = upvits.deploy.runtimes.nvinfer.messages(trt)
+        for said in (text, text, "x" * 5000, *(f"other {number}" for number in range(200))):
+            log.log(trt.ILogger.Severity.WARNING, said)
+        log.log(trt.ILogger.Severity.INFO, "only news")
+        return b"the plan"
+
+    trt.behaviour["Builder.build_serialized_network"] = build
+    trt.behaviour["EngineInspector.get_engine_information"] = lambda inspector, form: ""
+    TENSORRT.build(fp16_vit, tmp_path / "engine", BuildOptions("fp16", PROFILE))
+    warnings = read_engine(tmp_path / "engine").warnings
+    assert warnings[0] == text
+    assert (len(warnings), len(set(warnings)), max(map(len, warnings))) == (50, 50, 500)
+    assert "only news" not in warnings
+    said = "1 kernels were not tried for fp16.onnx" in caplog.text
+    assert said == ("tactic" in text)
+
+
 # --- running ---
 
 
@@ -350,6 +388,9 @@ def host_only(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Stream:
         cuda_stream = 77
+
+        def __init__(self, gpu: int) -> None:
+            assert gpu == 0
 
         def synchronize(self) -> None:
             happened.append("synchronize")
@@ -396,7 +437,7 @@ def images(batch: int) -> dict[str, Any]:
 def test_running_and_timing_call_what_every_version_has(trt: Any, host_only: list[str], tmp_path: Path) -> None:
     with NvinferSession(trt, engine_in(tmp_path, "sm89")) as session:
         assert (session.input_names, session.output_names) == (("images",), ("logits",))
-        assert session.settings == {"device": "Fake GPU", "cuda_graph": False}
+        assert session.settings == {"device": "Fake GPU", "cuda_graph": False, "first_run_ms": 0}
         for batch in (1, 4, 1):
             np.testing.assert_array_equal(session.run(images(batch))["logits"], 2 * images(batch)["images"])
         bound = [arguments for name, arguments in trt.calls if name == "IExecutionContext.set_tensor_address"]
@@ -419,19 +460,87 @@ def test_a_cuda_graph_is_recorded_once_and_replayed(trt: Any, host_only: list[st
     with NvinferSession(trt, engine_in(tmp_path, "sm89"), RunOptions(cuda_graph=True)) as session:
         session.time(images(2), 3)
         session.time(images(2), 3)
+        called = [name for name, _ in trt.calls].count("IExecutionContext.execute_async_v3")
+        if trt.flavour == RTX:  # records by itself
+            assert (called, "capture" in host_only, "replay" in host_only) == (1 + 6, False, False)
+            return
         assert host_only.count("capture") == 1
         assert host_only.count("replay") == 6
-        # once to set up, once to record
-        assert [name for name, _ in trt.calls].count("IExecutionContext.execute_async_v3") == 2
+        assert called == 2  # once to set up, once to record
         session.run(images(3))
     assert host_only.count("capture") == 2  # another shape, another graph
+
+
+def test_a_plan_of_another_gpu_model_is_opened_and_the_library_s_warning_shown(
+    trt: Any, host_only: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warning = "Using an engine plan file across different models of devices is not recommended"
+
+    def engine(library: Any, content: bytes) -> Any:
+        upvits.deploy.runtimes.nvinfer.messages(trt).log(trt.ILogger.Severity.WARNING, warning)
+        return opened(library, content)
+
+    opened = trt.behaviour["Runtime.deserialize_cuda_engine"]
+    trt.behaviour["Runtime.deserialize_cuda_engine"] = engine
+    NvinferSession(trt, engine_in(tmp_path, "sm89")).close()
+    assert [record.levelname for record in caplog.records if warning in record.getMessage()] == ["WARNING"]
+
+
+@pytest.fixture
+def rtx(trt: Any, host_only: list[str]) -> Any:
+    if trt.flavour != RTX:
+        pytest.skip("compiles nothing when it runs")
+    return trt
+
+
+def test_rtx_compiles_for_the_shape_before_it_is_timed_and_records_by_itself(rtx: Any, tmp_path: Path) -> None:
+    for cuda_graph in (False, True):
+        rtx.calls.clear()
+        with NvinferSession(rtx, engine_in(tmp_path, "sm89"), RunOptions(cuda_graph=cuda_graph)) as session:
+            session.time(images(2), 3)
+            assert "first_run_ms" in session.settings
+        calls = dict(rtx.calls)
+        strategy = calls["IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy ="]
+        assert strategy == (rtx.DynamicShapesKernelSpecializationStrategy.EAGER,)
+        recorded = calls.get("IRuntimeConfig.cuda_graph_strategy =")
+        assert recorded == ((rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,) if cuda_graph else None)
+        (context,) = (given for name, given in rtx.calls if name == "ICudaEngine.create_execution_context")
+        assert isinstance(context[0], rtx.IRuntimeConfig)
+
+
+def test_rtx_that_cannot_record_says_so(rtx: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rtx.behaviour["IExecutionContext.is_stream_capturable"] = lambda context, stream: False
+    NvinferSession(rtx, engine_in(tmp_path, "sm89")).run(images(1))
+    assert "without a CUDA graph" not in caplog.text
+    NvinferSession(rtx, engine_in(tmp_path, "sm89"), RunOptions(cuda_graph=True)).run(images(1))
+    assert "without a CUDA graph" in caplog.text
+
+
+def test_kernels_that_rtx_compiled_are_kept_and_found_again(rtx: Any, tmp_path: Path) -> None:
+    def asked() -> list[bytes]:
+        return [given[0] for name, given in rtx.calls if name == "IRuntimeCache.deserialize"]
+
+    engine = engine_in(tmp_path, "sm89")
+    with NvinferSession(rtx, engine) as session:
+        session.run(images(1))
+        assert session.runtime_cache() == b"kernels"
+    (kept,) = (tmp_path / "user's cache").rglob("*.cache")
+    assert (kept.read_bytes(), asked()) == (b"kernels", [])
+    with NvinferSession(rtx, engine):
+        assert asked() == [b"kernels"]
+    rtx.calls.clear()
+    kept.write_bytes(b"of another driver")  # which the library refuses
+    (tmp_path / RUNTIME_CACHE).write_bytes(b"kernels that came with the engine")
+    with NvinferSession(rtx, engine):
+        assert asked() == [b"of another driver", b"kernels that came with the engine"]
+    assert kept.read_bytes() == b"kernels"
 
 
 def test_layer_times_are_medians_with_what_the_inspector_knows(trt: Any, host_only: list[str], tmp_path: Path) -> None:
     with NvinferSession(trt, engine_in(tmp_path, "sm89")) as session:
         found = session.layer_times(images(2), 3)
         assert np.isfinite(session.time(images(2), 1).total).all()
-    if trt.flavour == "flag gone":  # a library without a profiler
+    if trt.flavour == FUTURE:  # a library without a profiler
         assert found == ()
         return
     product, unknown = found
@@ -481,16 +590,40 @@ def test_an_engine_of_another_gpu_or_version_is_refused(trt: Any, host_only: lis
         NvinferSession(trt, engine)
 
 
-@pytest.mark.parametrize(
-    ("version", "usable"), [("10.8.0", False), ("10.9.0", True), ("11.4.1", True), ("12.0", False)]
-)
-def test_only_known_versions_are_used(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = fake_module("11.4")
-    module.__version__ = version
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
-    missing = TENSORRT.missing_to_build()
-    assert (missing is None) == usable
-    if not usable:
-        with pytest.raises(MissingDependencyError, match="not supported"):
-            TENSORRT.build(Path("model.onnx"), Path("nowhere"), BuildOptions())
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Missing | None]:
+    """What is said of a module in the place of TensorRT."""
+
+    def ask(module: Any) -> Missing | None:
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "missing_gpu", lambda: None)
+        return TENSORRT.missing_to_build()
+
+    return ask
+
+
+@pytest.mark.parametrize("flavour", [*VERSIONS, FUTURE])
+def test_every_version_that_has_what_is_called_is_used(flavour: str, probed: Callable[[Any], Missing | None]) -> None:
+    assert probed(fake_module(flavour)) is None
+
+
+def test_a_version_that_lacks_something_is_refused_with_a_way_out(
+    probed: Callable[[Any], Missing | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = fake_module("10.3")
+    del old.NetworkDefinitionCreationFlag._member_map_["STRONGLY_TYPED"]
+    type.__delattr__(old.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    del old.IExecutionContext.execute_async_v3
+    missing = probed(old)
+    assert missing is not None
+    assert "STRONGLY_TYPED, IExecutionContext.execute_async_v3" in missing.why
+    assert missing.fix.startswith("pip install 'tensorrt>=10.9,<12'")
+    with pytest.raises(MissingDependencyError, match="does not have"):
+        TENSORRT.build(Path("model.onnx"), Path("nowhere"), BuildOptions())
+    jetson = tmp_path / "nv_tegra_release"
+    jetson.write_text("# R36 (release), REVISION: 4.3")
+    monkeypatch.setattr(upvits.deploy.runtimes.tensorrt, "_JETPACK", jetson)
+    on_jetson = probed(old)
+    assert on_jetson is not None
+    assert "pip install" not in on_jetson.fix
+    assert "python3-libnvinfer" in on_jetson.fix
