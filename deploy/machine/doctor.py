@@ -25,6 +25,7 @@ from rich.text import Text
 
 from upvits.calib_data.installation import install_line
 from upvits.deploy.machine.environment import usable_cores
+from upvits.deploy.machine.gpu import driver_cuda, driver_problem
 
 Status = Literal["ok", "missing", "problem"]
 _SECONDS_TO_LOAD = 180
@@ -168,6 +169,11 @@ def _packages(packages: Sequence[_Package]) -> Iterator[Check]:
             yield Check(package.name, "ok", version, package.serves)
 
 
+_CUDA_STATE = """
+import json
+from upvits.deploy.runtimes.onnxruntime_session import cuda_state
+print(json.dumps(cuda_state()))
+"""
 _LOADER = """
 import json, sys
 for probe in json.loads(sys.argv[1]):
@@ -210,15 +216,35 @@ def _onnxruntime() -> Iterator[Check]:
         return
     # With its folder half removed by another package it imports and is empty.
     probe = "import onnxruntime; onnxruntime.InferenceSession"
-    yield from _packages([_Package("onnxruntime" if cpu else "onnxruntime-gpu", serves, probe, _CORE_FIX, True)])
-    if gpu and _driver() is None:
-        yield Check(
-            "onnxruntime on CUDA",
+    (check,) = _packages([_Package("onnxruntime" if cpu else "onnxruntime-gpu", serves, probe, _CORE_FIX, True)])
+    yield check
+    if gpu and check.status == "ok":
+        yield _onnxruntime_on_cuda()
+
+
+def _onnxruntime_on_cuda() -> Check:
+    """Whether the GPU build of ONNX Runtime finds its CUDA libraries, and which they are."""
+    name, serves, driver = "onnxruntime on CUDA", "running models on NVIDIA GPUs", _driver()
+    output, trouble = _python_process(_CUDA_STATE)
+    if trouble:
+        return Check(name, "problem", f"its libraries cannot be looked at: {trouble}", serves, _CORE_FIX)
+    state = json.loads(output.splitlines()[-1])
+    there = [f"{piece['name']} {piece['version']}" for piece in state["pieces"] if piece["version"]]
+    lost = [f"no {piece['name']} ({piece['library']})" for piece in state["pieces"] if piece["trouble"]]
+    found = ", ".join([*lost, *there]) or "no CUDA libraries"
+    if state["missing"] is None and driver is not None:
+        return Check(name, "ok", found, serves)
+    if driver is None:
+        return Check(
+            name,
             "missing",
-            "no GPU driver: models run on the CPU",
-            "running models on NVIDIA GPUs",
-            "Needs an NVIDIA GPU with its driver. The GPU build of ONNX Runtime runs on CPUs just as well.",
+            f"no GPU driver: models run on the CPU; {found}",
+            serves,
+            "Needs an NVIDIA GPU with its driver. The GPU build of ONNX Runtime runs on CPUs just as well."
+            + (f" On a machine with one: {state['missing'][1]}" if lost else ""),
         )
+    why, fix = state["missing"]
+    return Check(name, "problem", found if lost else why, serves, fix)
 
 
 def _gpu() -> Iterator[Check]:
@@ -226,7 +252,7 @@ def _gpu() -> Iterator[Check]:
     driver = _driver()
     if driver is None:
         fix = "Install NVIDIA's driver on a machine with a GPU."
-        yield Check("NVIDIA driver", "missing", "no GPU that answers", serves, fix)
+        yield Check("NVIDIA driver", "missing", driver_problem() or "no GPU that answers", serves, fix)
         return
     yield Check("NVIDIA driver", "ok", driver, serves)
     output, trouble = _python_process("import torch; print(torch.version.cuda, torch.cuda.is_available())")
@@ -248,10 +274,11 @@ def _gpu() -> Iterator[Check]:
 
 
 def _driver() -> str | None:
-    """GPU and driver version as nvidia-smi says, or None."""
+    """GPU and driver version as nvidia-smi says, the newest CUDA of a driver without that tool, or None."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        served = driver_cuda()
+        return None if served is None else f"for CUDA {served[0]}.{served[1]}"
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS_TO_LOAD)

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import platform
+import re
 import shutil
 import time
 import weakref
@@ -20,7 +21,7 @@ from upvits.calib_data.errors import BuildError, MissingDependencyError, UserErr
 from upvits.deploy.graphs.files import fits_one_file, keeps_weights_apart, load_model, openable
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.runtimes import onnxruntime_providers as providers
-from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.cuda import missing_gpu, missing_to_run_on_gpu
 from upvits.deploy.runtimes.engine_folder import (
     build_failed,
     check_built,
@@ -40,8 +41,8 @@ from upvits.deploy.runtimes.onnxruntime_session import (
     library_version,
     load_errors,
     memory_ran_out,
+    missing_libraries,
     optimised_graph,
-    preload_cuda,
     reason,
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
@@ -89,7 +90,7 @@ class OnnxRuntime:
         return None if self.on_cpu else _missing_provider(self.provider)
 
     def missing_to_run(self) -> Missing | None:
-        return self.missing_to_build()
+        return self.missing_to_build() or (None if self.on_cpu else missing_to_run_on_gpu())
 
     def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         return no_targets(self, targets)
@@ -309,7 +310,8 @@ def _missing_provider(provider: str) -> Missing | None:
         return _another_package(provider)
     if (missing := missing_gpu()) is not None:
         return missing
-    preload_cuda()
+    if not plugin and (lacking := missing_libraries()) is not None:
+        return Missing(*lacking)
     if provider == providers.TENSORRT:
         library = library_folder() / "capi" / "libonnxruntime_providers_tensorrt.so"
         if (missing := providers.missing_tensorrt(library)) is not None:
@@ -327,8 +329,19 @@ def _missing_provider(provider: str) -> Missing | None:
     except MissingDependencyError as error:
         return Missing(error.why, error.fix)
     except load_errors() as error:
-        return Missing(f"The provider does not load: {reason(error)}", "Install the libraries that it asks for.")
+        return _of_driver(why := reason(error)) or Missing(
+            f"The provider does not load: {why}", "See `upvits-deploy doctor`."
+        )
     return None
+
+
+def _of_driver(why: str) -> Missing | None:
+    """What is missing when a message is about the driver or the GPU and not about a library; None for other ones."""
+    failure = re.search(r"(?:CUDA|CUDNN|CUBLAS) failure (\d+): ([^;]+?) ?;", why)
+    if failure is None:
+        return None
+    said = f"CUDA error {failure[1]}: {failure[2]}."
+    return Missing(f"The provider's libraries load, but the driver refuses. {said}", "See what `nvidia-smi` says.")
 
 
 def _another_package(provider: str) -> Missing:

@@ -5,11 +5,14 @@ The only file that imports onnxruntime.
 
 import functools
 import importlib
+import io
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,7 @@ import numpy as np
 from onnx import ModelProto
 
 from upvits.calib_data.errors import MissingDependencyError, UserError
+from upvits.deploy.machine.cuda_libraries import cuda_pieces, missing_cuda
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.machine.gpu import current_gpu, release_cached_memory
 from upvits.deploy.runtimes import onnxruntime_providers as providers
@@ -59,11 +63,11 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         self._session: Any = _create(model, options, provider, self._provider_options)
         if provider not in self._session.get_providers():
-            raise MissingDependencyError(
-                f"ONNX Runtime's {provider} does not work on this machine",
-                why=f"It fell back to {', '.join(self._session.get_providers())}.",
-                fix="Install the CUDA and cuDNN versions that this onnxruntime-gpu was built for, or run on the CPU.",
+            why, fix = missing_libraries() or (
+                f"It fell back to {', '.join(self._session.get_providers())}.",
+                "See `upvits-deploy doctor`, or run on the CPU.",
             )
+            raise MissingDependencyError(f"ONNX Runtime's {provider} does not work on this machine", why=why, fix=fix)
         self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
         on_gpu = provider != providers.CPU
@@ -202,12 +206,33 @@ def available_providers() -> tuple[str, ...]:
 
 
 def preload_cuda() -> None:
-    """Load the CUDA libraries that came with torch, where the library knows how (1.21 and later)."""
+    """Load the CUDA libraries that came with pip, where the library knows how (1.21 and later).
+
+    What it prints about those that are not there is told by `missing_libraries`, and concerns nobody without a GPU.
+    """
     onnxruntime = _library()
 
-    with _quiet_library():
+    with _quiet_library(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()
+
+
+def missing_libraries() -> tuple[str, str] | None:
+    """Why the CUDA libraries of the GPU providers do not load here, and what mends it; None when all do."""
+    preload_cuda()
+    return missing_cuda(_cuda_provider(), library_version())
+
+
+def cuda_state() -> dict[str, Any]:
+    """What `doctor` shows, as plain JSON values: the libraries that are needed, and what is wrong, if anything is."""
+    preload_cuda()
+    pieces = [asdict(piece) for piece in cuda_pieces(_cuda_provider())]
+    return {"pieces": pieces, "missing": missing_cuda(_cuda_provider(), library_version())}
+
+
+def _cuda_provider() -> Path:
+    return library_folder() / "capi" / "libonnxruntime_providers_cuda.so"
 
 
 def _session_options(threads: int) -> Any:

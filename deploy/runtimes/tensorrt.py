@@ -11,7 +11,7 @@ from typing import Any
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
-from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.cuda import missing_gpu, missing_to_run_on_gpu
 from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from upvits.deploy.runtimes.nvinfer import (
@@ -57,7 +57,7 @@ class TensorRt:
         return missing_gpu() or _unusable_version()
 
     def missing_to_run(self) -> Missing | None:
-        return self.missing_to_build()
+        return self.missing_to_build() or missing_to_run_on_gpu()
 
     def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         device = device_here()

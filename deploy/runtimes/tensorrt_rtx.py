@@ -10,7 +10,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.installation import install_line
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.machine.gpu import compute_capability
-from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.cuda import missing_to_run_on_gpu
 from upvits.deploy.runtimes.engine_folder import check_request, runnable_engine
 from upvits.deploy.runtimes.interface import DEFAULT_RUN, BuildOptions, Engine, Missing, RunOptions
 from upvits.deploy.runtimes.nvinfer import (
@@ -58,7 +58,7 @@ class TensorRtRtx:
 
     def missing_to_run(self) -> Missing | None:
         # Asked before the library is: on a machine without a driver it could only return an empty engine.
-        return self.missing_to_build() or missing_gpu()
+        return self.missing_to_build() or missing_to_run_on_gpu()
 
     def targets_for(self, precision: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         import tensorrt_rtx as trt

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from upvits.deploy.machine import gpu
-from upvits.deploy.runtimes.cuda import missing_gpu
+from upvits.deploy.runtimes.cuda import missing_gpu, missing_to_run_on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,16 @@ def test_an_older_driver_has_the_older_call(driver: Path, monkeypatch: pytest.Mo
     assert gpu.gpu_uuid() == "61616161-6161-6161-6161-616161616161"
     monkeypatch.setattr(gpu, "_driver", SimpleNamespace)
     assert gpu.gpu_uuid() is None
+
+
+def test_a_pytorch_that_sees_no_gpu_is_named(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_LIBRARY", str(driver))
+    for seen in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: seen)
+        missing = missing_to_run_on_gpu()
+        assert (missing is None) == seen
+    assert missing is not None
+    assert torch.__version__ in missing.why
 
 
 def test_nothing_imports_torch_to_know_the_gpu() -> None:

@@ -85,6 +85,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Opened, list[t
     monkeypatch.setattr(sessions, "current_gpu", lambda: 2)
     monkeypatch.setattr(onnxruntime_binding, "new_buffer", buffer)
     monkeypatch.setattr(onnxruntime_, "_missing_provider", lambda provider: None)
+    monkeypatch.setattr(onnxruntime_, "missing_to_run_on_gpu", lambda: None)
     return opened, bound
 
 
