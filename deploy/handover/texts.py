@@ -23,12 +23,12 @@ from upvits.deploy.report.verdict import AGAINST, comparisons, precision_remarks
 from upvits.deploy.runtimes.interface import Engine
 
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-_CPU = "CPUExecutionProvider"
-# By provider, the package that has it.
+_CPU, _TENSORRT = "CPUExecutionProvider", "TensorrtExecutionProvider"
+# By provider, the package that has it, with the extras that bring the CUDA libraries that it loads.
 _PROVIDERS = {
     _CPU: "onnxruntime",
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "CUDAExecutionProvider": "onnxruntime-gpu[cuda,cudnn]",
+    _TENSORRT: "onnxruntime-gpu[cuda,cudnn]",
 }
 _NOT_OPTIONS = ("provider", "intra_op_threads")  # settings of an engine that are no options of its provider
 _DOCUMENTS = ("README", "MODEL_CARD")
@@ -73,7 +73,7 @@ class _Example:
 
     name: str
     template: str
-    values: dict[str, str]
+    values: dict[str, str | bool]
     requires: tuple[str, ...]
 
     @property
@@ -161,7 +161,12 @@ def _examples(subject: Subject) -> list[_Example]:
     drafts = [_example(engine, file) for engine, file in subject.engines]
     examples = [example for example in drafts if example is not None]
     if not any(example.name == "onnxruntime" for example in examples):
-        provider = {"engine": "model/model.onnx", "provider": _CPU, "options": ""}
+        provider: dict[str, str | bool] = {
+            "engine": "model/model.onnx",
+            "provider": _CPU,
+            "on_gpu": False,
+            "tensorrt": False,
+        }
         needs = _pinned("onnxruntime", _version("onnxruntime") or _version("onnxruntime-gpu"))
         examples.insert(0, _Example("onnxruntime", "onnxruntime", provider, _with_basics(needs)))
     if subject.stock_timm:
@@ -179,8 +184,11 @@ def _example(engine: Engine, file: str) -> _Example | None:
         if provider not in _PROVIDERS:  # a plugin that has to be registered first: no script for that
             return None
         options = {key: str(value) for key, value in engine.settings.items() if key not in _NOT_OPTIONS}
-        values = {"engine": file, "provider": provider, "options": _python(options) if options else ""}
+        values: dict[str, str | bool] = {"engine": file, "provider": provider, "options": _python(options)}
+        values |= {"on_gpu": provider != _CPU, "tensorrt": provider == _TENSORRT}
         needs = _with_basics(_pinned(_PROVIDERS[provider], engine.library_version))
+        if provider == _TENSORRT:  # the version that compiled what is in the cache
+            needs = (*needs, _pinned("tensorrt", _version("tensorrt")))
         return _Example(name, "onnxruntime", values, needs)
     if engine.library == "openvino":
         needs = _with_basics(_pinned("openvino", _version("openvino") or engine.library_version.split("-")[0]))

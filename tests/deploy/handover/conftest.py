@@ -124,11 +124,17 @@ def make_run(parts: Path, tmp_path: Path) -> MakeRun:
         engines = [("onnxruntime", "fp32")]
         for runtime, precision, targets in others:
             cuda = {"provider": "CUDAExecutionProvider", "use_tf32": "0"}
-            ours = {"onnxruntime": {"provider": "CPUExecutionProvider"}, "onnxruntime-cuda": cuda}.get(runtime, {})
+            tensorrt = {"provider": "TensorrtExecutionProvider", "trt_fp16_enable": "0"}
+            ours = {
+                "onnxruntime": {"provider": "CPUExecutionProvider"},
+                "onnxruntime-cuda": cuda, "onnxruntime-tensorrt": tensorrt,
+            }.get(runtime, {})  # fmt: skip
+            library = "onnxruntime" if ours else runtime
             write = functools.partial(
-                save_engine, runtime_named(runtime), content=b"a plan", targets=targets,
-                file="model.onnx" if runtime == "onnxruntime" else "engine.plan",
-                options=BuildOptions(precision=precision), seconds=1.0, library=runtime.removesuffix("-cuda"),
+                save_engine, runtime_named(runtime),
+                content=onnx_path.read_bytes() if library != runtime else b"a plan", targets=targets,
+                file="model.onnx" if library == "onnxruntime" else "engine.plan",
+                options=BuildOptions(precision=precision), seconds=1.0, library=library,
                 library_version="1.2.3", onnx_path=onnx_path, settings=ours,
             )  # fmt: skip
             run_stage(run, f"5-engine/{runtime}-{precision}", {}, {}, lambda folder, w=write: w(folder / "pruned"))  # type: ignore[misc]
