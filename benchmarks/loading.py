@@ -25,7 +25,7 @@ from timm.data.loader import create_loader
 
 from benchmarks.record import RESULTS, document, write
 from upvits.calib_data import Preprocess, open_data
-from upvits.calib_data.loading import MIN_CROP_SCALE, TrainingBatches
+from upvits.calib_data.loading import Augmentation, TrainingBatches
 
 Epoch = Callable[[int], Iterable[Any]]
 
@@ -43,7 +43,7 @@ def of_timm(folder: Path, preprocess: Preprocess, batch_size: int, workers: int,
         batch_size,
         is_training=True,
         no_aug=False,
-        scale=(MIN_CROP_SCALE, 1.0),
+        scale=(Augmentation().min_crop, 1.0),
         color_jitter=0.0,
         interpolation=preprocess.interpolation,
         mean=preprocess.mean,

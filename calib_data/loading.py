@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,6 @@ Transform = Callable[[Image.Image], Tensor]
 Samples = list[tuple[Tensor, int]]
 Batches = Iterator[tuple[Tensor, Tensor]]
 
-MIN_CROP_SCALE = 0.5
-"""Smallest share of the picture in a training crop. ImageNet's 0.08 is for training from scratch, not fine-tuning."""
-
 NORMALISATIONS = {
     "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mean and deviation 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -36,6 +34,63 @@ NORMALISATIONS = {
 
 SIZES = (32, 64, 128, 224, 384)
 """Pixels of a side, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What is changed at random in a training picture, beside a horizontal flip.
+
+    Attributes:
+        min_crop: smallest share of the picture in a crop. ImageNet's 0.08 is for training from scratch.
+        auto_augment: a policy in timm's words, such as `rand-m9-mstd0.5-inc1` or `3a`; "none".
+        color_jitter: largest change of brightness, contrast and saturation. Policies other than `3a` have their own.
+        views: how often a picture comes in an epoch, each time changed in another way; one in so many pictures comes
+            then (repeated augmentation, arXiv 1902.05509).
+
+    Raises:
+        UserError: a value is out of range, or timm has no such policy.
+    """
+
+    min_crop: float = 0.5
+    auto_augment: str = "none"
+    color_jitter: float = 0.0
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_crop <= 1 or not 0 <= self.color_jitter <= 1 or self.views < 1:
+            raise UserError(
+                "Training images cannot be changed so: min_crop not in (0, 1], color_jitter not in [0, 1], or "
+                "repeated_augmentation below 1."
+            )
+        if self.color_jitter and self.auto_augment not in ("none", "3a"):
+            raise UserError(
+                f"color_jitter has no effect beside auto_augment {self.auto_augment}.",
+                why="That policy changes colours itself.",
+                fix='Set color_jitter = 0, or auto_augment = "3a" or "none".',
+            )
+        if self.auto_augment != "none":
+            _require_policy(self.auto_augment)
+
+
+def _require_policy(words: str) -> None:
+    """Refuse what timm does not read as a policy, or reads by leaving parts of it out."""
+    kind, *parts = words.split("-")
+    grammar = _POLICY_PARTS.get(kind)
+    if grammar is None or not all(re.fullmatch(grammar, part) for part in parts):
+        raise UserError(
+            f"auto_augment {words!r} is no policy of timm.",
+            why="It is rand, augmix, 3a, original, originalr, v0 or v0r, and parts like m9 or mstd0.5 after hyphens.",
+            fix="Use rand-m9-mstd0.5-inc1 (RandAugment), 3a (3-Augment), or none.",
+        )
+
+
+_NUMBER = r"\d+(\.\d+)?"
+_POLICY_PARTS = {
+    "rand": rf"(m|n|p|mstd|mmax){_NUMBER}|inc[01]",
+    "augmix": rf"(m|w|d|a|mstd){_NUMBER}|b[01]",
+    **dict.fromkeys(("3a", "original", "originalr", "v0", "v0r"), rf"mstd{_NUMBER}"),
+}
+"""By kind of policy, the parts that may follow it (timm.data.auto_augment)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +127,19 @@ class Preprocess:
             ),
         )
 
-    def train_transform(self) -> Transform:
-        """timm's random resized crop and horizontal flip: PIL image to uint8 [3, H, W], to be normalised in batches."""
+    def train_transform(self, augmentation: Augmentation) -> Transform:
+        """timm's random crop, flip and colours: PIL image to uint8 [3, H, W], to be normalised in batches."""
+        policy = augmentation.auto_augment
         return cast(
             Transform,
             create_transform(
                 self.input_size,
                 is_training=True,
-                scale=(MIN_CROP_SCALE, 1.0),
-                color_jitter=0.0,
+                scale=(augmentation.min_crop, 1.0),
+                color_jitter=augmentation.color_jitter,
+                auto_augment=None if policy == "none" else policy,
                 interpolation=self.interpolation,
+                mean=self.mean,  # fills what a policy moves into the picture
                 use_prefetcher=True,  # timm's word for it
             ),
         )
@@ -193,8 +251,8 @@ def batches(
 class _Order(Sampler[tuple[int, int]]):
     """The pictures of one process in the whole batches of an epoch: position, and seed of what is drawn for it."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, share: tuple[int, int]) -> None:
-        self._count, self._batch_size, self._seed, self._share = count, batch_size, seed, share
+    def __init__(self, count: int, batch_size: int, seed: int, share: tuple[int, int], views: int) -> None:
+        self._count, self._batch_size, self._seed, self._share, self._views = count, batch_size, seed, share, views
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
@@ -205,10 +263,14 @@ class _Order(Sampler[tuple[int, int]]):
         part = self._batch_size // processes
         own = stream(self._seed, self.epoch)
         order = torch.randperm(self._count, generator=torch.Generator().manual_seed(own))
+        order = order.repeat_interleave(self._views)[: self._count]
         for step in range(self.skip, self._count // self._batch_size):
             start = step * self._batch_size + rank * part
             for place, index in enumerate(order[start : start + part].tolist(), start):
                 yield index, stream(own, place)
+
+
+_CROPS = Augmentation()
 
 
 class TrainingBatches:
@@ -222,6 +284,7 @@ class TrainingBatches:
         dataset: the pictures.
         preprocess: how they are prepared.
         batch_size: pictures of a batch, over all processes.
+        augmentation: what is changed at random.
         seed: decides order and changes, with the number of the epoch.
         workers: processes that read.
         share: (rank, processes) of the process that asks. Of every batch it gets its part, B / processes pictures.
@@ -245,6 +308,7 @@ class TrainingBatches:
         preprocess: Preprocess,
         batch_size: int,
         *,
+        augmentation: Augmentation = _CROPS,
         seed: int = 0,
         workers: int = 0,
         share: tuple[int, int] = (0, 1),
@@ -252,9 +316,9 @@ class TrainingBatches:
     ) -> None:
         require_whole_batch(batch_size, len(dataset))
         self._preprocess, self._device = preprocess, device
-        self._order = _Order(len(dataset), batch_size, seed, share)
+        self._order = _Order(len(dataset), batch_size, seed, share, augmentation.views)
         self._loader = DataLoader(
-            _Changed(dataset, preprocess.train_transform()),
+            _Changed(dataset, preprocess.train_transform(augmentation)),
             batch_size=batch_size // share[1],
             sampler=self._order,
             num_workers=workers,

@@ -21,3 +21,9 @@ Planner = Literal["uniform", "global"]
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 """How images are resized, by timm's names."""
+
+Optimizer = Literal["adamw", "lamb", "sgd"]
+"""What changes the weights in training, by timm's names."""
+
+Amp = Literal["auto", "bf16", "fp16", "off"]
+"""Type of matrix products in training. `auto`: on CUDA bf16, or fp16 where the GPU lacks it; fp32 on the CPU."""

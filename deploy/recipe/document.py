@@ -19,7 +19,7 @@ from upvits.deploy.recipe.setting import BENCH, ENGINE, INPUT, PLAN, REQUIRED, R
 from upvits.deploy.recipe.validation import validated
 from upvits.deploy.recipe.values import Batch, GpuTarget, ImageSize, ModelArgs, Precisions, Speedup, TargetLatency
 from upvits.deploy.speed.target import Target
-from upvits.toolchain.choices import Component, Interpolation, Method
+from upvits.toolchain.choices import Amp, Component, Interpolation, Method, Optimizer
 
 Planner = Literal["uniform", "global", "latency"]
 CUTS = ("ratio", "target_macs", "target_params", "like", "target_latency", "speedup")
@@ -99,11 +99,19 @@ class CompensateRecipe(_Part):
 
 
 class DistillRecipe(_Part):
-    """Fine-tuning against the dense parent; what is None is resolved from the model and the data.
+    """Fine-tuning against the dense parent; what is None comes from `train_recipe`, or is resolved from the model and
+    the data. Settings without an option on the command line can stand in a file for `--train-recipe`.
 
     `finetuned` names weights of the pruned network that were trained elsewhere: nothing is then trained here.
     """
 
+    train_recipe: str | None = setting(
+        None,
+        "up (the paper's), modern, short, or a TOML file with settings of this table.",
+        "--train-recipe",
+        panel=TRAIN,
+        shown="short: what suits the data",
+    )
     finetuned: str | None = setting(
         None,
         "Weights of the pruned network, trained elsewhere: folder or file.",
@@ -124,6 +132,15 @@ class DistillRecipe(_Part):
     batch_size: int | None = setting(
         None, "Images per step.", "--batch-size", panel=TRAIN, shown="256; 32 below 20,000 images", ge=1
     )
+    accumulation: int | None = setting(
+        None,
+        "Passes per step, each with a part of the images.",
+        "--accumulation",
+        panel=TRAIN,
+        shown="1",
+        ge=1,
+    )
+    optimizer: Optimizer | None = setting(None, "What changes the weights, of timm.", shown="adamw")
     lr: float | None = setting(
         None,
         "Peak rate at batch 256.",
@@ -132,13 +149,32 @@ class DistillRecipe(_Part):
         shown="1e-3; 4e-3 below 20,000 images; on the demo 3e-3, or 12e-3 with --no-compensate",
         gt=0,
     )
-    weight_decay: float = setting(1e-3, "Of AdamW; none on biases, norms, tokens and position embedding.", ge=0)
+    layer_decay: float | None = setting(
+        None, "Factor of the rate from each layer to the one before it.", shown="1", gt=0, le=1
+    )
+    weight_decay: float | None = setting(
+        None, "None on biases, norms, tokens and position embedding.", shown="1e-3", ge=0
+    )
     warmup_epochs: float | None = setting(None, "Epochs of a rising rate.", shown="2; 0.3 on the demo", ge=0)
     cutmix: float | None = setting(
         None,
         "CutMix, shares from Beta(cutmix, cutmix); 0: none.",
         shown="0.5; 0 on the demo",
         ge=0,
+    )
+    mixup: float | None = setting(None, "Mixup, shares from Beta(mixup, mixup); 0: none.", shown="0", ge=0)
+    mix_prob: float | None = setting(None, "Share of the batches that are mixed.", shown="1", ge=0, le=1)
+    label_smoothing: float | None = setting(None, "Share of a label that goes to all classes.", shown="0", ge=0, lt=1)
+    min_crop: float | None = setting(None, "Smallest share of an image in a crop.", shown="0.5", gt=0, le=1)
+    auto_augment: str | None = setting(
+        None, "rand-m9-mstd0.5-inc1 (RandAugment), 3a (3-Augment), ... as timm says it, or none.", shown="none"
+    )
+    color_jitter: float | None = setting(None, "Largest change of colours.", shown="0", ge=0, le=1)
+    random_erasing: float | None = setting(
+        None, "Share of the images in which a box is replaced by noise.", shown="0", ge=0, le=1
+    )
+    repeated_augmentation: int | None = setting(
+        None, "Views of an image in an epoch, which has as many fewer images.", shown="1", ge=1
     )
     drop_path: float | None = setting(
         None,
@@ -147,8 +183,8 @@ class DistillRecipe(_Part):
         ge=0,
         lt=1,
     )
-    label_weight: float = setting(1.0, "Weight of the labels' loss.", ge=0)
-    logit_weight: float = setting(6.4, "Weight of the KL to the dense network's logits.", ge=0)
+    label_weight: float | None = setting(None, "Weight of the labels' loss.", shown="1", ge=0)
+    logit_weight: float | None = setting(None, "Weight of the KL to the dense network's logits.", shown="6.4", ge=0)
     feature_weight: float | None = setting(
         None,
         "Weight of feature distillation.",
@@ -157,6 +193,15 @@ class DistillRecipe(_Part):
         shown="20 for PVTv2 and networks without classes, else 0",
         ge=0,
     )
+    ema_decay: float | None = setting(
+        None, "Of the moving average of the weights, which is the result; 0: none.", shown="0.9999", ge=0, lt=1
+    )
+    clip_grad: float | None = setting(None, "Largest norm of all gradients together; 0: no limit.", shown="0", ge=0)
+    amp: Amp | None = setting(
+        None, "Precision of training.", "--amp", panel=TRAIN, shown="auto: bf16 or fp16 on GPUs, fp32 on the CPU"
+    )
+    compile: bool | None = setting(None, "Whether torch.compile makes the training faster.", shown="false")
+    channels_last: bool | None = setting(None, "Memory layout of images and convolutions.", shown="false")
     workers: int | None = setting(
         None, "Reading processes.", "--workers", panel=TRAIN, shown="0; on GPUs cores - 1, at most 8", ge=0, le=1_024
     )

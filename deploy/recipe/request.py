@@ -26,6 +26,7 @@ from upvits.deploy.recipe.detect_data import check_detection, open_detection_dat
 from upvits.deploy.recipe.document import CUTS, PREPROCESS, PlanRecipe, Recipe
 from upvits.deploy.recipe.engines import deployment_of, engines_of
 from upvits.deploy.recipe.evidence import settled
+from upvits.deploy.recipe.train_recipe import train_values
 from upvits.deploy.runtimes import Runtime, RuntimeChoice, resolve_runtimes
 from upvits.deploy.speed.deployment import Deployment
 from upvits.deploy.speed.table import tables_folder
@@ -41,6 +42,7 @@ from upvits.toolchain.processes.crew import crew
 from upvits.toolchain.processes.process import pick_device
 from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.distillation import require_shareable
+from upvits.toolchain.training.preparation import autocast_type
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 
 LATENCY = ("target_latency", "speedup")
@@ -130,7 +132,9 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         if crew().is_leader:
             read_weights(Path(recipe.distill.finetuned))  # says now what cannot be read
     elif recipe.distill.epochs:
-        require_shareable(recipe.distill.batch_size or 1, crew().size)
+        settings = distill_settings(recipe)
+        autocast_type(device, settings.amp)
+        require_shareable(settings.batch_size, crew().size, settings.accumulation)
         require_whole_batch(recipe.distill.batch_size or 1, len(source.train))
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
@@ -308,6 +312,8 @@ def filled_in(recipe: Recipe, model: nn.Module, source: DataSource, device: torc
     # on CPUs, reading processes would take the cores that train
     suited["workers"] = min(8, usable_cores() - 1) if device.type == "cuda" and not demo else 0
     missing = [name for name, value in recipe.distill if value is None and name in suited]
+    if missing:  # not where a run goes on, whose recipe holds them all
+        suited |= train_values(recipe.distill.train_recipe or "short", images)
     distill = recipe.distill.model_copy(update={name: suited[name] for name in missing})
     score = recipe.score.model_copy(
         update={"num_images": min(recipe.score.num_images or (256 if demo else 1024), images)}
@@ -378,4 +384,4 @@ def plan_arguments(plan: PlanRecipe, preprocess: Preprocess) -> dict[str, Any]:
 
 def distill_settings(recipe: Recipe) -> DistillSettings:
     """The distillation of a resolved recipe."""
-    return DistillSettings(**recipe.distill.model_dump(exclude={"finetuned"}), seed=recipe.seed)
+    return DistillSettings(**recipe.distill.model_dump(exclude={"finetuned", "train_recipe"}), seed=recipe.seed)

@@ -91,7 +91,7 @@ def test_all_generators_are_seeded_for_each_picture(monkeypatch: pytest.MonkeyPa
     def drawn(image: Image.Image) -> torch.Tensor:
         return torch.tensor([random.random(), float(np.random.random()), torch.rand(1).item()])
 
-    monkeypatch.setattr(Preprocess, "train_transform", lambda _: drawn)
+    monkeypatch.setattr(Preprocess, "train_transform", lambda *_: drawn)
     images = Images([0] * 12, lambda index: Image.new("RGB", (8, 8)))
     runs = [all_of(TrainingBatches(images, PREPROCESS, size).epoch(4))[0] for size in (4, 6)]
     assert torch.equal(*runs)

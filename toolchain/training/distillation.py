@@ -1,9 +1,9 @@
 """Fine-tuning of a pruned model against its dense parent: the UP-ViTs recipe (arXiv 2111.15127, section on
-fine-tuning) on timm's optimizer, schedule and moving average.
+fine-tuning) on timm's optimizer, schedule, mixing and moving average.
 
-Every image is mixed with another one by CutMix, teacher and student see the same mixed image, and
+Every image may be mixed with another one, teacher and student see the same mixed image, and
 
-    loss = label_weight * cross-entropy against both labels (by area)
+    loss = label_weight * cross-entropy against both labels (by their shares)
          + logit_weight * mean KL(teacher || student), temperature 1
          + feature_weight * mean squared error of the penultimate features
 
@@ -11,36 +11,33 @@ The paper adds 0.2 * *sum* of the KL over the 32 images of one GPU; 6.4 * mean i
 batch size. Without labels the first term is left out; without a head only the last one is there.
 """
 
-import copy
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from timm.layers import DropPath
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from upvits.calib_data import DataSource, Preprocess
 from upvits.calib_data.errors import UserError
-from upvits.calib_data.loading import TrainingBatches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.processes.crew import join_processes
 from upvits.toolchain.processes.process import pick_device, shared, sharing
 from upvits.toolchain.training.evaluate import Accuracy, evaluate_images, require_finite_weights
-from upvits.toolchain.training.objective import Fit, Learner, compare, cutmix, losses, outputs
+from upvits.toolchain.training.objective import (
+    losses,
+    mixed,
+)
+from upvits.toolchain.training.preparation import Run, prepare
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
     EpochLog,
-    TrainState,
     restore_state,
     save_state,
     seeded,
@@ -118,121 +115,14 @@ def distill(
         [weights_digest(student), weights_digest(teacher)],
     )
     with join_processes() as process, sharing(process):
-        require_shareable(settings.batch_size, process.world_size)
-        run = _prepare(student, teacher, data, preprocess, settings, pick_device(device))
+        require_shareable(settings.batch_size, process.world_size, settings.accumulation)
+        run = prepare(student, teacher, data, preprocess, settings, pick_device(device))
         _train(run, key, folder if process.is_main else None, quiet=quiet or not process.is_main)
     home = next(student.parameters()).device
     return DistillResult(run.state.ema.to(home).eval().requires_grad_(True), tuple(run.state.history))
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Everything that a training needs, fixed before its first step; `state` holds what changes."""
-
-    settings: DistillSettings
-    data: DataSource
-    batches: TrainingBatches
-    preprocess: Preprocess
-    device: torch.device
-    fit: Fit
-    teacher: nn.Module
-    module: nn.Module  # the learner, or the learner wrapped to average gradients over the processes
-    ema: ModelEmaV3
-    scheduler: CosineLRScheduler
-    steps_per_epoch: int
-    autocast: torch.dtype | None
-    state: TrainState
-
-
-def _prepare(
-    student: nn.Module,
-    teacher: nn.Module,
-    data: DataSource,
-    preprocess: Preprocess,
-    settings: DistillSettings,
-    device: torch.device,
-) -> _Run:
-    """Copies of both models on the device, checked against each other and the data, with their optimizer."""
-    student = copy.deepcopy(student).to(device).requires_grad_(True)
-    teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-    fit = compare(student, teacher, data, preprocess, settings.weights)
-    ema = ModelEmaV3(student, decay=settings.ema_decay, use_warmup=True)
-    if settings.drop_path is not None:
-        _set_drop_path(student, settings.drop_path)
-    with seeded(device, settings.seed):
-        narrow = fit.weights[2] > 0 and fit.student_width != fit.teacher_width
-        projection = nn.Linear(fit.student_width, fit.teacher_width) if narrow else nn.Identity()
-    learner = Learner(student, projection.to(device)).train()
-    optimizer = create_optimizer_v2(
-        learner, "adamw", settings.lr * settings.batch_size / 256, settings.weight_decay, fused=True
-    )
-    steps_per_epoch = len(data.train) // settings.batch_size
-    autocast = _autocast_type(device) if settings.amp else None
-    return _Run(
-        settings=settings,
-        data=data,
-        batches=TrainingBatches(
-            data.train,
-            preprocess,
-            settings.batch_size,
-            seed=settings.seed,
-            workers=settings.workers,
-            share=(shared().rank, shared().world_size),
-            device=device,
-        ),
-        preprocess=preprocess,
-        device=device,
-        fit=fit,
-        teacher=teacher,
-        module=learner,
-        ema=ema,
-        scheduler=_schedule(optimizer, settings, steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
-        autocast=autocast,
-        state=TrainState(
-            learner=learner,
-            ema=ema.module,
-            optimizer=optimizer,
-            scaler=torch.amp.GradScaler("cuda", enabled=autocast == torch.float16),
-            history=[],
-            sums=torch.zeros(4, device=device),
-        ),
-    )
-
-
-def _autocast_type(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU computes it (compute capability 8 and later), else float16; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
-def _set_drop_path(model: nn.Module, rate: float) -> None:
-    """Stochastic depth growing linearly from 0 at the first block to `rate` at the last, as timm's models have it."""
-    blocks = [block for block in model.modules() if hasattr(block, "drop_path1")]
-    for index, block in enumerate(blocks):
-        share = rate * index / max(len(blocks) - 1, 1)
-        block.drop_path1 = DropPath(share) if share > 0 else nn.Identity()
-        block.drop_path2 = DropPath(share) if share > 0 else nn.Identity()
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: DistillSettings, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from a hundredth of the peak, then half a cosine down to a hundredth; per step."""
-    steps = settings.epochs * steps_per_epoch
-    warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps // 2)
-    edge = settings.lr * settings.batch_size / 256 / 100
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(steps - warmup, 1),
-        lr_min=edge,
-        warmup_t=warmup,
-        warmup_lr_init=edge,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-
-def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
+def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
     """Epoch by epoch from where the checkpoint in `folder` stands; checkpoint first, then the log that it holds.
 
     Args:
@@ -247,7 +137,7 @@ def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
         # weights of the first one, so it comes after the checkpoint.
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
         unused = run.fit.weights[0] == run.fit.weights[1] == 0
-        run = replace(run, module=DistributedDataParallel(run.state.learner, find_unused_parameters=unused))
+        run = replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
     reference = _predictions_of_teacher(run)
 
     def save() -> None:
@@ -267,7 +157,7 @@ def _train(run: _Run, key: str, folder: Path | None, *, quiet: bool) -> None:
 
 
 def _train_epoch(
-    run: _Run, epoch: int, reference: Tensor | None, save: Callable[[], None], signals: list[int], *, quiet: bool
+    run: Run, epoch: int, reference: Tensor | None, save: Callable[[], None], signals: list[int], *, quiet: bool
 ) -> EpochLog:
     """What is left of a pass over the images, then the moving average on the validation images."""
     settings, state = run.settings, run.state
@@ -286,7 +176,7 @@ def _train_epoch(
     means = (sums[:3] / sums[3]).tolist()
     return EpochLog(
         epoch=epoch + 1,
-        lr=state.optimizer.param_groups[0]["lr"],
+        lr=max(group["lr"] for group in state.optimizer.param_groups),
         loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
         label_loss=means[0],
         logit_loss=means[1],
@@ -298,7 +188,7 @@ def _train_epoch(
     )
 
 
-def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[int], *, quiet: bool) -> None:
+def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[int], *, quiet: bool) -> None:
     """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
     saved = time.perf_counter()
@@ -309,7 +199,7 @@ def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[i
         run.scheduler.step_update(done)
         entropy = (settings.seed, epoch, state.step, process.rank)
         with seeded(run.device, *entropy):  # by step, so that a checkpoint needs no random states
-            parts = _train_step(run, images, labels, np.random.default_rng(entropy))
+            parts = _train_step(run, images, labels)
         run.ema.update(state.learner.model, done + 1)
         state.sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
         state.step += 1
@@ -322,27 +212,45 @@ def _take_steps(run: _Run, epoch: int, save: Callable[[], None], signals: list[i
             stop_if_asked(signals, f"in epoch {epoch + 1}, after step {state.step}")
 
 
-def _train_step(run: _Run, images: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
+def _train_step(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     """Mixes, compares, updates the weights; returns the losses [3], detached."""
-    device, state, fit = run.device, run.state, run.fit
-    images, share = cutmix(images, run.settings.cutmix, rng)
-    with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
-        with torch.no_grad():
-            answers = outputs(run.teacher, images)
-        predicted = run.module(images)
-    parts = losses(predicted, answers, labels, share, fit.weights)
-    loss = sum(weight * part for weight, part in zip(fit.weights, parts, strict=True))
+    state, passes = run.state, run.settings.accumulation
+    images, targets = mixed(run.mixing, images, labels)
+    images = run.erasing(images)
+    if run.settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
-    if run.settings.clip_grad is not None:
+    total = torch.zeros(3, device=run.device)
+    for number, (some, wanted) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True), 1):
+        with _gradients_apart(run.module, number < passes):
+            total += _backward(run, some, wanted)
+    if run.settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.learner.parameters(), run.settings.clip_grad)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    return total
+
+
+def _backward(run: Run, images: Tensor, targets: Tensor) -> Tensor:
+    """Adds the gradients of a part of the batch; returns its share of the losses [3], detached."""
+    with torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None):
+        with torch.no_grad():
+            answers = run.teacher(images)
+        predicted = run.module(images)
+    parts = losses(predicted, answers, targets, run.fit.weights) / run.settings.accumulation
+    loss = sum(weight * part for weight, part in zip(run.fit.weights, parts, strict=True))
+    run.state.scaler.scale(loss).backward()
     return parts.detach()
 
 
-def _validate(run: _Run, reference: Tensor | None) -> tuple[float | None, float | None]:
+def _gradients_apart(module: nn.Module, apart: bool) -> AbstractContextManager[None]:
+    """Processes average their gradients once in a step, in its last pass."""
+    context: AbstractContextManager[None] = nullcontext()
+    return module.no_sync() if apart and isinstance(module, DistributedDataParallel) else context
+
+
+def _validate(run: Run, reference: Tensor | None) -> tuple[float | None, float | None]:
     """Top-1 and agreement with the teacher (`reference`) of the moving average, in percent, over all processes."""
     accuracy = _evaluate(run, run.state.ema, reference)
     if accuracy is None:
@@ -350,7 +258,7 @@ def _validate(run: _Run, reference: Tensor | None) -> tuple[float | None, float 
     return (accuracy.top1, None) if reference is None else (None, accuracy.agreement)
 
 
-def _evaluate(run: _Run, model: nn.Module, reference: Tensor | None = None) -> Accuracy | None:
+def _evaluate(run: Run, model: nn.Module, reference: Tensor | None = None) -> Accuracy | None:
     """On the validation images; None where there are none or nothing to compare with."""
     if run.fit.headless or not len(run.data.val):
         return None
@@ -358,23 +266,25 @@ def _evaluate(run: _Run, model: nn.Module, reference: Tensor | None = None) -> A
     return evaluate_images(model, run.data.val, run.preprocess, size, reference=reference, workers=workers)
 
 
-def _predictions_of_teacher(run: _Run) -> Tensor | None:
+def _predictions_of_teacher(run: Run) -> Tensor | None:
     """What the teacher says about the validation images: the only measure where there are no labels."""
-    accuracy = None if run.fit.labelled else _evaluate(run, run.teacher)
+    accuracy = None if run.fit.labelled else _evaluate(run, run.dense)
     return None if accuracy is None else accuracy.predictions
 
 
-def require_shareable(batch_size: int, processes: int) -> None:
-    """Refuse a batch that several processes cannot share.
+def require_shareable(batch_size: int, processes: int, accumulation: int = 1) -> None:
+    """Refuse a batch that several processes, in several passes each, cannot share.
 
     Raises:
         UserError: their parts would differ in size.
     """
-    if batch_size % processes:
+    if batch_size % (processes * accumulation):
+        passes = f", in {accumulation} passes each" if accumulation > 1 else ""
         raise UserError(
-            f"A batch of {batch_size} images cannot be shared evenly by {processes} processes.",
+            f"A batch of {batch_size} images cannot be shared evenly by {processes} processes{passes}.",
             why="Every process takes the same number of images in a step.",
-            fix=f"Choose a multiple of {processes} as `batch_size`, or start another number of processes.",
+            fix=f"Choose a multiple of {processes * accumulation} as `batch_size`, or start another number of "
+            "processes.",
         )
 
 

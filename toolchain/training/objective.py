@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data.mixup import Mixup, mixup_target
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from upvits.calib_data import DataSource, Preprocess
 from upvits.calib_data.errors import UserError
+from upvits.toolchain.training.settings import DistillSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,7 @@ class Fit:
     weights: tuple[float, float, float]  # the settings' weights, 0 where there are no labels or no classes
     labelled: bool  # the labels mean the models' classes
     headless: bool
+    classes: int
     student_width: int
     teacher_width: int
 
@@ -44,32 +47,49 @@ class Learner(nn.Module):
         excluded = getattr(self.model, "no_weight_decay", set)
         return {f"model.{name}" for name in excluded()}
 
+    def layer_groups(self, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+        """Parameters by layer, each with the share of the rate that it gets (BEiT, arXiv 2106.08254)."""
+        excluded: set[str] = getattr(self.model, "no_weight_decay", set)()
+        groups = param_groups_layer_decay(self.model, weight_decay, excluded, layer_decay=layer_decay)
+        groups += param_groups_weight_decay(self.projection, weight_decay)
+        return [group for group in groups if group["params"]]
 
-def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-    """Pastes one box of the reversed batch into the batch; the image that keeps the larger part stays underneath.
 
-    timm's `Mixup` draws from NumPy's global state, takes even batches only and lets the smaller part stay: a training
-    that resumes exactly needs its own generator, and the paper keeps the larger part.
+class LargerPartStays(Mixup):  # type: ignore[misc]
+    """timm's Mixup and CutMix, but the image that keeps the larger part stays underneath (as in UP-ViTs)."""
+
+    def _params_per_batch(self) -> tuple[float, bool]:
+        share, use_cutmix = super()._params_per_batch()
+        return max(share, 1 - share), use_cutmix
+
+
+def mixing_of(settings: DistillSettings, num_classes: int) -> LargerPartStays:
+    """What mixes a batch, and turns its labels into targets."""
+    return LargerPartStays(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        prob=settings.mix_prob if settings.mixup or settings.cutmix else 0.0,
+        label_smoothing=settings.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def mixed(mixing: LargerPartStays, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix a batch with its reverse; draws from NumPy's global generator.
 
     Args:
-        images: [B, 3, H, W], left as they are.
+        mixing: of `mixing_of`.
+        images: [B, 3, H, W]; they are changed. timm mixes even numbers, so of an odd one the last stays as it is.
+        labels: [B]; -1 where there is none.
 
     Returns:
-        Mixed images [B, 3, H, W] and the share of each image's own pixels (exact, after clipping at the border).
+        Images [B, 3, H, W] and the probability of every class [B, classes].
     """
-    if alpha == 0:
-        return images, 1.0
-    share = rng.beta(alpha, alpha)
-    side = np.sqrt(1 - max(share, 1 - share))
-    height, width = images.shape[-2:]
-    half_y, half_x = int(height * side) // 2, int(width * side) // 2
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    rows = slice(max(y - half_y, 0), min(y + half_y, height))
-    columns = slice(max(x - half_x, 0), min(x + half_x, width))
-    mixed = images.clone()
-    mixed[:, :, rows, columns] = images.flip(0)[:, :, rows, columns]
-    area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return mixed, 1 - area / (height * width)
+    even = len(images) - len(images) % 2
+    labels = labels.clamp_min(0)
+    _, targets = mixing(images[:even], labels[:even])
+    rest = mixup_target(labels[even:], mixing.num_classes, smoothing=mixing.label_smoothing)
+    return images, torch.cat([targets, rest])
 
 
 def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,23 +102,20 @@ def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def losses(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor],
-    labels: Tensor,
-    share: float,
+    targets: Tensor,
     weights: tuple[float, float, float],
 ) -> Tensor:
     """Label, logit and feature loss [3], each a mean over the batch in float32, unweighted; weight 0 is not computed.
 
     Args:
         student, teacher: (logits, features) of the same mixed images.
-        labels: [B] of the unmixed images; the other label of a mixed image is that of the reversed batch.
-        share: the part of an image that shows its own label.
+        targets: the probability of every class [B, classes], see `mixed`.
     """
     (logits, features), (teacher_logits, teacher_features) = student, teacher
     none = torch.zeros((), device=features.device)
     label_loss = logit_loss = feature_loss = none
     if weights[0] > 0:
-        first_loss = F.cross_entropy(logits.float(), labels)
-        label_loss = share * first_loss + (1 - share) * F.cross_entropy(logits.float(), labels.flip(0))
+        label_loss = F.cross_entropy(logits.float(), targets)
     if weights[1] > 0:
         log_student, log_teacher = logits.float().log_softmax(1), teacher_logits.float().log_softmax(1)
         logit_loss = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
@@ -148,4 +165,4 @@ def compare(
             else "label_weight, logit_weight and feature_weight are 0.",
             fix="Set feature_weight (20 is a good start), or logit_weight where the models have a head.",
         )
-    return Fit(weights, labelled, headless, features.shape[1], teacher_features.shape[1])
+    return Fit(weights, labelled, headless, classes, features.shape[1], teacher_features.shape[1])

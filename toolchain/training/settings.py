@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from upvits.calib_data import DataSource
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.loading import Augmentation
+from upvits.toolchain.choices import Amp, Optimizer
 from upvits.toolchain.families import FAMILIES, family_of
 
 SMALL = 20_000
@@ -19,7 +22,7 @@ _WITHOUT_EFFECT = ("workers", "eval_every", "checkpoint_minutes")
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
-    """The paper's recipe; `epochs` is the dial.
+    """How a network is fine-tuned; `epochs` is the dial. The defaults are the paper's.
 
     Example:
         >>> import upvits
@@ -28,33 +31,46 @@ class DistillSettings:
     """
 
     epochs: int = 200
-    batch_size: int = 256  # global: several processes share it
+    batch_size: int = 256  # global: several processes, and the passes of `accumulation`, share it
+    accumulation: int = 1  # passes that make one step, each with a part of the batch: less memory
+    optimizer: Optimizer = "adamw"
     lr: float = 1e-3  # peak at a global batch of 256, scaled linearly with `batch_size`
+    layer_decay: float = 1.0  # factor of the rate from each layer to the one before it; 1: all alike
     weight_decay: float = 1e-3  # none on biases, norms, tokens and position embedding
     warmup_epochs: float = 2.0  # linear; at most half of the training
     drop_path: float | None = 0.1  # stochastic depth of the last block, growing linearly; None: what the model has
-    cutmix: float = 0.5  # lambda ~ Beta(cutmix, cutmix); 0: images are not mixed
+    cutmix: float = 0.5  # lambda ~ Beta(cutmix, cutmix); 0: none
+    mixup: float = 0.0  # lambda ~ Beta(mixup, mixup); 0: none; beside CutMix, each has half of the batches
+    mix_prob: float = 1.0  # share of the batches that are mixed
+    label_smoothing: float = 0.0
+    min_crop: float = 0.5  # smallest share of a picture in a crop; 0.08 is for training from scratch
+    auto_augment: str = "none"  # in timm's words: rand-m9-mstd0.5-inc1, 3a (3-Augment), augmix-m5, ...
+    color_jitter: float = 0.0  # largest change of brightness, contrast and saturation
+    random_erasing: float = 0.0  # share of the images in which a box is replaced by noise
+    repeated_augmentation: int = 1  # views of an image in an epoch, which then has fewer images
     label_weight: float = 1.0
     logit_weight: float = 6.4
     feature_weight: float = 0.0
-    ema_decay: float = 0.9999  # reached gradually, so that the average also follows a short training
-    clip_grad: float | None = None  # largest norm of all gradients together
-    amp: bool = True  # on CUDA: bfloat16, float16 where the GPU lacks it; the CPU computes in float32
+    ema_decay: float = 0.9999  # reached gradually, so that the average also follows a short training; 0: none
+    clip_grad: float = 0.0  # largest norm of all gradients together; 0: no limit
+    amp: Amp = "auto"  # auto: on CUDA bf16, fp16 where the GPU lacks it; the CPU computes in fp32
+    compile: bool = False  # by torch.compile
+    channels_last: bool = False  # memory layout of images and convolutions
     eval_every: int = 1  # epochs; the last one always is
     seed: int = 0
     workers: int = 0  # processes that read and augment images; does not change the result
     checkpoint_minutes: float = 10.0  # between checkpoints within an epoch; does not change the result
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.workers, self.checkpoint_minutes) < 0 or min(self.batch_size, self.eval_every) < 1:
-            raise UserError(
-                "Distillation needs epochs, workers and checkpoint_minutes >= 0, batch_size and eval_every >= 1."
-            )
-        rates = (self.weight_decay, self.warmup_epochs, self.cutmix, *self.weights)
-        if self.lr <= 0 or min(rates) < 0 or not 0 <= self.ema_decay < 1 or not 0 <= (self.drop_path or 0) < 1:
-            raise UserError(
-                "Distillation needs lr > 0, weights, rates and warm-up >= 0, ema_decay and drop_path in [0, 1)."
-            )
+        for wrong, words in _LIMITS:
+            if wrong(self):
+                raise UserError(f"These settings of a fine-tuning cannot be: {words}.", fix="Correct them.")
+        _ = self.augmentation  # checks its values
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is changed at random in a training image."""
+        return Augmentation(self.min_crop, self.auto_augment, self.color_jitter, self.repeated_augmentation)
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -65,6 +81,24 @@ class DistillSettings:
     def weights(self) -> tuple[float, float, float]:
         """Of the label, the logit and the feature loss."""
         return (self.label_weight, self.logit_weight, self.feature_weight)
+
+
+_LIMITS: tuple[tuple[Callable[[DistillSettings], bool], str], ...] = (
+    (lambda s: min(s.epochs, s.workers, s.checkpoint_minutes) < 0, "epochs, workers or checkpoint_minutes below 0"),
+    (lambda s: min(s.batch_size, s.eval_every, s.accumulation) < 1, "batch_size, eval_every or accumulation below 1"),
+    (lambda s: s.lr <= 0 or min(s.weight_decay, s.warmup_epochs, s.clip_grad) < 0, "lr of 0, or a rate below 0"),
+    (lambda s: min(s.cutmix, s.mixup, *s.weights) < 0, "cutmix, mixup or a weight below 0"),
+    (lambda s: not 0 <= s.ema_decay < 1 or not 0 <= (s.drop_path or 0) < 1, "ema_decay or drop_path not in [0, 1)"),
+    (lambda s: not 0 <= s.label_smoothing < 1, "label_smoothing not in [0, 1)"),
+    (lambda s: not (0 <= s.mix_prob <= 1 and 0 <= s.random_erasing <= 1), "mix_prob or random_erasing not in [0, 1]"),
+    (lambda s: not 0 < s.layer_decay <= 1, "layer_decay not in (0, 1]"),
+    (lambda s: s.batch_size % s.accumulation != 0, "a batch_size that is no multiple of accumulation"),
+    (
+        lambda s: s.label_smoothing > 0 and s.label_weight == 0,
+        "label_smoothing without label_weight",
+    ),
+)
+"""What is wrong, and how it is said."""
 
 
 def settings_for(model: nn.Module, data: DataSource, *, compensated: bool = True) -> DistillSettings:

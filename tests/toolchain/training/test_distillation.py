@@ -30,10 +30,12 @@ from upvits.calib_data.loading import TrainingBatches
 from upvits.toolchain.processes.process import Process
 from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
-from upvits.toolchain.training.objective import cutmix, losses
+from upvits.toolchain.training.objective import losses, mixed, mixing_of
 from upvits.toolchain.training.settings import DistillSettings
 
 distill_module: Any = importlib.import_module("upvits.toolchain.training.distillation")
+objective: Any = importlib.import_module("upvits.toolchain.training.objective")
+preparation: Any = importlib.import_module("upvits.toolchain.training.preparation")
 
 SHORT = DistillSettings(epochs=3, batch_size=32, lr=8e-3, warmup_epochs=1, drop_path=0.2)
 
@@ -75,9 +77,11 @@ def test_losses_are_the_papers() -> None:
         logit_loss += sum(p[c] * math.log(p[c] / q[c]) for c in range(5))
     student = (torch.tensor(z), torch.tensor(f))
     teacher = (torch.tensor(t), torch.tensor(g))
-    parts = losses(student, teacher, torch.tensor(labels), share, (1.0, 6.4, 20.0)).tolist()
+    one = torch.eye(5)[labels]
+    targets = share * one + (1 - share) * one.flip(0)
+    parts = losses(student, teacher, targets, (1.0, 6.4, 20.0)).tolist()
     assert parts == pytest.approx([label_loss / 3, logit_loss / 3, ((f - g) ** 2).mean()], rel=1e-5)
-    assert losses(student, teacher, torch.tensor([-1, -1, -1]), share, (0.0, 6.4, 0.0)).tolist() == pytest.approx(
+    assert losses(student, teacher, targets, (0.0, 6.4, 0.0)).tolist() == pytest.approx(
         [0, logit_loss / 3, 0], rel=1e-5
     )
 
@@ -97,48 +101,61 @@ def test_weighted_sum_and_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [4, 5])
-def test_cutmix_shares_are_exact(batch: int) -> None:
-    images = torch.arange(batch).float().reshape(-1, 1, 1, 1).expand(-1, 3, 13, 10).contiguous()
-    before = images.clone()
-    shares = []
-    rng = np.random.default_rng(0)
+def test_cutmix_shares_are_exact_and_the_larger_part_stays(batch: int) -> None:
+    before = torch.arange(batch).float().reshape(-1, 1, 1, 1).expand(-1, 3, 13, 10).contiguous()
+    mixing = mixing_of(DistillSettings(cutmix=0.5), batch)
+    labels, shares = torch.arange(batch), []
+    np.random.seed(0)
     for _ in range(300):
-        mixed, share = cutmix(images, 0.5, rng)
-        own = (mixed == images).float().mean(dim=(1, 2, 3))
-        partner = (mixed == images.flip(0)).float().mean(dim=(1, 2, 3))
-        assert own[0].item() == pytest.approx(share)
-        assert partner[0].item() == pytest.approx(1 - share)
-        shares.append(share)
-    assert torch.equal(images, before)
-    assert min(shares) >= 0.5  # the larger part stays
+        images, targets = mixed(mixing, before.clone(), labels)
+        for place in range(batch):
+            seen = torch.stack([(images[place] == label).float().mean() for label in range(batch)])
+            assert targets[place].tolist() == pytest.approx(seen.tolist(), abs=1e-6)
+        shares.append(float(targets[0, 0]))
+    assert min(shares) >= 0.5
     assert max(shares) > 0.95
     assert min(shares) < 0.7
-    assert cutmix(images, 0.0, rng)[1] == 1.0
-    assert torch.equal(cutmix(images, 0.0, rng)[0], images)
+
+
+def test_without_mixing_images_stay_and_targets_are_the_smoothed_labels() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([1, 0, -1, 2])
+    mixing = mixing_of(DistillSettings(cutmix=0, label_smoothing=0.3), 3)
+    same, targets = mixed(mixing, images.clone(), labels)
+    assert torch.equal(same, images)
+    assert targets[0].tolist() == pytest.approx([0.1, 0.8, 0.1])
+
+
+def test_mixup_blends_both_images_and_labels() -> None:
+    before = torch.arange(4).float().reshape(-1, 1, 1, 1).expand(-1, 3, 6, 6).contiguous()
+    np.random.seed(1)
+    images, targets = mixed(mixing_of(DistillSettings(cutmix=0, mixup=0.8), 4), before.clone(), torch.arange(4))
+    assert images.mean(dim=(1, 2, 3)).tolist() == pytest.approx((targets @ torch.arange(4.0)).tolist(), abs=1e-5)
+    assert 0 < targets[0, 3] <= 0.5
 
 
 def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, Tensor]] = []
-    original = distill_module.outputs
+    original = objective.outputs
 
     def spy(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         seen.append((model.training, images))
         result: tuple[Tensor, Tensor] = original(model, images)
         return result
 
-    monkeypatch.setattr(distill_module, "outputs", spy)
-    monkeypatch.setattr("upvits.toolchain.training.objective.outputs", spy)
-    mixed: list[Tensor] = []
+    monkeypatch.setattr(objective, "outputs", spy)
+    batches: list[Tensor] = []
 
-    def mix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-        mixed.append(cutmix(images, alpha, rng)[0])
-        return mixed[-1], 0.5
+    def mix(*args: Any) -> tuple[Tensor, Tensor]:
+        images, targets = mixed(*args)
+        batches.append(images)
+        return images, targets
 
-    monkeypatch.setattr(distill_module, "cutmix", mix)
+    monkeypatch.setattr(distill_module, "mixed", mix)
     train(None, replace(SHORT, epochs=1), source(32))
     (teacher_training, first), (student_training, second) = seen[-2:]
     assert (teacher_training, student_training) == (False, True)
-    assert first is second is mixed[0]
+    assert torch.equal(first, batches[0])
+    assert torch.equal(second, batches[0])
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------
@@ -146,7 +163,7 @@ def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -
 
 def prepare(settings: DistillSettings, **model_options: Any) -> Any:
     student = tiny_vit(1, **model_options)
-    return distill_module._prepare(student, tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
+    return preparation.prepare(student, tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
 
 
 def test_no_decay_on_biases_norms_tokens_and_position() -> None:
@@ -211,13 +228,13 @@ def test_damaged_student_recovers_and_the_average_is_returned(teacher: nn.Module
 
 def test_returned_weights_are_the_moving_average(monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory: list[dict[str, Tensor]] = []
-    update = distill_module.ModelEmaV3.update
+    update = preparation.ModelEmaV3.update
 
     def spy(self: Any, model: nn.Module, step: int) -> None:
         trajectory.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         update(self, model, step)
 
-    monkeypatch.setattr(distill_module.ModelEmaV3, "update", spy)
+    monkeypatch.setattr(preparation.ModelEmaV3, "update", spy)
     result = train(None, SHORT, source())
     assert len(trajectory) == 9
     average = trajectory[0]
@@ -329,7 +346,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_settings_and_folder_that_make_no_sense(tmp_path: Path) -> None:
     for mistake in ({"epochs": -1}, {"lr": 0.0}, {"logit_weight": -1.0}, {"ema_decay": 1.0}, {"batch_size": 0}):
-        with pytest.raises(UserError, match="Distillation needs"):
+        with pytest.raises(UserError, match="cannot be"):
             DistillSettings(**mistake)
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="Cannot write"):
@@ -343,12 +360,12 @@ def test_settings_and_folder_that_make_no_sense(tmp_path: Path) -> None:
 def test_divergence_keeps_the_last_checkpoint_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
-    def overflow(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-        mixed, share = cutmix(images, alpha, rng)
-        return (mixed * float("inf") if next(calls) == 4 else mixed), share  # epoch 2, step 2 of 3
+    def overflow(*args: Any) -> tuple[Tensor, Tensor]:
+        images, targets = mixed(*args)
+        return (images * float("inf") if next(calls) == 4 else images), targets  # epoch 2, step 2 of 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill_module, "cutmix", overflow)
+        patch.setattr(distill_module, "mixed", overflow)
         with pytest.raises(UserError, match=r"diverged.*epoch 2, by step 2") as caught:
             train(tmp_path, SHORT, source())
     assert "lr" in caught.value.fix

@@ -27,7 +27,7 @@ COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (150, 150, 30))
 class Plain(Preprocess):
     """Trains on the images as they are."""
 
-    def train_transform(self) -> Callable[[Image.Image], torch.Tensor]:
+    def train_transform(self, _: object) -> Callable[[Image.Image], torch.Tensor]:
         return self.eval_transform()
 
 
