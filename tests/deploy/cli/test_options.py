@@ -29,9 +29,12 @@ RECIPE_ONLY = {
         "how carefully is measured: it costs time and hardly changes a result",
     ),
     **dict.fromkeys(
-        ("distill.weight_decay", "distill.warmup_epochs", "distill.cutmix", "distill.drop_path",
-         "distill.label_weight", "distill.logit_weight"),
-        "the paper's training; its dials are epochs, rate and batch size",
+        ("distill.optimizer", "distill.layer_decay", "distill.weight_decay", "distill.warmup_epochs", "distill.cutmix",
+         "distill.mixup", "distill.mix_prob", "distill.label_smoothing", "distill.min_crop", "distill.auto_augment",
+         "distill.color_jitter", "distill.random_erasing", "distill.repeated_augmentation", "distill.drop_path",
+         "distill.label_weight", "distill.logit_weight", "distill.ema_decay", "distill.clip_grad", "distill.compile",
+         "distill.channels_last"),
+        "a file for --train-recipe has them; its dials are epochs, rate and batch size",
     ),
     **dict.fromkeys(
         tuple(f"detect.{name}" for name in DetectRecipe.model_fields if name != "coco"),
