@@ -87,12 +87,12 @@ def open_image(file: Path | bytes | IO[bytes]) -> Iterator[Image.Image]:
 def _opened(stream: IO[bytes]) -> Image.Image:
     """Pillow's own way, and for very large pictures the same without its limit: `_sized` has another one."""
     try:
-        return Image.open(stream, formats=_formats())
+        return Image.open(stream, formats=readable_formats())
     except Image.DecompressionBombError:
         stream.seek(0)
         start = stream.read(16)
         stream.seek(0)
-        for name in _formats():
+        for name in readable_formats():
             factory, accept = Image.OPEN[name]
             if accept is None or accept(start) is True:
                 return factory(stream, "")
@@ -109,7 +109,7 @@ def read_picture(path: Path) -> bytes:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     """The known formats that this Pillow reads: AVIF came with 11.3, HEIF comes with the package pillow-heif."""
     Image.init()
     with suppress(ImportError):
@@ -214,7 +214,7 @@ def advice_on_formats(names: Iterable[str]) -> str:
     'Convert the 2 files .jxl to PNG or JPEG: they are not read. '
     """
     counts = Counter(Path(name).suffix.lower() for name in names)
-    here = _formats()
+    here = readable_formats()
     lacking = {".avif": "AVIF" not in here} | dict.fromkeys((".heic", ".heif", ".hif"), "HEIF" not in here)
     advice = ""
     for suffix, count in sorted(counts.items()):

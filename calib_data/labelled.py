@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Hashable, Sequence
+import time
+from array import array
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -17,9 +20,11 @@ from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, advice_on_formats, depth_in, load_rgb, read_picture
 from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import UserError
-from upvits.calib_data.progress import watched
+from upvits.calib_data.progress import progress_bar
+from upvits.calib_data.remembered import Seen, mark_of, recall, remember
 
 T = TypeVar("T", bound=Hashable)
+R = TypeVar("R")
 
 MAX_UNREADABLE_SHARE = 0.01
 VAL_SHARE = 0.2
@@ -27,13 +32,27 @@ VAL_SHARE = 0.2
 FULL_CHECK_LIMIT = 20_000
 """Up to this many files are all decoded and hashed when a folder is opened; of more, an even sample of this size."""
 
+_AT_ONCE = 64
+"""Files that a thread looks at before it takes the next ones."""
 
-@dataclass(frozen=True, slots=True)
-class File:
+
+class File(NamedTuple):
     """A picture; `class_name` None: it has no label."""
 
-    path: Path
+    path: str
     class_name: str | None
+
+
+class _Paths:
+    """Many paths without an object for each: touching objects makes every worker copy the memory that they lie in."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = array("q", accumulate(map(len, encoded), initial=0))
+        self._text = b"".join(encoded)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +70,39 @@ class Splits:
     notes: tuple[str, ...] = ()
 
 
-def open_files(spec: str, root: Path, splits: Splits, known: Collection[str], *, quiet: bool) -> DataSource:
+def open_files(
+    spec: str, root: Path, splits: Splits, known: Collection[str], *, quiet: bool, recheck: bool = False
+) -> DataSource:
     """The data set of these files.
 
     Args:
         root: folder that the files lie below.
         known: names of the network's classes or of a class map; where they cover all classes, the splits may have
             different ones.
+        recheck: nothing that is remembered of the files is believed.
 
     Raises:
         UserError: many files, or all of a class, are unreadable; the classes of the splits differ; there is only one.
     """
     train, val = splits.train, splits.val
     files = [*train, *val]
-    unreadable, hashes, depth = _check(files, quiet=quiet)
-    skipped = tuple(str(file.path) for file in unreadable)
+    paths = [file.path for file in files]
+    sizes = dict(zip(paths, _in_threads(_size_of, paths, "looking for images", quiet=quiet), strict=True))
+    found = _found_out(spec, root, paths, quiet=quiet, recheck=recheck)
+    bad = {path for seen in (sizes, found) for path, known in seen.items() if known is None}
+    skipped = tuple(path for path in paths if path in bad)
+    hashes = {path: seen.sha256 for path, seen in found.items() if seen is not None}
+    depth = deepest(seen.depth for seen in found.values() if seen is not None)
     refuse_many_unreadable(skipped, len(files), root)
-    bad = set(unreadable)
     for split in (train, val):
-        refuse_lost_classes([file.class_name for file in split], [f.class_name for f in split if f not in bad], skipped)
-    train, val = ([file for file in split if file not in bad] for split in (train, val))
+        refuse_lost_classes(
+            [file.class_name for file in split], [f.class_name for f in split if f.path not in bad], skipped
+        )
+    train, val = ([file for file in split if file.path not in bad] for split in (train, val))
     class_names = _class_names(train, val, root, known)
     if not val:
         train, val = split_by_hash(
-            train, [file.class_name for file in train], [_relative(file, root) for file in train]
+            train, [file.class_name for file in train], [_relative(file.path, root) for file in train]
         )
     label_of = {name: label for label, name in enumerate(class_names or ())}
     return DataSource(
@@ -82,7 +110,7 @@ def open_files(spec: str, root: Path, splits: Splits, known: Collection[str], *,
         class_names=class_names,
         train=_images(train, label_of, depth),
         val=_images(val, label_of, depth),
-        digest=_digest(train, val, root, hashes, depth),
+        digest=_digest(train, val, root, sizes, hashes, depth),
         skipped=skipped,
         numbered_by_name=not splits.numbered,
         notes=(*splits.notes, *depth_notes(depth, len(hashes))),
@@ -90,14 +118,14 @@ def open_files(spec: str, root: Path, splits: Splits, known: Collection[str], *,
 
 
 def _images(files: list[File], label_of: dict[str, int], depth: Depth) -> Images:
-    paths = [file.path for file in files]
+    paths = _Paths(file.path for file in files)
     labels = [UNLABELLED if file.class_name is None else label_of[file.class_name] for file in files]
 
     def read(index: int) -> Image.Image:
         try:
-            return load_rgb(paths[index], depth)
+            return load_rgb(Path(paths[index]), depth)
         except UserError as error:
-            if paths[index].exists():
+            if os.path.exists(paths[index]):
                 raise
             raise UserError(
                 f"The image {paths[index]} is gone.",
@@ -147,26 +175,46 @@ def shortened(names: Collection[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check(files: list[File], *, quiet: bool) -> tuple[list[File], dict[Path, str], Depth]:
-    """Decodes and hashes the files (an even sample of very many). Returns the unreadable ones, hashes by path, and the
-    range of those with more than 8 bits."""
-    step = max(1, -(-len(files) // FULL_CHECK_LIMIT))
+def _found_out(spec: str, root: Path, paths: Sequence[str], *, quiet: bool, recheck: bool) -> dict[str, Seen | None]:
+    """What is in the files, by path; of very many, in an even sample. None: the file cannot be read."""
+    paths = paths[:: max(1, -(-len(paths) // FULL_CHECK_LIMIT))]
+    opened_ns = time.time_ns()
+    marks = {_relative(path, root): mark for path in paths if (mark := mark_of(path)) is not None}
+    known = {} if recheck else recall(spec, root, marks)
+    left = [path for path in dict.fromkeys(paths) if _relative(path, root) not in known]
+    if left:
+        looked_at = _in_threads(_look, left, "checking images", quiet=quiet)
+        known |= {_relative(path, root): seen for path, seen in zip(left, looked_at, strict=True)}
+        remember(spec, root, marks, known, opened_ns)
+    return {path: known[_relative(path, root)] for path in paths}
 
-    def inspect(file: File) -> tuple[str, Depth] | None:
-        try:
-            data = read_picture(file.path)
-        except UserError:  # a pipe, a device, a dead link
-            return None
-        depth = depth_in(data)
-        return None if depth is None else (hashlib.sha256(data).hexdigest(), depth)
 
-    sample = files[::step]
-    # Pillow decodes outside the interpreter lock, so threads do.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = list(watched(pool.map(inspect, sample), "checking images", quiet=quiet, total=len(sample)))
-    unreadable = [file for file, seen in zip(sample, found, strict=True) if seen is None]
-    hashes = {file.path: seen[0] for file, seen in zip(sample, found, strict=True) if seen is not None}
-    return unreadable, hashes, deepest(seen[1] for seen in found if seen is not None)
+def _size_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _look(path: str) -> Seen | None:
+    try:
+        data = read_picture(Path(path))
+    except UserError:  # a pipe, a device
+        return None
+    depth = depth_in(data)
+    return None if depth is None else Seen(hashlib.sha256(data).hexdigest(), depth)
+
+
+def _in_threads(look: Callable[[str], R], paths: Sequence[str], title: str, *, quiet: bool) -> list[R]:
+    """What `look` says of each file. Pillow decodes, and the system waits for disks, outside the interpreter's lock."""
+    parts = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
+    found: list[R] = []
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, progress_bar(quiet=quiet) as progress:
+        task = progress.add_task(title, total=len(paths))
+        for part in pool.map(lambda part: [look(path) for path in part], parts):
+            found += part
+            progress.advance(task, len(part))
+    return found
 
 
 def refuse_many_unreadable(skipped: Sequence[str], total: int, root: Path) -> None:
@@ -211,16 +259,23 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
-def _relative(file: File, root: Path) -> str:
-    return file.path.relative_to(root).as_posix()
+def _relative(path: str, root: Path) -> str:
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
-def _digest(train: list[File], val: list[File], root: Path, hashes: dict[Path, str], depth: Depth) -> str:
+def _digest(
+    train: list[File],
+    val: list[File],
+    root: Path,
+    sizes: Mapping[str, int | None],
+    hashes: Mapping[str, str],
+    depth: Depth,
+) -> str:
     """sha256 over split, relative path, class, size and (where it was read) content of every file, and the range."""
     digest = hashlib.sha256(b"" if depth == Depth() else repr(depth).encode())
     for split, files in (("train", train), ("val", val)):
         for file in files:
-            size = file.path.stat().st_size
-            line = (split, _relative(file, root), str(file.class_name), str(size), hashes.get(file.path, ""))
+            size, sha256 = str(sizes[file.path]), hashes.get(file.path, "")
+            line = (split, _relative(file.path, root), str(file.class_name), size, sha256)
             digest.update("\0".join(line).encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()

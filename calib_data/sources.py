@@ -39,6 +39,7 @@ def open_data(
     image_key: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    recheck: bool = False,
     quiet: bool = True,
 ) -> DataSource:
     """Opens the image set that `spec` names.
@@ -56,6 +57,8 @@ def open_data(
         image_key: which picture of a sample in shards, where several have one suffix: "jpg", "mask.png".
         image_column: column of a table, or of a data set of Hugging Face, that holds images.
         label_column: column, or entry of the JSON in shards, that is the label; "none": there are no labels.
+        recheck: every image of a folder or a table is looked at again, also those that were seen before and have kept
+            size, times and inode (`calib_data/remembered.py`).
         quiet: no progress bar while the images are checked.
 
     Raises:
@@ -74,21 +77,23 @@ def open_data(
     place = None if class_map is None else user_path(class_map)
     known = class_names or () if place is None else tuple(read_class_map(place))
     columns = Columns(image_column, label_column)
-    source = _open(spec, known, image_key, columns, quiet=quiet)
+    source = _open(spec, known, image_key, columns, recheck=recheck, quiet=quiet)
     if place is not None:
         return with_class_map(source, place)
     source = with_names(source, class_names)
     return source if class_order is None else with_order(source, class_order)
 
 
-def _open(spec: str, known: Sequence[str], image_key: str | None, columns: Columns, *, quiet: bool) -> DataSource:
+def _open(
+    spec: str, known: Sequence[str], image_key: str | None, columns: Columns, *, recheck: bool, quiet: bool
+) -> DataSource:
     if spec == "demo":
         return demo_source()
     form, place = _parse(spec)
     if form == "imagefolder":
-        return open_folder(spec, user_path(place), known=known, quiet=quiet)
+        return open_folder(spec, user_path(place), known=known, quiet=quiet, recheck=recheck)
     if form == "csv":
-        return open_table(spec, user_path(place), columns, known=known, quiet=quiet)
+        return open_table(spec, user_path(place), columns, known=known, quiet=quiet, recheck=recheck)
     if form == "wds":
         return open_shards(spec, user_path(place), image_key=image_key, label_column=columns.label, quiet=quiet)
     if form == "hfds":

@@ -45,7 +45,15 @@ class _Lines(RootModel[list[dict[str, object]]]):
     root: Annotated[list[dict[str, object]], FailFast()]  # within the brackets above, it has to be hashable
 
 
-def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[str] = (), quiet: bool) -> DataSource:
+def open_table(
+    spec: str,
+    place: Path,
+    columns: Columns,
+    *,
+    known: Collection[str] = (),
+    quiet: bool = True,
+    recheck: bool = False,
+) -> DataSource:
     """Opens a table of files and labels, or a folder with one for training and perhaps one for validation.
 
     Paths are relative to the folder of the table, or to the one folder in it where the files lie; absolute ones are
@@ -53,6 +61,7 @@ def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[st
 
     Args:
         known: names of the network's classes or of a class map, see `open_files`.
+        recheck: likewise.
 
     Raises:
         UserError: there is no such table; columns, files or labels are missing; files lie outside of its folder.
@@ -77,7 +86,8 @@ def open_table(spec: str, place: Path, columns: Columns, *, known: Collection[st
         raise UserError(f"Some rows of {train} have no label.", fix="Label all or none.")
     names = {name for name in labels if name is not None}
     numbered = all(is_number(name) for name in names) and {int(name) for name in names} == set(range(len(names)))
-    return open_files(spec, root, Splits(*splits, numbered=numbered, notes=notes), known, quiet=quiet)
+    both = Splits(*splits, numbered=numbered, notes=notes)
+    return open_files(spec, root, both, known, quiet=quiet, recheck=recheck)
 
 
 def _by_split_column(files: list[tuple[str, File]]) -> tuple[list[File], list[File]]:
@@ -113,7 +123,7 @@ def _files(path: Path, columns: Columns) -> list[tuple[str, File]]:
     for row, place in zip(rows, places, strict=True):
         value = None if label is None else row.get(label)
         name = None if value in (None, "") else label_text(_plain(value), f"{path}: {label} of {place.name}")
-        files.append((str(row.get(split, "")).strip().lower() if split else "", File(place, name)))
+        files.append((str(row.get(split, "")).strip().lower() if split else "", File(str(place), name)))
     return files
 
 

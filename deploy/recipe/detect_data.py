@@ -6,10 +6,10 @@ import importlib.util
 
 import torch
 
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.scenes import demo_scenes
 from upvits.deploy.recipe.detect import DetectRecipe, places_of
-from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.disk import disk_errors
 from upvits.detection import openmm
 from upvits.detection.coco import CocoData, open_coco

@@ -290,11 +290,12 @@ class Recipe(_Part):
         None, "Which picture of a sample in shards, e.g. jpg.", "--image-key", shown="the only one"
     )
     image_column: str | None = setting(
-        None, "Column of a table that holds images.", "--image-column", shown="by name or type"
+        None, "Column of a table, or of hfds:, that holds images.", "--image-column", shown="by name or type"
     )
     label_column: str | None = setting(
         None, "Column, or entry of JSON, that holds labels; none: no labels.", "--label-column", shown="by name or type"
     )
+    recheck: bool = setting(False, "Look at every image again, also those that have not changed.", "--recheck")
     image_size: ImageSize | None = setting(
         None, "Side in pixels, or HxW.", "--image-size", shown="as the weights say", panel=INPUT
     )

@@ -127,7 +127,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
     check_forward(dense, source, preprocess)
     recipe, source, dense, found = settled(recipe, source, dense.to(device), _dense_network, quiet=quiet)
     preprocess = toolchain.preprocess_of(dense)
-    recipe = filled_in(recipe, dense, source, device)
+    recipe = filled_in(recipe, dense, source, device).model_copy(update={"recheck": False})  # it was done
     if recipe.distill.finetuned is not None:
         if crew().is_leader:
             read_weights(Path(recipe.distill.finetuned))  # says now what cannot be read
@@ -276,6 +276,7 @@ def _data(recipe: Recipe, dense: nn.Module | None, *, quiet: bool) -> tuple[Data
         image_key=recipe.image_key,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
+        recheck=recipe.recheck,
         quiet=quiet,
     )
     source = read(recipe.data, class_map=recipe.class_map, class_order=recipe.class_order, class_names=names)

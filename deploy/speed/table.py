@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from upvits.calib_data import Preprocess
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.documents import Name, Number, Text, read_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.progress import watched
 from upvits.deploy.speed.chains import Part, Stage, chain, grid, stages_of, without_blocks
 from upvits.deploy.speed.deployment import Baseline, Deployment, opened, shares, stream_preprocess, with_random_weights
 from upvits.deploy.store.artifacts import atomic_write, canonical_digest
-from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.disk import disk_errors
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.planning.costs import Costs

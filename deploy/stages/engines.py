@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import GateError
 from upvits.deploy.choices import MODELS
 from upvits.deploy.graphs.files import load_model
@@ -33,7 +34,6 @@ from upvits.deploy.stages.documents import Parities
 from upvits.deploy.stages.job import Pixels, model_input, parity_images, stage
 from upvits.deploy.stages.precision import graph_name, holds
 from upvits.deploy.store.artifacts import Artifact
-from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.documents import load_document, save_document
 
 

@@ -3,8 +3,9 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,14 +242,14 @@ def test_unreadable_folder(split_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     locked = split_folder / "train" / "cat"
     locked.chmod(0)
     if os.access(locked, os.R_OK):  # root reads everything: let the system call fail as it does for others
-        listing = Path.iterdir
+        listing = os.scandir
 
-        def iterdir(path: Path) -> Iterator[Path]:
-            if path == locked:
+        def scandir(path: str) -> Any:
+            if path == str(locked):
                 raise PermissionError(13, "Permission denied")
             return listing(path)
 
-        monkeypatch.setattr(Path, "iterdir", iterdir)
+        monkeypatch.setattr(os, "scandir", scandir)
     try:
         error = refusal(split_folder)
     finally:

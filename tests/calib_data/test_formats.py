@@ -61,7 +61,7 @@ def test_formats_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None
 
 
 def test_heic_without_its_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upvits.calib_data.decoding._formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr("upvits.calib_data.decoding.readable_formats", lambda: ("PNG", "JPEG"))
     folder = two_classes(tmp_path)
     for index in range(2):
         (folder / "dog" / f"{index}.heic").write_bytes(b"\0\0\0\x18ftypheic")

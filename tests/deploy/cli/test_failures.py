@@ -16,11 +16,11 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import UserError
 from upvits.deploy.cli import app as cli
 from upvits.deploy.cli.console import console, prepare_streams, print_json
 from upvits.deploy.cli.failures import INTERNAL, exit_code_of
-from upvits.deploy.store.cache import cache_folder
 
 PLAN = ("plan", "--model", "pvtv2_b0", "--ratio", "0.5")
 

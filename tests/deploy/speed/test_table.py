@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from tests.deploy.conftest import preprocess_for
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import UserError
 from upvits.deploy.runtimes import RUNTIMES, Session
 from upvits.deploy.speed import table as tables
 from upvits.deploy.speed.chains import Chain, chain, grid, stages_of, without_blocks
 from upvits.deploy.speed.deployment import Baseline, Deployment, opened, with_random_weights
 from upvits.deploy.speed.table import LatencyCosts, Point, costs_from, measure_table, predicted
-from upvits.deploy.store.cache import cache_folder
 from upvits.toolchain.planning import count_costs
 
 PREPROCESS = preprocess_for(32)
