@@ -17,16 +17,21 @@ MAX_CLASSES = 100_000
 """A head for so many classes fits into memory; the largest public set of images has 21,841."""
 
 
+SHUFFLE_BUFFER = 10_000
+"""Pictures that training mixes at a time where they are read as a stream."""
+
+
 class Images(Dataset[tuple[Image.Image, int]]):
     """Pictures by position: `images[i]` is (PIL image in RGB, label), the label -1 when there is none.
 
-    `labels` are known without reading a picture; `read(i)` gives the picture.
+    `labels` are known without reading a picture; `read(i)` gives the picture. `runs`: how many of them, one after the
+    other, lie in one file that is better read from front to back; nothing for files of their own.
 
     Raises:
         UserError: a label is below -1, or too large for any list of classes.
     """
 
-    def __init__(self, labels: Sequence[int], read: Callable[[int], Image.Image]) -> None:
+    def __init__(self, labels: Sequence[int], read: Callable[[int], Image.Image], runs: Sequence[int] = ()) -> None:
         strange = next((label for label in labels if not UNLABELLED <= label < MAX_CLASSES), None)
         if strange is not None:
             raise UserError(
@@ -35,6 +40,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
                 fix="Correct the labels.",
             )
         self.labels = tuple(labels)
+        self.runs = tuple(runs)
         self._read = read
 
     def __len__(self) -> int:
@@ -55,7 +61,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
     def renumbered(self, numbers: Sequence[int]) -> Images:
         """The same pictures with `numbers[label]` for every label."""
-        return Images([numbers[label] if label >= 0 else label for label in self.labels], self._read)
+        return Images([numbers[label] if label >= 0 else label for label in self.labels], self._read, self.runs)
 
 
 @dataclass(frozen=True, slots=True)

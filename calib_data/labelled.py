@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from array import array
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +18,7 @@ from upvits.calib_data.datasets import UNLABELLED, DataSource, Images
 from upvits.calib_data.decoding import DECODING_ERRORS, advice_on_formats, depth_in, load_rgb, read_picture
 from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.errors import UserError
+from upvits.calib_data.packed import PackedTexts
 from upvits.calib_data.progress import progress_bar
 from upvits.calib_data.remembered import Seen, mark_of, recall, remember
 
@@ -41,18 +40,6 @@ class File(NamedTuple):
 
     path: str
     class_name: str | None
-
-
-class _Paths:
-    """Many paths without an object for each: touching objects makes every worker copy the memory that they lie in."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = array("q", accumulate(map(len, encoded), initial=0))
-        self._text = b"".join(encoded)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +105,7 @@ def open_files(
 
 
 def _images(files: list[File], label_of: dict[str, int], depth: Depth) -> Images:
-    paths = _Paths(file.path for file in files)
+    paths = PackedTexts(file.path for file in files)
     labels = [UNLABELLED if file.class_name is None else label_of[file.class_name] for file in files]
 
     def read(index: int) -> Image.Image:

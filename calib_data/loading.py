@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from upvits.calib_data.datasets import DataSource, Images
+from upvits.calib_data.datasets import SHUFFLE_BUFFER, DataSource, Images
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.prepared import PreparedImages
 
@@ -251,8 +251,9 @@ def batches(
 class _Order(Sampler[tuple[int, int]]):
     """The pictures of one process in the whole batches of an epoch: position, and seed of what is drawn for it."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, share: tuple[int, int], views: int) -> None:
-        self._count, self._batch_size, self._seed, self._share, self._views = count, batch_size, seed, share, views
+    def __init__(self, images: Images, batch_size: int, seed: int, share: tuple[int, int], views: int) -> None:
+        self._count, self._runs, self._views = len(images), images.runs, views
+        self._batch_size, self._seed, self._share = batch_size, seed, share
         self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
@@ -262,12 +263,29 @@ class _Order(Sampler[tuple[int, int]]):
         rank, processes = self._share
         part = self._batch_size // processes
         own = stream(self._seed, self.epoch)
-        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(own))
+        order = epoch_order(self._count, self._runs, torch.Generator().manual_seed(own))
         order = order.repeat_interleave(self._views)[: self._count]
         for step in range(self.skip, self._count // self._batch_size):
             start = step * self._batch_size + rank * part
             for place, index in enumerate(order[start : start + part].tolist(), start):
                 yield index, stream(own, place)
+
+
+def epoch_order(count: int, runs: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random order, int64 [count].
+
+    Pictures of large shards come shard by shard, mixed by a shuffle buffer: each moves by less than `SHUFFLE_BUFFER`
+    places, so that files are read from front to back, and one order fits any number of workers and processes.
+
+    Args:
+        runs: how many pictures each shard has, as in `Images`.
+    """
+    if not runs or count <= SHUFFLE_BUFFER:
+        return torch.randperm(count, generator=generator)
+    parts = torch.split(torch.arange(count), list(runs))
+    stream_of_shards = torch.cat([parts[at] for at in torch.randperm(len(runs), generator=generator).tolist()])
+    moved = torch.arange(count) + SHUFFLE_BUFFER * torch.rand(count, generator=generator, dtype=torch.float64)
+    return stream_of_shards[moved.argsort(stable=True)]
 
 
 _CROPS = Augmentation()
@@ -316,7 +334,7 @@ class TrainingBatches:
     ) -> None:
         require_whole_batch(batch_size, len(dataset))
         self._preprocess, self._device = preprocess, device
-        self._order = _Order(len(dataset), batch_size, seed, share, augmentation.views)
+        self._order = _Order(dataset, batch_size, seed, share, augmentation.views)
         self._loader = DataLoader(
             _Changed(dataset, preprocess.train_transform(augmentation)),
             batch_size=batch_size // share[1],

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from PIL import __version__ as pillow
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import to_json
 
 from upvits.calib_data.cache import cache_folder, keep
@@ -51,13 +52,21 @@ class Seen:
     depth: Depth
 
 
-class _Document(BaseModel):
-    """What is known of the files of one data set, by hashes of their paths from its root."""
+class KeptDocument(BaseModel):
+    """What was found out, and with which `reader`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    format_version: Literal[1]
-    reader: str
+    format_version: Literal[1] = 1
+    reader: str = Field(default_factory=lambda: reader())
+
+
+Kept = TypeVar("Kept", bound=KeptDocument)
+
+
+class _Document(KeptDocument):
+    """What is known of the files of one data set, by hashes of their paths from its root."""
+
     files: dict[str, _Line]
 
 
@@ -78,11 +87,8 @@ def recall(spec: str, root: Path, marks: Mapping[str, Mark]) -> dict[str, Seen |
         root: folder that the files lie below.
         marks: of the files in question, by path from there.
     """
-    try:
-        document = read_document(_place(spec, root), _Document, fix="It is made again.")
-    except UserError:  # there is none, it is damaged, or of another version; or no folder for it
-        return {}
-    if document.reader != _reader():
+    document = recalled(_name(spec, root), _Document)
+    if document is None:
         return {}
     known: dict[str, Seen | None] = {}
     for name, mark in marks.items():
@@ -103,26 +109,45 @@ def remember(
     """
     files = {}
     for name, mark in marks.items():
-        if mark.modified_ns < opened_ns - _UNSETTLED_NS:
+        if is_settled(mark, opened_ns):
             seen = found[name]
             said = f"{seen.sha256} {seen.depth.whole} {seen.depth.real}" if seen else "- 0 0"
             files[_key(name)] = f"{mark} {said}"
+    keep_document(_name(spec, root), _Document(files=files))
+
+
+def recalled(name: str, kind: type[Kept]) -> Kept | None:
+    """The document of that name; None where there is none, where it is damaged or of another version or reader."""
     try:
-        place = _place(spec, root)
+        document = read_document(_place(name), kind, fix="It is made again.")
     except UserError:
-        return
-    keep(place, to_json(_Document(format_version=1, reader=_reader(), files=files)))
+        return None
+    return document if document.reader == reader() else None
 
 
-def _place(spec: str, root: Path) -> Path:
-    name = f"{os.path.realpath(root)}\0{spec}"
+def keep_document(name: str, document: KeptDocument) -> None:
+    """Keep a document under a name, where the machine has a place for it."""
+    with suppress(UserError, ValueError):  # no home folder; a name that is no text
+        keep(_place(name), to_json(document))
+
+
+def reader() -> str:
+    """What decides whether a picture can be read."""
+    return f"Pillow {pillow}: {' '.join(readable_formats())}"
+
+
+def is_settled(mark: Mark, opened_ns: int) -> bool:
+    """Whether a file that was opened then would have another mark after its next change."""
+    return mark.modified_ns < opened_ns - _UNSETTLED_NS
+
+
+def _name(spec: str, root: Path) -> str:
+    return f"{os.path.realpath(root)}\0{spec}"
+
+
+def _place(name: str) -> Path:
     return cache_folder() / "images" / f"{_key(name)}.json"
 
 
 def _key(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-
-
-def _reader() -> str:
-    """What decides whether a file can be read."""
-    return f"Pillow {pillow}: {' '.join(readable_formats())}"

@@ -34,7 +34,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        with tempfile.TemporaryFile(dir=_folder()) as file:
+        with tempfile.TemporaryFile(dir=scratch_folder()) as file:
             self._file = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._file)
         self._shape: torch.Size | None = None
@@ -59,7 +59,7 @@ class Scratch:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise UserError(
-                f"There is no room left in {_folder()}.",
+                f"There is no room left in {scratch_folder()}.",
                 why="Images and what networks make of them are kept there while it is worked on them.",
                 fix="Make room, take fewer images, or let the environment variable TMPDIR name a folder on another "
                 "disk.",
@@ -83,7 +83,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _folder() -> str:
+def scratch_folder() -> str:
+    """Where large temporary files lie."""
     if "TMPDIR" not in os.environ and _LARGE_FILES.is_dir() and os.access(_LARGE_FILES, os.W_OK):
         return str(_LARGE_FILES)
     return tempfile.gettempdir()

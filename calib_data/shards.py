@@ -1,37 +1,45 @@
-"""Local WebDataset shards by position: tar files in which x.jpg and x.cls are one sample.
+"""WebDataset shards by position: tar files in which x.jpg and x.cls are one sample, here or at a URL of fsspec.
 
-The same files and the same `_info.json` as timm's `wds/` source. That one only streams; scoring draws random pictures
-and a continued training run must see the same order again, so samples are read by their place in the tar file.
+The same files and the same `_info.json` as timm's `wds/` source. Neither timm nor the WebDataset library reads them
+here: both only stream, so that the order depends on the number of workers and processes, and an interrupted epoch can't
+go on with the images that were left; scoring draws random pictures. So every sample is known by its place in a tar
+file, which is found once and remembered, and training asks for samples in the order of a stream (`loading.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
-from dataclasses import dataclass, field
+import time
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from PIL import Image
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, StringConstraints
 
 from upvits.calib_data.classes import natural_order
-from upvits.calib_data.columns import is_number, label_text, only_label
-from upvits.calib_data.datasets import MAX_CLASSES, UNLABELLED, DataSource, Images
-from upvits.calib_data.decoding import DECODING_ERRORS, EXTENSIONS, LARGEST_PICTURE, depth_in, load_rgb
+from upvits.calib_data.columns import is_number
+from upvits.calib_data.datasets import SHUFFLE_BUFFER, UNLABELLED, DataSource, Images
+from upvits.calib_data.decoding import DECODING_ERRORS, depth_in, load_rgb
 from upvits.calib_data.depth import Depth, deepest, depth_notes
 from upvits.calib_data.documents import parse_document, read_document
 from upvits.calib_data.errors import UserError
-from upvits.calib_data.files import require_regular
 from upvits.calib_data.folders import TRAIN_NAMES, VAL_NAMES
 from upvits.calib_data.labelled import FULL_CHECK_LIMIT, refuse_lost_classes, refuse_many_unreadable, split_by_hash
+from upvits.calib_data.packed import PackedTexts
 from upvits.calib_data.paths import RelativePath
 from upvits.calib_data.progress import watched
+from upvits.calib_data.remembered import KeptDocument, is_settled, keep_document, mark_of, recalled
+from upvits.calib_data.shard_files import Shard, ShardReader, is_url, listed_in, read_text_at
+from upvits.calib_data.shard_index import Sample, ShortShardError, samples_in
 
 _INFO_NAMES = ("_info.json", "info.json")
-_LABEL_BYTES = 256
-_JSON_BYTES = 1 << 20
+
+REMOTE_CHECK_LIMIT = 512
+"""So many pictures of remote shards are decoded when they are opened: each is a request."""
 
 
 class _Split(BaseModel):
@@ -47,228 +55,250 @@ class _Info(BaseModel):
     class_names: tuple[str, ...] | None = None
 
 
-class _Json(RootModel[dict[str, Any]]):
-    """What lies beside a picture."""
+class _Index(KeptDocument):
+    """The samples of one shard: names, labels, and places as "offset size"."""
+
+    mark: str
+    members: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    places: tuple[Annotated[str, StringConstraints(pattern=r"^\d{1,15} \d{1,12}$")], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """A picture inside a shard, and its label as it stands there: a number or a name."""
+class _Facts(KeptDocument):
+    """What was found out about all pictures of a data set: numbers of the unreadable ones, range, how many were looked
+    at, and the digest."""
 
-    shard: Path
-    member: str
-    offset: int
-    size: int
-    label: str | None
-
-    def read(self) -> bytes:
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.member}"
+    unreadable: tuple[int, ...]
+    whole: int
+    real: int
+    checked: int
+    digest: str
 
 
 def open_shards(
-    spec: str, root: Path, *, image_key: str | None = None, label_column: str | None = None, quiet: bool = True
+    spec: str,
+    root: Path | str,
+    *,
+    image_key: str | None = None,
+    label_column: str | None = None,
+    recheck: bool = False,
+    quiet: bool = True,
 ) -> DataSource:
-    """Opens a folder of local shards.
+    """Opens shards.
 
     Args:
+        root: a folder of tar files, a tar file, or a pattern of them with braces; a path, or a URL that fsspec reads.
         image_key: which picture of a sample, by what follows the first dot of its name: "jpg", "mask.png".
         label_column: entry of the `.json` files that is the label; "none": there are no labels.
+        recheck: nothing that is remembered is believed.
 
     Raises:
-        UserError: it is missing, empty, inconsistent or damaged.
+        UserError: it is missing, empty, inconsistent or damaged, or a shard ends early.
+        MissingDependencyError: a package for the URL is missing.
     """
-    if not root.is_dir():
+    root = str(root)
+    info, train_shards, val_shards = _shards(root)
+    opened_ns = time.time_ns()
+    asked = (image_key, label_column)
+    marks = {shard: shard.mark() for shard in (*train_shards, *val_shards)}
+    samples = _indexed(marks, asked, opened_ns, recheck=recheck, quiet=quiet)
+    train, val = ([one for shard in shards for one in samples[shard]] for shards in (train_shards, val_shards))
+    for split, shards, found in (("training", train_shards, train), ("validation", val_shards, val)):
+        if shards and not found:
+            raise UserError(f"No images in the {split} shards of {root}.", fix="A sample is an image and a .cls file.")
+    notes: tuple[str, ...] = ()
+    tests = all("test" in shard.name.lower() for shard in val_shards)
+    if val and tests and all(s.label is None for s in val) and any(s.label is not None for s in train):
+        name = val_shards[0].name.rpartition("/")[2]
+        notes = (f"{len(val)} images in {name} have no labels and were left out.",)
+        val, val_shards = [], []
+    both = [*train, *val]
+    reader = _reader(marks, len(both))
+    facts = _facts(both, reader, (train_shards, val_shards), marks, asked, opened_ns, recheck=recheck, quiet=quiet)
+    bad = {both[number] for number in facts.unreadable}
+    depth, skipped = Depth(facts.whole, facts.real), tuple(str(both[number]) for number in facts.unreadable)
+    refuse_many_unreadable(skipped, len(both), Path(root))
+    for part in (train, val):
+        refuse_lost_classes([s.label for s in part], [s.label for s in part if s not in bad], skipped)
+    train, val = ([sample for sample in split if sample not in bad] for split in (train, val))
+    if not val:
+        names_inside = [os.path.normpath(f"{s.shard.name}:{s.member}") for s in train]
+        train, val = split_by_hash(train, [s.label for s in train], names_inside)
+    names, by_name = _class_names(info, [*train, *val], root)
+    number = {shard: position for position, shard in enumerate(marks)}
+    return DataSource(
+        spec=spec,
+        class_names=names,
+        train=_images(train, reader, number, names, depth, by_name=by_name),
+        val=_images(val, reader, number, names, depth, by_name=by_name),
+        digest=facts.digest,
+        skipped=skipped,
+        numbered_by_name=by_name and info.class_names is None,
+        notes=(*notes, *depth_notes(depth, facts.checked)),
+    )
+
+
+def _shards(root: str) -> tuple[_Info, list[Shard], list[Shard]]:
+    """What the info file says, and the shards for training and validation."""
+    listed = root.endswith(".tar") or "{" in root
+    if not listed and not is_url(root) and not os.path.isdir(root):
         raise UserError(
             f"No folder of shards at {root}.",
-            why="Shards are read from local tar files, since scoring needs random access.",
-            fix="Download the shards first, then give wds:DIR.",
+            fix="Give wds:DIR, tar files as wds:train-{000..146}.tar, or a URL that fsspec reads.",
         )
-    info = _read_info(root)
-    train_shards, val_shards = (_shards_of(root, info, names) for names in (TRAIN_NAMES, VAL_NAMES))
-    if not train_shards and not val_shards:
-        train_shards = sorted(root.rglob("*.tar"))
-    if not train_shards:
+    info = _Info() if listed else _read_info(root)
+    below = listed_in(root)
+    train, val = (_shards_of(root, info, below, names) for names in (TRAIN_NAMES, VAL_NAMES))
+    if not train and not val:
+        train = below
+    if not train:
         raise UserError(
             f"No training shards in {root}.",
             fix="Name the shards *train*.tar and *val*.tar, or list them as splits train and validation in _info.json.",
         )
-    train, val = (
-        [sample for shard in shards for sample in _index(shard, image_key, label_column)]
-        for shards in (train_shards, val_shards)
-    )
-    for split, shards, samples in (("training", train_shards, train), ("validation", val_shards, val)):
-        if shards and not samples:
-            raise UserError(f"No images in the {split} shards of {root}.", fix="A sample is an image and a .cls file.")
-    notes: tuple[str, ...] = ()
-    tests = all("test" in shard.relative_to(root).as_posix().lower() for shard in val_shards)
-    if val and tests and all(s.label is None for s in val) and any(s.label is not None for s in train):
-        notes = (f"{len(val)} images in {val_shards[0].name} have no labels and were left out.",)
-        val, val_shards = [], []
-    unreadable, depth, checked = _check([*train, *val], quiet=quiet)
-    skipped = tuple(str(sample) for sample in unreadable)
-    refuse_many_unreadable(skipped, len(train) + len(val), root)
-    bad = set(unreadable)
-    for samples in (train, val):
-        refuse_lost_classes([s.label for s in samples], [s.label for s in samples if s not in bad], skipped)
-    train, val = ([sample for sample in split if sample not in bad] for split in (train, val))
-    if not val:
-        train, val = split_by_hash(train, [s.label for s in train], [os.path.relpath(str(s), root) for s in train])
-    names, by_name = _class_names(info, [*train, *val], root)
-    return DataSource(
-        spec=spec,
-        class_names=names,
-        train=_images(train, names, depth, by_name=by_name),
-        val=_images(val, names, depth, by_name=by_name),
-        digest=_digest(root, train_shards, val_shards, image_key, label_column, depth),
-        skipped=skipped,
-        numbered_by_name=by_name and info.class_names is None,
-        notes=(*notes, *depth_notes(depth, checked)),
-    )
+    return info, train, val
 
 
-def _images(samples: list[_Sample], names: tuple[str, ...] | None, depth: Depth, *, by_name: bool) -> Images:
+def _reader(shards: dict[Shard, str], samples: int) -> ShardReader:
+    """Fetched shards are kept for as long as training may want them: twice its buffer."""
+    return ShardReader([shard.place for shard in shards], 2 * SHUFFLE_BUFFER * len(shards) // max(samples, 1) + 2)
+
+
+def _images(
+    samples: list[Sample],
+    reader: ShardReader,
+    number_of: dict[Shard, int],
+    names: tuple[str, ...] | None,
+    depth: Depth,
+    *,
+    by_name: bool,
+) -> Images:
+    shards = array("i", (number_of[sample.shard] for sample in samples))
+    offsets, sizes = (array("q", values) for values in ((s.offset for s in samples), (s.size for s in samples)))
+    said = PackedTexts(str(sample) for sample in samples)
+
     def read(index: int) -> Image.Image:
         try:
-            return load_rgb(samples[index].read(), depth)
+            content = reader.read(shards[index], offsets[index], sizes[index])
+            if len(content) < sizes[index]:
+                raise ValueError(f"the shard ends after {len(content)} of {sizes[index]} bytes of it")
+            return load_rgb(content, depth)
         except DECODING_ERRORS as error:
-            raise UserError(f"Cannot read the image {samples[index]}: {error}.", fix="Repair the shard.") from None
+            raise UserError(
+                f"Cannot read the image {said[index]}: {error}.",
+                why="It was not among those checked when the shards were opened, or its shard has changed since.",
+                fix="Put the shard back as it was and give the same command again, or repair it and start again.",
+            ) from None
 
     number = {name: label for label, name in enumerate(names or ())}
     labels = (sample.label for sample in samples)
-    return Images([UNLABELLED if x is None else number[x] if by_name else int(x) for x in labels], read)
+    numbers = [UNLABELLED if x is None else number[x] if by_name else int(x) for x in labels]
+    return Images(numbers, read, runs=[len([*run]) for _, run in groupby(shards)])
 
 
-def _read_info(root: Path) -> _Info:
-    path = next((root / name for name in _INFO_NAMES if (root / name).exists()), None)
-    return _Info() if path is None else read_document(path, _Info, fix="Repair or remove the file.")
+def _read_info(root: str) -> _Info:
+    if not is_url(root):
+        path = next((Path(root) / name for name in _INFO_NAMES if (Path(root) / name).exists()), None)
+        return _Info() if path is None else read_document(path, _Info, fix="Repair or remove the file.")
+    for name in _INFO_NAMES:
+        if (text := read_text_at(root, name)) is not None:
+            return parse_document(text, f"{root}/{name}", _Info, fix="Repair or remove the file.")
+    return _Info()
 
 
-def _shards_of(root: Path, info: _Info, names: tuple[str, ...]) -> list[Path]:
+def _shards_of(root: str, info: _Info, below: list[Shard], names: tuple[str, ...]) -> list[Shard]:
     """Shards of a split: those listed in the info file, or else those whose path below `root` tells."""
     listed = next((info.splits[name].filenames for name in names if name in info.splits), None)
     if listed is not None:
-        return [root / name for name in listed]
-    below = {path: path.relative_to(root).as_posix().lower() for path in sorted(root.rglob("*.tar"))}
-    of_name = ([path for path, relative in below.items() if name in relative] for name in names)
+        return [Shard(f"{root.rstrip('/')}/{name}", name) for name in listed]
+    of_name = ([shard for shard in below if name in shard.name.lower()] for name in names)
     return next((shards for shards in of_name if shards), [])
 
 
-@dataclass(slots=True)
-class _Files:
-    """The files of one sample in a shard: pictures by what follows the first dot of their names, and its label."""
+def _indexed(
+    marks: dict[Shard, str], asked: tuple[str | None, str | None], opened_ns: int, *, recheck: bool, quiet: bool
+) -> dict[Shard, list[Sample]]:
+    """The samples of every shard; what was found before is remembered."""
 
-    pictures: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    label: str | None = None
-    document: bytes | None = None
+    def look(shard: Shard) -> list[Sample] | ShortShardError:
+        name, mark = f"shard\0{shard.place}\0{asked}", marks[shard]
+        known = None if recheck else recalled(name, _Index)
+        if known is not None and known.mark == mark:
+            at_and_size = (place.split(" ") for place in known.places)
+            rows = zip(known.members, at_and_size, known.labels, strict=False)
+            return [Sample(shard, member, int(at), int(size), label) for member, (at, size), label in rows]
+        try:
+            found = samples_in(shard, *asked)
+        except ShortShardError as error:
+            return error
+        if _is_settled(shard, opened_ns):
+            members, places = [one.member for one in found], [f"{one.offset} {one.size}" for one in found]
+            labels = tuple(one.label for one in found)
+            keep_document(name, _Index(mark=mark, members=tuple(members), labels=labels, places=tuple(places)))
+        return found
 
-
-def _index(shard: Path, image_key: str | None, label_column: str | None) -> list[_Sample]:
-    """The samples of a shard in their order, without reading pictures."""
-    found: dict[str, _Files] = {}
-    require_regular(shard, fix="Give tar files, or remove this one.")
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if not member.isfile() or not stem:
-                    continue
-                files = found.setdefault(f"{folder}/{stem}", _Files())
-                if Path(name).suffix.lower() in EXTENSIONS:
-                    files.pictures[extension] = _picture(member)
-                elif extension == "cls" and label_column is None:
-                    files.label = _text_label(_content(tar, member, _LABEL_BYTES))
-                elif extension == "json" and label_column != "none":
-                    files.document = _content(tar, member, _JSON_BYTES)
-        for key, files in found.items():
-            if files.document is not None and files.label is None:
-                files.label = _json_label(files.document, f"{shard}:{key.removeprefix('/')}.json", label_column)
-    except (OSError, tarfile.TarError, ValueError) as error:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        looked = list(watched(pool.map(look, marks), "looking through shards", quiet=quiet, total=len(marks)))
+    short = [error for error in looked if isinstance(error, ShortShardError)]
+    if short:
         raise UserError(
-            f"Cannot read the shard {shard}: {error}.",
-            fix="Give whole, uncompressed tar files whose .cls files hold a number or the name of a class.",
-        ) from None
-    samples = []
-    for key, files in found.items():
-        if files.pictures:
-            picture = _chosen(files.pictures, image_key, f"{shard}:{key.removeprefix('/')}")
-            samples.append(_Sample(shard, picture.name, picture.offset_data, picture.size, files.label))
-    return samples
-
-
-def _chosen(pictures: dict[str, tarfile.TarInfo], image_key: str | None, sample: str) -> tarfile.TarInfo:
-    """The picture of a sample. Names with one suffix go before others, as in timm: x.jpg before x.mask.png."""
-    names = ", ".join(sorted(pictures))
-    if image_key is not None:
-        if image_key not in pictures:
-            raise UserError(
-                f"The sample {sample} has no picture {image_key}.", why=f"It has {names}.", fix="Correct `image_key=`."
-            )
-        return pictures[image_key]
-    plain = [picture for extension, picture in pictures.items() if "." not in extension]
-    fitting = plain or list(pictures.values())
-    if len(fitting) > 1:
-        raise UserError(
-            f"The sample {sample} has several pictures: {names}.",
-            why="One of them is the image, and the others may be masks or depth.",
-            fix=f'Say which: `image_key="{sorted(pictures)[0]}"`.',
+            f"{len(short)} of {len(looked)} shards end early: {short[0]}" + (", ..." if len(short) > 1 else "."),
+            why="They were not written or copied to their end, and samples would be missing without a word.",
+            fix="Copy or write them again. Whole tar files end with a block of zeros.",
         )
-    return fitting[0]
+    return {shard: found for shard, found in zip(marks, looked, strict=True) if not isinstance(found, ShortShardError)}
 
 
-def _picture(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    if member.size < 0:  # as an extended header can say
-        raise ValueError(f"the image {member.name} has {member.size} bytes")
-    if member.size > LARGEST_PICTURE:
-        raise ValueError(f"the image {member.name} has {member.size >> 20:,} MiB")
-    return member
+def _is_settled(shard: Shard, opened_ns: int) -> bool:
+    mark = None if shard.is_remote else mark_of(shard.place)
+    return shard.is_remote or (mark is not None and is_settled(mark, opened_ns))
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> bytes:
-    content = tar.extractfile(member)
-    if not 0 <= member.size <= largest or content is None:
-        raise ValueError(f"{'a .cls file' if largest == _LABEL_BYTES else 'a .json file'} has {member.size} bytes")
-    return content.read(largest)
+def _facts(
+    samples: list[Sample],
+    reader: ShardReader,
+    shards: tuple[list[Shard], list[Shard]],
+    marks: dict[Shard, str],
+    asked: tuple[str | None, str | None],
+    opened_ns: int,
+    *,
+    recheck: bool,
+    quiet: bool,
+) -> _Facts:
+    """What is known of the pictures in shards that are as they were, or what is found out now."""
+    key = repr((asked, [[(shard.place, shard.name, marks[shard]) for shard in split] for split in shards]))
+    known = None if recheck else recalled(key, _Facts)
+    if known is not None:
+        return known
+    unreadable, depth, checked = _check(samples, reader, list(marks), quiet=quiet)
+    facts = _Facts(
+        unreadable=tuple(unreadable),
+        whole=depth.whole,
+        real=depth.real,
+        checked=checked,
+        digest=_digest(*shards, marks, *asked, depth, quiet=quiet),
+    )
+    if all(_is_settled(shard, opened_ns) for shard in marks):
+        keep_document(key, facts)
+    return facts
 
 
-def _text_label(content: bytes) -> str:
-    """The label in a .cls file: a number from 0 on, or a name. Raises ValueError for anything else."""
-    text = content.decode(errors="replace").strip()
-    if not text or not text.isprintable() or "\ufffd" in text or (is_number(text) and not text.isdecimal()):
-        raise ValueError(f"a .cls file holds {content[:20]!r} instead of a number from 0 on or a name")
-    return _bounded(text)
+def _check(
+    samples: list[Sample], reader: ShardReader, shards: list[Shard], *, quiet: bool
+) -> tuple[list[int], Depth, int]:
+    """Numbers of the unreadable ones, the range of those with more than 8 bits, and how many were looked at."""
+    limit = REMOTE_CHECK_LIMIT if any(shard.is_remote for shard in shards) else FULL_CHECK_LIMIT
+    chosen = range(0, len(samples), max(1, -(-len(samples) // limit)))
+    number = {shard: position for position, shard in enumerate(shards)}
+    depths = [
+        depth_in(reader.read(number[one.shard], one.offset, one.size))
+        for one in watched((samples[at] for at in chosen), "checking images", quiet=quiet, total=len(chosen))
+    ]
+    unreadable = [at for at, depth in zip(chosen, depths, strict=True) if depth is None]
+    return unreadable, deepest(depth for depth in depths if depth is not None), len(chosen)
 
 
-def _bounded(text: str) -> str:
-    """The label, a number without zeros before it. Raises ValueError for a number that is too large."""
-    if not is_number(text):
-        return text
-    if len(text) > 9 or int(text) >= MAX_CLASSES:
-        raise ValueError(f"a .cls file or .json label holds {text[:20]!r} instead of a number to {MAX_CLASSES - 1}")
-    return str(int(text))
-
-
-def _json_label(content: bytes, name: str, label_column: str | None) -> str:
-    """The label in a .json file: of one entry that is called like a label. Raises ValueError for a wrong value."""
-    entries = parse_document(content, name, _Json, fix="Correct the file.").root
-    key = only_label(entries, name, label_column)
-    return _bounded(label_text(entries[key], f"{name}: {key}"))
-
-
-def _check(samples: list[_Sample], *, quiet: bool) -> tuple[list[_Sample], Depth, int]:
-    """The unreadable ones, the range of those with more than 8 bits, and how many were looked at."""
-    sample = samples[:: max(1, -(-len(samples) // FULL_CHECK_LIMIT))]
-    depths = [depth_in(one.read()) for one in watched(sample, "checking images", quiet=quiet)]
-    unreadable = [one for one, depth in zip(sample, depths, strict=True) if depth is None]
-    return unreadable, deepest(depth for depth in depths if depth is not None), len(sample)
-
-
-def _class_names(info: _Info, samples: list[_Sample], root: Path) -> tuple[tuple[str, ...] | None, bool]:
+def _class_names(info: _Info, samples: list[Sample], root: str) -> tuple[tuple[str, ...] | None, bool]:
     """Names from the info file where it has them, else those of the labels; and whether labels are names."""
     labels = {sample.label for sample in samples}
     if labels == {None}:
@@ -302,15 +332,26 @@ def _class_names(info: _Info, samples: list[_Sample], root: Path) -> tuple[tuple
 
 
 def _digest(
-    root: Path, train: list[Path], val: list[Path], image_key: str | None, label_column: str | None, depth: Depth
+    train: list[Shard],
+    val: list[Shard],
+    marks: dict[Shard, str],
+    image_key: str | None,
+    label_column: str | None,
+    depth: Depth,
+    *,
+    quiet: bool,
 ) -> str:
-    """sha256 over split, relative path and content of each shard, and how samples are read where that is not usual."""
+    """sha256 over split, relative path and content of each shard, and how samples are read where that is not usual. Of
+    a remote shard, what its file system calls a key of the content stands for that."""
     asked = repr((image_key, label_column)) if image_key or label_column else ""
     digest = hashlib.sha256((asked + ("" if depth == Depth() else repr(depth))).encode())
-    for split, shards in (("train", train), ("val", val)):
-        for shard in shards:
-            digest.update(f"{split}\0{os.path.relpath(shard, root)}\0{shard.stat().st_size}\n".encode())
-            with shard.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+    both = [*(("train", shard) for shard in train), *(("val", shard) for shard in val)]
+    for split, shard in watched(both, "reading shards", quiet=quiet):
+        digest.update(f"{split}\0{shard.name}\0{shard.size()}\n".encode(errors="surrogateescape"))
+        if shard.is_remote:
+            digest.update(f"{marks[shard]}\n".encode())
+            continue
+        with shard.open() as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.folders import open_folder
 from upvits.calib_data.hugging_face import open_hfds
+from upvits.calib_data.shard_files import is_url
 from upvits.calib_data.shards import open_shards
 from upvits.calib_data.tables import SUFFIXES, open_table
 from upvits.calib_data.torchvision_sets import open_torch
@@ -24,7 +25,7 @@ _FORMS = {
     "demo": "demo (embedded)",
     "imagefolder": "imagefolder:DIR",
     "csv": "csv:FILE (CSV, TSV or JSON lines of file and label)",
-    "wds": "wds:DIR (local WebDataset shards)",
+    "wds": "wds:DIR (WebDataset shards; tar files as {000..146}, or a URL)",
     "hfds": "hfds:NAME (Hugging Face datasets)",
     "torch": "torch:NAME or torch:NAME:DIR (torchvision)",
 }
@@ -95,7 +96,9 @@ def _open(
     if form == "csv":
         return open_table(spec, user_path(place), columns, known=known, quiet=quiet, recheck=recheck)
     if form == "wds":
-        return open_shards(spec, user_path(place), image_key=image_key, label_column=columns.label, quiet=quiet)
+        root = place if is_url(place) else str(user_path(place))
+        asked, label = image_key, columns.label
+        return open_shards(spec, root, image_key=asked, label_column=label, quiet=quiet, recheck=recheck)
     if form == "hfds":
         return open_hfds(spec, place, columns)
     name, _, root = place.partition(":")

@@ -19,6 +19,7 @@ from upvits.calib_data.classes import with_outputs
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.files import user_path
 from upvits.calib_data.loading import require_whole_batch
+from upvits.calib_data.shard_files import is_url
 from upvits.deploy.machine.environment import usable_cores
 from upvits.deploy.recipe.checks import check_classes, check_compensation, check_forward, check_weighing
 from upvits.deploy.recipe.detect import resolved as resolved_detection
@@ -258,7 +259,8 @@ def _default_weights(model: str, data: str) -> str:
 
 def _absolute_data(spec: str) -> str:
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{user_path(path).absolute()}" if kind in ("imagefolder", "csv", "wds") and colon else spec
+    local = kind in ("imagefolder", "csv", "wds") and colon and not is_url(path)
+    return f"{kind}:{user_path(path).absolute()}" if local else spec
 
 
 def _coco_data(recipe: Recipe, *, quiet: bool) -> CocoData | None:
