@@ -218,6 +218,7 @@ class ShardReader:
             weakref.finalize(self, _remove, self._scratch, os.getpid())
         self._wanted: Counter[int] = Counter()
         self._open: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(self, _close, self._open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """The bytes of a file in a shard; fewer where the shard has become shorter.
@@ -258,13 +259,14 @@ class ShardReader:
                 old.unlink()
         return descriptor
 
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            with suppress(OSError):
-                os.close(descriptor)
-
 
 def _remove(folder: str, process: int) -> None:
     """Workers have copies of a reader, and the folder is not theirs."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _close(opened: OrderedDict[int, int]) -> None:
+    for descriptor in opened.values():
+        with suppress(OSError):
+            os.close(descriptor)

@@ -273,7 +273,9 @@ class Recipe(_Part):
     weights: str | None = setting(
         None, "Checkpoint file, model folder, timm (hub), random, or demo.", "--weights", shown="demo on the demo data"
     )
-    data: str = setting("demo", "imagefolder:DIR, csv:FILE, hfds:NAME, wds:DIR or wds:URL, torch:NAME, or demo.", "--data")
+    data: str = setting(
+        "demo", "imagefolder:DIR, csv:FILE, hfds:NAME, wds:DIR or wds:URL, torch:NAME, or demo.", "--data"
+    )
     class_map: str | None = setting(
         None,
         "Text with the name of one class a line, as the network numbers them, or JSON.",
