@@ -17,6 +17,7 @@ from pathlib import Path
 
 from onnx import ModelProto, TensorProto, helper
 
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import BuildError, MissingDependencyError, UserError
 from upvits.deploy.graphs.files import fits_one_file, keeps_weights_apart, load_model, openable
 from upvits.deploy.machine.environment import usable_cores
@@ -46,7 +47,6 @@ from upvits.deploy.runtimes.onnxruntime_session import (
     reason,
 )
 from upvits.deploy.runtimes.threads import random_feeds, worthwhile_threads
-from upvits.deploy.store.cache import cache_folder
 from upvits.deploy.store.disk import disk_full_error, is_disk_full
 from upvits.deploy.store.drafts import scratch_folder
 

@@ -11,10 +11,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from upvits.calib_data.cache import cache_folder
 from upvits.calib_data.errors import UserError
 from upvits.deploy.runtimes.interface import Engine
 from upvits.deploy.store.artifacts import atomic_write
-from upvits.deploy.store.cache import cache_folder
 
 RUNTIME_CACHE = "runtime.cache"  # file in an engine folder
 
