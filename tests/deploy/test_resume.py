@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.robustness.case import draw_photos, save_network
+from tests.forked import exit_codes, start_command
 
 STAGES = (
     "0-dense", "1-score", "2-prune", "3-distill", "4-export", "4-precision/int8-fp32", "5-engine/onnxruntime-fp32",
@@ -37,25 +35,23 @@ def arguments(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
-    code = "import torch; torch.set_num_threads(1); from upvits.deploy.cli.app import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "-o", str(out)], cwd=Path(__file__).parents[2], env={**os.environ}
-    )
+def run_through(arguments: list[str], out: Path) -> None:
+    process = start_command([*arguments, "-o", str(out)], out.with_suffix(".txt"))
+    assert exit_codes([process]) == [0], out.with_suffix(".txt").read_text()
 
 
 def kill_in(stage: str, arguments: list[str], out: Path) -> None:
     """Start, wait for the stage's work folder, kill -9."""
-    process = start(arguments, out)
+    process = start_command([*arguments, "-o", str(out)], out.with_suffix(".txt"))
     final = out / stage
     deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if list(final.parent.glob(f".{final.name}.work-*")):
             time.sleep(0.05)
             break
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert exit_codes([process]) == [-signal.SIGKILL], f"{stage} was over before it could be killed"
     assert not (out / "report.json").exists(), f"{stage} was over before it could be killed"
 
 
@@ -67,10 +63,10 @@ def without_times(value: Any) -> Any:
 
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_with_the_same_report(arguments: list[str], tmp_path: Path) -> None:
-    assert start(arguments, tmp_path / "straight").wait() == 0
+    run_through(arguments, tmp_path / "straight")
     for stage in STAGES:
         kill_in(stage, arguments, tmp_path / "killed")
-    assert start(arguments, tmp_path / "killed").wait() == 0
+    run_through(arguments, tmp_path / "killed")
     straight, killed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("straight", "killed"))
     assert without_times(killed) == without_times(straight)
     assert [stage["name"] for stage in killed["stages"]] == list(STAGES)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.forked import exit_codes, start_command
 from upvits import toolchain
 
 LOST, STOPPED = 75, 76
@@ -43,39 +42,17 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def run(rank: int, environment: dict[str, str], command: list[str], out: Path) -> None:
-    """One process of a job; what it prints goes to a file of its own."""
-    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-    with (out / f"{rank}.txt").open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    sys.argv = ["upvits-deploy", *command]
-    from upvits.__main__ import run as run_command
-
-    run_command()
-
-
 def start(command: list[str], out: Path, processes: int = 2) -> list[BaseProcess]:
-    """Processes of one job, forked from one server, so that torch is imported once for all of them."""
+    """Processes of one job; what each prints goes to a file of its own."""
     out.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "upvits.deploy.pipeline", "upvits.deploy.cli.app"])
-    started = [context.Process(target=run, args=(rank, environment, command, out)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    return list(started)
-
-
-def ended(started: list[BaseProcess], seconds: float = 400) -> list[int | None]:
-    deadline = time.monotonic() + seconds
-    for process in started:
-        process.join(timeout=max(0, deadline - time.monotonic()))
-    return [process.exitcode for process in started]
+    return [
+        start_command(command, out / f"{rank}.txt", {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
 
 
 def kill_second_when(path: str, command: list[str], out: Path, run_dir: Path) -> None:
@@ -89,7 +66,7 @@ def kill_second_when(path: str, command: list[str], out: Path, run_dir: Path) ->
     assert both[1].pid is not None
     os.kill(both[1].pid, signal.SIGKILL)
     killed = time.monotonic()
-    assert ended(both) == [LOST, -signal.SIGKILL], (out / "0.txt").read_text()
+    assert exit_codes(both) == [LOST, -signal.SIGKILL], (out / "0.txt").read_text()
     assert time.monotonic() - killed < 30
     assert (out / "0.txt").read_text().count("Error:") == 1
     assert "Process 1 of 2 ended before the work was done." in (out / "0.txt").read_text()
@@ -106,7 +83,7 @@ def signal_both_when(words: str, command: list[str], out: Path) -> None:
     for process in both:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR1)
-    assert ended(both) == [STOPPED, STOPPED], (out / "0.txt").read_text()
+    assert exit_codes(both) == [STOPPED, STOPPED], (out / "0.txt").read_text()
     assert (out / "0.txt").read_text().count("Error:") <= 1  # none where training had not begun
     assert (out / "1.txt").read_text() == ""
 
@@ -114,16 +91,16 @@ def signal_both_when(words: str, command: list[str], out: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path) -> None:
     straight, killed, alone = (["distill", *arguments, "-o", str(tmp_path / name)] for name in ("2", "killed", "1"))
-    assert ended(start(straight, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
+    assert exit_codes(start(straight, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
     assert (tmp_path / "out/1.txt").read_text() == ""
     assert (tmp_path / "out/0.txt").read_text().count("3-distill") == 1
     for place in (".1-score.work-*", ".2-prune.work-*", ".3-distill.work-*/checkpoint.safetensors"):
         kill_second_when(place, killed, tmp_path / "out", tmp_path / "killed")
     signal_both_when("2-prune: as before", killed, tmp_path / "out")
-    assert ended(start(killed, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
+    assert exit_codes(start(killed, tmp_path / "out")) == [0, 0], (tmp_path / "out/0.txt").read_text()
     weights = [(tmp_path / name / "3-distill/model/model.safetensors").read_bytes() for name in ("2", "killed")]
     assert weights[0] == weights[1]
-    assert ended(start(alone, tmp_path / "out", processes=1)) == [0]
+    assert exit_codes(start(alone, tmp_path / "out", processes=1)) == [0]
     plans = [json.loads((tmp_path / name / "2-prune/plan.json").read_text())["keep"] for name in ("2", "1")]
     assert plans[0] == plans[1]
     scores = [load_file(next((tmp_path / name / "1-score").glob("*.safetensors"))) for name in ("2", "1")]
@@ -133,7 +110,7 @@ def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path
 
 def test_a_refused_request_is_one_message(arguments: list[str], tmp_path: Path) -> None:
     refused = ["distill", *arguments, "--batch-size", "9", "-o", str(tmp_path / "run")]
-    assert ended(start(refused, tmp_path)) == [2, 2]
+    assert exit_codes(start(refused, tmp_path)) == [2, 2]
     assert (tmp_path / "1.txt").read_text() == ""
     assert (tmp_path / "0.txt").read_text().count("Error:") == 1
     assert "9 images cannot be shared evenly by 2 processes" in (tmp_path / "0.txt").read_text()

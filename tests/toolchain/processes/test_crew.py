@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import exit_codes
 from tests.toolchain.processes import workers
-from tests.toolchain.processes.workers import cut, exit_codes, scored, start
+from tests.toolchain.processes.workers import cut, scored, start
 from upvits.calib_data.errors import LostProcessError, UserError
 from upvits.toolchain.processes.launchers import number_of_processes, set_places
 

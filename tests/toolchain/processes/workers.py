@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tests import forked
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.compensation import compensated_curves, compress
@@ -125,19 +125,7 @@ def start(lead: Callable[[Path], None], folder: Path, processes: int = 2) -> lis
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "tests.toolchain.processes.workers"])
-    started = [context.Process(target=run, args=(rank, environment, folder, lead)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    return list(started)
-
-
-def exit_codes(started: list[BaseProcess], seconds: float = 400) -> list[int | None]:
-    deadline = time.monotonic() + seconds
-    for process in started:
-        process.join(timeout=max(0, deadline - time.monotonic()))
-    return [process.exitcode for process in started]
+    return [forked.start(run, rank, environment, folder, lead) for rank in range(processes)]
 
 
 # --- what the first process does ---------------------------------------------------------------------------------
