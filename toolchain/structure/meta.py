@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_INITIALISING = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_)
+_IN_PLACE = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_)
+_OF_LAYERS = (nn.init.kaiming_uniform_, nn.init.uniform_)  # of nn.Linear; nobody asks for what is inside these
 
 
 @contextmanager
@@ -38,6 +39,8 @@ class _Unfilled(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _INITIALISING and args[0].is_meta:
+        if func in _IN_PLACE and args[0].is_meta:
             return args[0]
+        if func in _OF_LAYERS and kwargs is not None and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
         return func(*args, **(kwargs or {}))

@@ -21,6 +21,7 @@ from upvits.toolchain.networks.catalogue import architectures
 from upvits.toolchain.networks.models import label_names_of
 from upvits.toolchain.networks.names import asked_weights, candidates, canonical_name
 from upvits.toolchain.structure.macs import count_params
+from upvits.toolchain.structure.meta import on_meta
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
 
@@ -78,7 +79,7 @@ def test_the_catalogue_is_what_building_every_model_gives() -> None:
 
 def takes(name: str) -> bool:
     """Whether a family takes the model once it is built."""
-    with torch.device("meta"):
+    with on_meta():
         model = timm.create_model(name)
     try:
         family = family_of(model)
