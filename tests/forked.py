@@ -11,13 +11,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_IMPORTED = ["onnxruntime", "onnxslim", "onnxscript", "torch._dynamo", "upvits.deploy.pipeline", "upvits.deploy.cli.app"]
+_IMPORTED = (
+    "onnxruntime", "onnxslim", "onnxscript", "torch._dynamo", "upvits.deploy.pipeline", "upvits.deploy.cli.app",
+)  # fmt: skip
 
 
 def start(target: Callable[..., None], *args: Any) -> BaseProcess:
     """Start a function of a module in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
+    context.set_forkserver_preload([*_IMPORTED])
     process = context.Process(target=target, args=args)
     process.start()
     return process

@@ -1,5 +1,6 @@
 """Small real timm models and their exports, made once."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from torch import nn
 
+from upvits import toolchain
 from upvits.calib_data import Preprocess
 from upvits.deploy.graphs.export import ExportReport, export_onnx
 
@@ -55,3 +58,18 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def pvt(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "num_heads": (1, 2, 5, 8)}
     return export_small(tmp_path_factory.mktemp("pvt"), small_model("pvt_v2_b0", num_classes=7, **widths), 64)
+
+
+@pytest.fixture(scope="session")
+def demo_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's PVTv2-B0 as ONNX, exported once for all workers of pytest-xdist: read it, or copy it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo_graph"
+    path = folder / "model.onnx"
+    with FileLock(f"{folder}.lock"):
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            model = toolchain.create_model("pvt_v2_b0", weights="demo")
+            export_onnx(model, path, toolchain.preprocess_of(model))
+            path.chmod(0o444)
+    return path

@@ -123,7 +123,6 @@ def test_nothing_of_the_user_is_overwritten(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_a_folder_with_other_things_is_refused_and_one_of_a_killed_sweep_is_not(tmp_path: Path) -> None:
     out = tmp_path / "photos"
     out.mkdir()
@@ -135,6 +134,7 @@ def test_a_folder_with_other_things_is_refused_and_one_of_a_killed_sweep_is_not(
     sweeping._check_place(out, ["ratio-0.5"])
 
 
+@pytest.mark.slow
 def test_runs_share_scores_and_are_not_made_twice(tmp_path: Path) -> None:
     base = {
         "model": "pvtv2_b0",

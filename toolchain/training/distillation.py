@@ -38,13 +38,14 @@ from upvits.toolchain.training.preparation import Run, prepare
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
     EpochLog,
+    keep_best,
     restore_state,
     save_state,
     seeded,
     settings_key,
     write_log,
 )
-from upvits.toolchain.training.stopping import is_due, requests_to_stop, stop_if_asked
+from upvits.toolchain.training.stopping import Checkpoints, requests_to_stop, stop_if_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def distill(
     the same number of threads and processes). Another number of processes continues with the same global batch. Only
     the first process reads and writes the folder; the others may have disks of their own. A checkpoint of another
     student, teacher, data set, preprocessing or of other settings is not continued but replaced. A finished training
-    returns at once.
+    returns at once. best.safetensors holds the weights of the epoch that was best on the validation images; the result
+    is the last epoch's, since on few images the best one is a matter of luck.
 
     Args:
         student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
@@ -83,7 +85,8 @@ def distill(
         data: without class names the labels are not used.
         preprocess: how images are resized and normalised; the teacher's own by default.
         settings: by default those that suit teacher and data (see `settings_for`).
-        folder: is made when it is missing; only checkpoint.safetensors and log.jsonl are written into it.
+        folder: is made when it is missing; only checkpoint.safetensors, best.safetensors and log.jsonl are
+            written into it.
         device: "auto" or a torch device.
 
     Raises:
@@ -139,6 +142,8 @@ def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
         unused = run.fit.weights[0] == run.fit.weights[1] == 0
         run = replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
     reference = _predictions_of_teacher(run)
+    if folder is not None and history:
+        keep_best(folder / "best.safetensors", run.state)
 
     def save() -> None:
         if folder is not None:
@@ -150,6 +155,7 @@ def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
             run.state.begin_epoch()
             save()
             if folder is not None:
+                keep_best(folder / "best.safetensors", run.state)
                 write_log(folder / "log.jsonl", history)
             stop_if_asked(signals, f"after epoch {epoch + 1}")
     if folder is not None:
@@ -191,7 +197,7 @@ def _train_epoch(
 def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[int], *, quiet: bool) -> None:
     """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
-    saved = time.perf_counter()
+    checkpoints = Checkpoints(settings.checkpoint_minutes, signals)
     loader = run.batches.epoch(epoch, skip=state.step)
     title = f"distill {epoch + 1}/{settings.epochs}"
     for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
@@ -205,10 +211,10 @@ def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[in
         state.step += 1
         if run.device.type == "cpu" or state.step % 50 == 0:  # looking waits for the GPU
             _require_finite(state.sums, settings, epoch, state.step)
-        if is_due(state.step, saved, settings.checkpoint_minutes, signals) and state.step < run.steps_per_epoch:
+        if checkpoints.is_due() and state.step < run.steps_per_epoch:
             state.all_sums[:] = process.all_of({process.rank: state.sums.tolist()})
             save()
-            saved = time.perf_counter()
+            checkpoints.written()
             stop_if_asked(signals, f"in epoch {epoch + 1}, after step {state.step}")
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,6 +91,34 @@ def save_state(path: Path, key: str, state: TrainState) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(state).items()}
     with _replacing(path) as draft:
         save_tensors(tensors, draft, metadata={"state": json.dumps(header)})
+
+
+def best_epoch(history: Sequence[EpochLog]) -> EpochLog | None:
+    """The epoch whose moving average is best on the validation images, or agrees best with the teacher where they have
+    no labels. Of equal ones the last counts: a few images cannot tell them apart. None where none was evaluated."""
+    judged = [entry for entry in history if _accuracy(entry) is not None]
+    return max(judged, key=lambda entry: (_accuracy(entry), entry.epoch), default=None)
+
+
+def _accuracy(entry: EpochLog) -> float | None:
+    return entry.agreement if entry.top1 is None else entry.top1
+
+
+def keep_best(path: Path, state: TrainState) -> None:
+    """Writes the moving average, timm's names, where the epoch that has just ended is the best one so far.
+
+    Called after its checkpoint, and again by a training that goes on from there: it may have been killed in between.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    best = best_epoch(state.history)
+    if best is None:
+        path.unlink(missing_ok=True)  # of another training
+    elif best is state.history[-1] and state.step == 0:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.ema.state_dict().items()}
+        with _replacing(path) as draft:
+            save_tensors(tensors, draft, metadata={"epoch": str(best.epoch), "accuracy": f"{_accuracy(best):.3f}"})
 
 
 def restore_state(path: Path | None, key: str, state: TrainState) -> bool:

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from upvits.calib_data.errors import StoppedError
 from upvits.toolchain.processes.process import shared
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_STEPS_BETWEEN_LOOKS = 10  # of several processes, which ask the first one
+_LOOK_SECONDS = 2.0
+"""Between two looks of several processes, which ask the first one each time; torchrun kills 30 s after SIGTERM."""
+_MOST_STEPS = 50  # between two looks, however quick the steps are
 
 
 @contextmanager
@@ -35,18 +38,44 @@ def requests_to_stop(*, listen: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def is_due(step: int, saved: float, minutes: float, signals: list[int]) -> bool:
-    """Whether a checkpoint is to be written; all processes get the same answer.
+@dataclass(slots=True)
+class Checkpoints:
+    """Asked after every step of an epoch whether a checkpoint is to be written: all processes get the same answer.
 
-    Args:
-        step: of the epoch.
-        saved: when the last one was written, of `time.perf_counter`.
+    Attributes:
         minutes: between two.
         signals: that came.
+        saved: when the last one was written, of `time.perf_counter`.
     """
-    if shared().world_size > 1 and minutes > 0 and step % _STEPS_BETWEEN_LOOKS:
-        return False
-    return shared().from_leader(lambda: bool(signals) or time.perf_counter() - saved >= 60 * minutes)
+
+    minutes: float
+    signals: list[int]
+    saved: float = field(default_factory=lambda: time.perf_counter())
+    _looked: float = field(default_factory=lambda: time.perf_counter())
+    _steps: int = 1  # from the last look to the next one
+    _left: int = 1
+
+    def is_due(self) -> bool:
+        """After a step. A signal, or the end of the minutes, is seen within seconds, however long a step takes."""
+        self._left -= 1
+        if self._left > 0:
+            return False
+        due, self._steps = shared().from_leader(self._look)
+        self._left = self._steps
+        return due
+
+    def _look(self) -> tuple[bool, int]:
+        """Whether one is due, and after how many steps to look again."""
+        now = time.perf_counter()
+        due = bool(self.signals) or now - self.saved >= 60 * self.minutes
+        step_seconds = max((now - self._looked) / self._steps, 1e-6)
+        self._looked = now
+        if shared().world_size == 1 or self.minutes == 0:
+            return due, 1
+        return due, max(1, min(int(_LOOK_SECONDS / step_seconds), 2 * self._steps, _MOST_STEPS))
+
+    def written(self) -> None:
+        self.saved = time.perf_counter()
 
 
 def stop_if_asked(signals: list[int], where: str) -> None:

@@ -200,7 +200,7 @@ def test_the_global_planner_can_cut_in_rounds(
     """Its components hold the depth, which every round has to score."""
     code, out, _ = run(
         capsys, monkeypatch, "plan", "-m", "deit_tiny", "--weights", "random", "--data", f"imagefolder:{photos}",
-        "--image-size", "32", "--target-macs", "0.6", "--planner", "global", "--rounds", "2",
+        "--image-size", "32", "--model-arg", "depth=3", "--target-macs", "0.6", "--planner", "global", "--rounds", "2",
     )  # fmt: skip
     assert code == 0
     assert "rounds 2" in out
@@ -223,8 +223,8 @@ def test_like_takes_a_published_shape(capsys: pytest.CaptureFixture[str], monkey
 
 def test_like_takes_a_published_depth(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run(
-        capsys, monkeypatch, "plan", "-m", "pvtv2_b2", "--weights", "random", "--image-size", "64", "--proxy-images",
-        "4", "--like", "pvtv2_b1",
+        capsys, monkeypatch, "plan", "-m", "pvtv2_b2", "--weights", "random", "--model-arg", "depths=[2, 2, 3, 2]",
+        "--image-size", "64", "--proxy-images", "4", "--like", "pvtv2_b1",
     )  # fmt: skip
     assert code == 0
     assert "stages.2.blocks keeps 2 blocks" in out

@@ -161,7 +161,7 @@ def test_a_standard_output_that_takes_nothing(device: str) -> None:
 
 def test_a_standard_error_that_takes_nothing() -> None:
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([sys.executable, "-m", "upvits", "plan", "--recipe", "/nonexistent"], stderr=full)
+        ended = subprocess.run([sys.executable, "-m", "upvits", "report", "/nonexistent"], stderr=full)
     assert ended.returncode == 2
 
 

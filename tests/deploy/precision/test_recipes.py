@@ -13,7 +13,6 @@ from tests.deploy.precision.graphs import Array, run, sqnr
 from upvits import toolchain
 from upvits.calib_data import batches, open_data, proxy_images
 from upvits.deploy.choices import BatchProfile
-from upvits.deploy.graphs.export import export_onnx
 from upvits.deploy.precision import Ranges, calibrate, convert, for_cpu
 from upvits.deploy.runtimes.interface import BuildOptions
 from upvits.deploy.runtimes.plan_text import read_plan
@@ -21,11 +20,8 @@ from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
-    model = toolchain.create_model("pvt_v2_b0", weights="demo")
-    path = tmp_path_factory.mktemp("demo") / "model.onnx"
-    export_onnx(model, path, toolchain.preprocess_of(model))
-    return onnx.load(path)
+def demo(demo_graph: Path) -> onnx.ModelProto:
+    return onnx.load(demo_graph)
 
 
 @pytest.fixture(scope="module")

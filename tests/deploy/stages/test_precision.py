@@ -48,11 +48,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
                 pixels = torch.randint(100 * number, 100 * number + 120, (32, 32, 3), generator=generator).byte()
                 Image.fromarray(pixels.numpy()).save(folder / "photos" / split / name / f"{index}.png")
     torch.manual_seed(0)
-    model = toolchain.create_model("deit_tiny", num_classes=2, image_size=32, model_args={"depth": 3})
+    model = toolchain.create_model("deit_tiny", num_classes=2, image_size=32, model_args={"depth": 2})
     save_file(model.state_dict(), folder / "w.safetensors")
     return {
         "model": "deit_tiny", "weights": str(folder / "w.safetensors"), "data": f"imagefolder:{folder / 'photos'}",
-        "image_size": 32, "model_args": {"depth": 3}, "plan": {"ratio": 0.5}, "score": {"method": "magnitude"},
+        "image_size": 32, "model_args": {"depth": 2}, "plan": {"ratio": 0.5}, "score": {"method": "magnitude"},
         "distill": {"epochs": 0},
         "compensate": {"enabled": False}, "bench": {"seconds": 0.1, "batches": [1, 2]}, "allow_weak": True,
     }  # fmt: skip
@@ -67,7 +67,7 @@ def test_a_run_says_what_each_precision_costs_and_which_to_deploy(recipe: dict[s
     assert record["calibration"]["images"] == 16
     assert len(record["calibration"]["digest"]) == 64
     graph = onnx.load(tmp_path / "run/4-precision/int8-fp32/pruned/model.onnx")
-    assert GraphFacts(graph).gemms()["int8"] == len(record["quantized"]) == 4 * 3 + 1
+    assert GraphFacts(graph).gemms()["int8"] == len(record["quantized"]) == 4 * 2 + 1
     assert record["worst_layer"] in record["quantized"]
     by_precision = {a.precision: a for a in report.accuracy if a.model == "pruned"}
     assert by_precision["fp32"].drop == 0

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
+from tests import forked
 from tests.toolchain.training.tiny_training import damaged, preprocess, run, source, tiny_vit, train
 from upvits.calib_data import Images, batches
 from upvits.calib_data.errors import StoppedError, UserError
@@ -389,16 +389,11 @@ def test_finished_training_returns_at_once_and_other_settings_start_anew(tmp_pat
     assert same_weights(other.model, train(None, replace(SHORT, lr=1e-3), source()).model)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     assert same_weights(first.model, train(tmp_path, SHORT, source()).model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.safetensors", "checkpoint.safetensors", "log.jsonl"]
 
 
 def start(options: dict[str, Any], **environment: str) -> BaseProcess:
-    """A process of its own; they are forked from one server, so that torch is imported once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "tests.toolchain.training.tiny_training"])
-    process = context.Process(target=run, args=({**options, "environment": environment},))
-    process.start()
-    return process
+    return forked.start(run, {**options, "environment": environment})
 
 
 def start_two(options: dict[str, Any]) -> list[BaseProcess]:
@@ -424,7 +419,7 @@ def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert same_weights(continued.model, whole.model)
     timeless = [[replace(entry, seconds=0, images_per_s=0) for entry in done.history] for done in (continued, whole)]
     assert timeless[0] == timeless[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.safetensors", "log.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "checkpoint.safetensors", "log.jsonl"]
 
 
 def test_killed_within_an_epoch_it_sees_the_images_that_were_left(tmp_path: Path) -> None:
