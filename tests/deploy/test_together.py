@@ -42,15 +42,24 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def start(command: list[str], out: Path, processes: int = 2) -> list[BaseProcess]:
-    """Processes of one job; what each prints goes to a file of its own."""
+def start(command: list[str], out: Path, processes: int = 2, port: int = 0, last: str = "") -> list[BaseProcess]:
+    """Processes of one job; what each prints goes to a file of its own.
+
+    Args:
+        port: where they meet; 0: a free one.
+        last: an argument that only the last of them gets.
+    """
     out.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        port = port or probe.getsockname()[1]
+    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        start_command(command, out / f"{rank}.txt", {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_command(
+            [*command, last] if last and rank == processes - 1 else command,
+            out / f"{rank}.txt",
+            {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(processes)
     ]
 
@@ -108,10 +117,31 @@ def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path
         assert torch.allclose(scores[0][name], values, rtol=1e-6, atol=1e-6 * float(values.abs().max())), name
 
 
+def refused(started: list[BaseProcess], out: Path, words: str) -> None:
+    """All end with exit code 2, the first one says why, and soon."""
+    assert exit_codes(started, seconds=120) == [2] * len(started), (out / "0.txt").read_text()
+    said = (out / "0.txt").read_text()
+    assert said.count("Error:") == 1
+    assert words in " ".join(said.split())
+    assert [(out / f"{rank}.txt").read_text() for rank in range(1, len(started))] == [""] * (len(started) - 1)
+
+
 def test_a_refused_request_is_one_message(arguments: list[str], tmp_path: Path) -> None:
-    refused = ["distill", *arguments, "--batch-size", "9", "-o", str(tmp_path / "run")]
-    assert exit_codes(start(refused, tmp_path)) == [2, 2]
-    assert (tmp_path / "1.txt").read_text() == ""
-    assert (tmp_path / "0.txt").read_text().count("Error:") == 1
-    assert "9 images cannot be shared evenly by 2 processes" in (tmp_path / "0.txt").read_text()
+    command = ["distill", *arguments, "--batch-size", "9", "-o", str(tmp_path / "run")]
+    refused(start(command, tmp_path), tmp_path, "9 images cannot be shared evenly by 2 processes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_commands_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    command = ["distill", *arguments, "-o", str(tmp_path / "run")]
+    refused(start(command, tmp_path, last="--no-compensate"), tmp_path, "Process 1 was started with `distill")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_another_program_has_ends_all(arguments: list[str], tmp_path: Path) -> None:
+    """It takes connections and says nothing: waiting for an answer would take as long as waiting for late processes."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        command = ["distill", *arguments, "-o", str(tmp_path / "run")]
+        started = start(command, tmp_path, port=other.getsockname()[1])
+        refused(started, tmp_path, "The processes of this job cannot meet at 127.0.0.1")
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,6 +37,8 @@ PATIENCE = timedelta(days=7)
 _TERMINATED = 128 + signal.SIGTERM
 _JOINING = timedelta(minutes=10)
 """How long processes wait for all to have started."""
+_ANSWER_SECONDS = 20.0
+"""How long the first process may take to answer once it listens; another program on its port may never do."""
 
 
 @dataclass(slots=True)
@@ -172,10 +177,10 @@ def _joined() -> Iterator[Process]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_JOINING))
+        store, rank, size = _meet()
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise UserError(
             f"The processes of this job cannot meet at {place}.",
@@ -189,6 +194,38 @@ def _joined() -> Iterator[Process]:
         dist.destroy_process_group()
         # wrapped models die in cycles; threads of a group that they hold abort the interpreter when it ends
         gc.collect()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store in which all processes find each other, the number of this one, and how many there are.
+
+    Raises:
+        RuntimeError, ValueError: torch says why they do not.
+    """
+    if os.environ.get("RANK") == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        found: tuple[dist.Store, int, int] = next(rendezvous("env://", timeout=_JOINING))
+        return found
+    place = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0")))
+    deadline = time.monotonic() + _JOINING.total_seconds()
+    while time.monotonic() < deadline:  # until the first process listens
+        with suppress(OSError), socket.create_connection(place, timeout=5):
+            break
+        time.sleep(0.2)
+    met: list[tuple[dist.Store, int, int] | Exception] = []
+
+    def greet() -> None:
+        try:
+            met.append(next(rendezvous("env://", timeout=_JOINING)))
+        except Exception as error:
+            met.append(error)
+
+    greeting = threading.Thread(target=greet, daemon=True)  # torch's own limit does not hold here
+    greeting.start()
+    greeting.join(_ANSWER_SECONDS)
+    answer = met[0] if met else RuntimeError("What listens there does not answer: it is another program.")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextmanager
