@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.robustness.case import draw_photos, save_network
 from tests.deploy.report.test_run_comparison import run_at
 from upvits.calib_data.errors import GateError, UserError
 from upvits.deploy import sweep as sweeping
@@ -136,8 +137,13 @@ def test_a_folder_with_other_things_is_refused_and_one_of_a_killed_sweep_is_not(
 
 @pytest.mark.slow
 def test_runs_share_scores_and_are_not_made_twice(tmp_path: Path) -> None:
+    draw_photos(tmp_path / "photos", train=24, val=8)
+    save_network(tmp_path / "dense")
     base = {
-        "model": "pvtv2_b0",
+        "model": "deit_tiny",
+        "weights": str(tmp_path / "dense"),
+        "data": f"imagefolder:{tmp_path / 'photos'}",
+        "allow_weak": True,
         "score": {"method": "magnitude"},
         "compensate": {"enabled": False},
         "distill": {"epochs": 0},
@@ -146,12 +152,13 @@ def test_runs_share_scores_and_are_not_made_twice(tmp_path: Path) -> None:
         "bench": {"seconds": 0.1, "batches": [1], "rounds": 2},
     }
     cuts = [{"ratio": 0.5}, {"ratio": 0.999}, {"ratio": 0.25}]
-    found = sweep(base, cuts, tmp_path)
+    out = tmp_path / "sweep"
+    found = sweep(base, cuts, out)
     assert [run.exit_code for run in found.runs] == [0, 2, 0]
     assert {point.run for point in found.points} == {"dense", "ratio-0.5", "ratio-0.25"}
-    manifests = [tmp_path / f"ratio-{ratio}" / "1-score/manifest.json" for ratio in (0.5, 0.25)]
+    manifests = [out / f"ratio-{ratio}" / "1-score/manifest.json" for ratio in (0.5, 0.25)]
     assert manifests[0].read_bytes() == manifests[1].read_bytes()  # the same, not just as good: it holds the time
-    benches = [tmp_path / f"ratio-{ratio}" / "6-bench/manifest.json" for ratio in (0.5, 0.25)]
+    benches = [out / f"ratio-{ratio}" / "6-bench/manifest.json" for ratio in (0.5, 0.25)]
     before = [path.read_bytes() for path in benches]
-    assert sweep(base, cuts, tmp_path).points == found.points
+    assert sweep(base, cuts, out).points == found.points
     assert [path.read_bytes() for path in benches] == before

@@ -389,7 +389,8 @@ def test_finished_training_returns_at_once_and_other_settings_start_anew(tmp_pat
     assert same_weights(other.model, train(None, replace(SHORT, lr=1e-3), source()).model)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     assert same_weights(first.model, train(tmp_path, SHORT, source()).model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.safetensors", "checkpoint.safetensors", "log.jsonl"]
+    files = ["best.safetensors", "checkpoint.safetensors", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def start(options: dict[str, Any], **environment: str) -> BaseProcess:
