@@ -33,11 +33,11 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
                 pixels = torch.randint(0, 128, (32, 32, 3), generator=generator) + 100 * number
                 Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / "photos" / split / name / f"{index}.png")
     torch.manual_seed(0)
-    model = toolchain.create_model("deit_tiny", weights="random", num_classes=2, image_size=32)
+    model = toolchain.create_model("deit_tiny", weights="random", num_classes=2, image_size=32, model_args={"depth": 4})
     save_file(model.state_dict(), folder / "w.safetensors")
     return [
         "-m", "deit_tiny", "-r", "0.5", "--weights", str(folder / "w.safetensors"), "--data",
-        f"imagefolder:{folder / 'photos'}", "--image-size", "32", "--epochs", "2", "--batch-size", "8",
+        f"imagefolder:{folder / 'photos'}", "--image-size", "32", "--model-arg", "depth=4", "--epochs", "2", "--batch-size", "8",
         "--checkpoint-minutes", "0", "--allow-weak", "--device", "cpu",
     ]  # fmt: skip
 
