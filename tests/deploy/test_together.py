@@ -37,8 +37,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     save_file(model.state_dict(), folder / "w.safetensors")
     return [
         "-m", "deit_tiny", "-r", "0.5", "--weights", str(folder / "w.safetensors"), "--data",
-        f"imagefolder:{folder / 'photos'}", "--image-size", "32", "--model-arg", "depth=4", "--epochs", "2", "--batch-size", "8",
-        "--checkpoint-minutes", "0", "--allow-weak", "--device", "cpu",
+        f"imagefolder:{folder / 'photos'}", "--image-size", "32", "--model-arg", "depth=4", "--epochs", "2",
+        "--batch-size", "8", "--checkpoint-minutes", "0", "--allow-weak", "--device", "cpu",
     ]  # fmt: skip
 
 
