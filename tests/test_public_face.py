@@ -102,7 +102,7 @@ def weights(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(20):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(batch), labels).backward()
+        torch.nn.functional.cross_entropy(model(batch), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     folder = tmp_path_factory.mktemp("weights") / "model"
     upvits.save(model.eval(), folder, model_args=sizes)

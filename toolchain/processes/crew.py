@@ -196,14 +196,14 @@ def _joined() -> Iterator[Process]:
         gc.collect()
 
 
-def _meet() -> tuple[dist.Store, int, int]:
+def _meet() -> tuple[Any, int, int]:
     """The store in which all processes find each other, the number of this one, and how many there are.
 
     Raises:
         RuntimeError, ValueError: torch says why they do not.
     """
     if os.environ.get("RANK") == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        found: tuple[dist.Store, int, int] = next(rendezvous("env://", timeout=_JOINING))
+        found: tuple[Any, int, int] = next(rendezvous("env://", timeout=_JOINING))
         return found
     place = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0")))
     deadline = time.monotonic() + _JOINING.total_seconds()
@@ -211,7 +211,7 @@ def _meet() -> tuple[dist.Store, int, int]:
         with suppress(OSError), socket.create_connection(place, timeout=5):
             break
         time.sleep(0.2)
-    met: list[tuple[dist.Store, int, int] | Exception] = []
+    met: list[tuple[Any, int, int] | Exception] = []
 
     def greet() -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_a_signal_is_seen_within_seconds_however_long_a_step_takes(
 ) -> None:
     now, process = [0.0], FirstOfTwo()
     monkeypatch.setattr(stopping, "shared", lambda: process)
-    monkeypatch.setattr(stopping.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     signals: list[int] = []
     checkpoints = Checkpoints(60.0, signals)
     for _ in range(150):
@@ -51,7 +52,7 @@ def test_a_signal_is_seen_within_seconds_however_long_a_step_takes(
 
 def test_minutes_are_kept_and_counted_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(stopping.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     checkpoints, written = Checkpoints(1.0, []), []
     for _ in range(400):
         now[0] += 1.0
