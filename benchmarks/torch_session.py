@@ -52,7 +52,7 @@ class TorchSession:
     def __init__(self, model: nn.Module, way: TorchWay, device: str) -> None:
         torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # fp32 means fp32: convolutions would multiply in TF32
         self._way, self._device = way, torch.device(device)
-        self._cuda = self._device.type == "cuda"
+        self.on_gpu = self._cuda = self._device.type == "cuda"
         self._format = torch.channels_last if way.channels_last else torch.contiguous_format
         network = copy.deepcopy(model).eval().requires_grad_(False)
         network = network.to(self._device, _DTYPES[way.precision]).to(memory_format=self._format)

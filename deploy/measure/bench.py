@@ -2,6 +2,9 @@
 
 Clocks, temperature and other jobs drift. Measured one after the other, the drift ends up in the ratio; measured in
 turns (A B C, C B A, ...), it hits all sessions alike, and the ratio of any two is taken within each round.
+
+Sessions on GPUs take turns among themselves, and those on CPUs after them: the clocks of a GPU fall while it waits for
+a CPU session, and rise again only while it works.
 """
 
 import math
@@ -78,8 +81,9 @@ class Speedup:
 class BenchSettings:
     """How to measure, per batch size: all sessions together take about `seconds`, an equal share each, warm-up apart.
 
-    A session is warmed up for `warmup` calls and `warmup_seconds`, whichever takes longer. It gets at least
-    `min_iterations` timed calls, however long they take, and at most `max_iterations`.
+    A session is warmed up for `warmup` calls and `warmup_seconds`, whichever takes longer; on a GPU also for
+    `turn_seconds` before each of its turns. It gets at least `min_iterations` timed calls, however long they take, and
+    at most `max_iterations`.
     """
 
     seconds: float = 10.0
@@ -88,10 +92,16 @@ class BenchSettings:
     rounds: int = 10
     min_iterations: int = 30
     max_iterations: int = 2000
+    turn_seconds: float = 0.1
 
     def __post_init__(self) -> None:
         enough = self.rounds >= 2 and self.warmup >= 1 and self.min_iterations >= 1
-        if not (enough and self.seconds > 0 and math.isfinite(self.seconds) and self.warmup_seconds >= 0):
+        if not (
+            enough
+            and self.seconds > 0
+            and math.isfinite(self.seconds)
+            and min(self.warmup_seconds, self.turn_seconds) >= 0
+        ):
             raise UserError(
                 "the measurement is too short or has no end",
                 why=f"rounds {self.rounds}, warm-up {self.warmup}, iterations {self.min_iterations}, {self.seconds} s.",
@@ -105,8 +115,8 @@ class LatencyReport:
 
     Attributes:
         stats: by session name and batch size.
-        rounds: median of every round in milliseconds, by session name and batch size. The sessions took turns within
-            each round, so element i of a session is compared with element i of another session.
+        rounds: median of every round in milliseconds, by session name and batch size. The sessions of a kind of device
+            took turns within each round, so element i of a session is compared with element i of another session.
         sessions: what every session ran on, by name.
         seconds: wall time of the timed calls of all sessions and batch sizes.
     """
@@ -168,7 +178,7 @@ def interleave(
         task = progress.add_task("latency", total=len(batches) * settings.rounds)
         for batch in batches:
             taking = {name: (sessions[name], inputs[batch]) for name, inputs in feeds.items() if batch in inputs}
-            measured = _measure(taking, settings, lambda: progress.advance(task))
+            measured = _measure(taking, settings, lambda part: progress.advance(task, part))
             for name, rounds in measured.items():
                 stats[name][batch] = latency_stats(rounds, batch)
                 medians[name][batch] = tuple(float(np.median(times.total)) * 1e3 for times in rounds)
@@ -268,20 +278,33 @@ def batch_of(feeds: Arrays) -> int:
 
 
 def _measure(
-    participants: Mapping[str, tuple[Session, Arrays]], settings: BenchSettings, advance: Callable[[], None]
+    participants: Mapping[str, tuple[Session, Arrays]], settings: BenchSettings, advance: Callable[[float], None]
 ) -> dict[str, list[CallTimes]]:
     """Call times of every session in every round, at one batch size."""
     share = settings.seconds / len(participants)
-    calls = {name: _calls_per_round(_warm_up(*work, settings), share, settings) for name, work in participants.items()}
     rounds: dict[str, list[CallTimes]] = {name: [] for name in participants}
-    for number in range(settings.rounds):
-        # Every other round runs backwards, so that no session always follows the same other one.
-        for name in list(participants)[:: 1 if number % 2 == 0 else -1]:
-            session, feed = participants[name]
-            session.time(feed, 1)  # the session before has filled the caches with its weights
-            rounds[name].append(session.time(feed, calls[name]))
-        advance()
+    of_devices = [
+        {name: work for name, work in participants.items() if work[0].on_gpu == on_gpu} for on_gpu in (True, False)
+    ]
+    alike = [group for group in of_devices if group]
+    for group in alike:
+        calls = {name: _calls_per_round(_warm_up(*work, settings), share, settings) for name, work in group.items()}
+        for number in range(settings.rounds):
+            # Every other round runs backwards, so that no session always follows the same other one.
+            for name in list(group)[:: 1 if number % 2 == 0 else -1]:
+                session, feed = group[name]
+                _warm_turn(session, feed, settings)
+                rounds[name].append(session.time(feed, calls[name]))
+            advance(1 / len(alike))
     return rounds
+
+
+def _warm_turn(session: Session, feeds: Arrays, settings: BenchSettings) -> None:
+    """Begin a turn: the session before has filled the caches with its weights, and a GPU may have rested."""
+    started = time.perf_counter()
+    took = max(float(session.time(feeds, 1).total[0]), 1e-4)
+    while session.on_gpu and (left := settings.turn_seconds - (time.perf_counter() - started)) > 0:
+        session.time(feeds, max(1, int(min(left, _WARMUP_CHUNK_SECONDS) / took)))
 
 
 def _warm_up(session: Session, feeds: Arrays, settings: BenchSettings) -> float:

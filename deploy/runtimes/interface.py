@@ -216,6 +216,11 @@ class Session(Protocol):
         """What it runs on and how: device, threads and the like, for reports."""
         ...
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU, of whichever maker: its clocks fall while it waits."""
+        ...
+
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """Outputs by name for inputs by name; arrays on the host."""
         ...

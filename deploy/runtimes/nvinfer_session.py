@@ -41,6 +41,8 @@ class _Bound:
 class NvinferSession:
     """An engine on the GPU that was the current one when it was opened, whichever thread runs it."""
 
+    on_gpu = True
+
     def __init__(self, trt: Any, engine: Engine, options: RunOptions = DEFAULT_RUN) -> None:
         check_device(engine)
         self._trt = trt

@@ -70,7 +70,7 @@ class OnnxRuntimeSession:
             raise MissingDependencyError(f"ONNX Runtime's {provider} does not work on this machine", why=why, fix=fix)
         self.input_names: tuple[str, ...] = tuple(value.name for value in self._session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
-        on_gpu = provider != providers.CPU
+        self.on_gpu = on_gpu = provider != providers.CPU
         self.settings: dict[str, str | int | bool] = {
             "provider": provider,
             "intra_op_threads": threads,
@@ -141,9 +141,10 @@ class OnnxRuntimeSession:
         arrays = {name: np.asarray(feeds[name]) for name in self.input_names}
         key = tuple(array.shape for array in arrays.values())
         if key not in self._bindings:
-            options, later = _library().RunOptions(), _library().RunOptions()
+            options, later = _library().RunOptions(), None
             if self._cuda_graph:  # the first call finds the outputs' shapes: nothing is recorded of it
                 options.add_run_config_entry("gpu_graph_id", "-1")
+                later = _library().RunOptions()
                 later.add_run_config_entry("gpu_graph_id", str(len(self._bindings) + 1))
 
             def first(binding: Any) -> None:

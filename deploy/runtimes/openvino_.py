@@ -162,6 +162,7 @@ class OpenVinoSession:
 
     def __init__(self, model: bytes | Path, device: str, hint: str, threads: int) -> None:
         self._model, self._device, self._hint, self._threads = model, device, hint, threads
+        self.on_gpu = device != "CPU"
         content = model.read_bytes() if isinstance(model, Path) else model
         onnx_model = onnx.load_model_from_string(content)  # a tensor of OpenVINO's has several names, in no order
         if loops := endless_loops(onnx_model):

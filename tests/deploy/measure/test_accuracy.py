@@ -15,6 +15,7 @@ class Doubling:
 
     input_names = ("images",)
     output_names = ("logits",)
+    on_gpu = False
     settings: dict[str, str | int | bool] = {}  # noqa: RUF012 - a stand-in
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """Bench: the figures are those of the call times, and drift hits everybody alike."""
 
+import itertools
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ class Timed:
     input_names = ("images",)
     output_names = ("logits",)
     settings: Mapping[str, str | int | bool] = {"device": "clock"}
+    on_gpu = False
 
     def __init__(
         self, name: str, seconds: float, calls: list[tuple[str, int, int]] | None = None, **parts: float
@@ -61,6 +63,16 @@ class Timed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class OnGpu(Timed):
+    """A session whose calls really take the time, on a GPU."""
+
+    on_gpu = True
+
+    def time(self, feeds: Arrays, calls: int) -> CallTimes:
+        time.sleep(calls * self.seconds)
+        return super().time(feeds, calls)
 
 
 class Slowing(Timed):
@@ -134,6 +146,27 @@ def test_sessions_take_turns_and_every_turn_starts_warm() -> None:
     assert set(report.stats["c"]) == {1, 8}
     assert report.stats["a"][8].iterations == 4 * 8 >= 30
     assert len(report.rounds["b"][1]) == 4
+
+
+def test_sessions_on_gpus_take_turns_among_themselves_and_begin_each_after_some_time_of_work() -> None:
+    calls: list[tuple[str, int, int]] = []
+    sessions: dict[str, Session] = {
+        "cpu": Timed("cpu", 1e-3, calls), "gpu": OnGpu("gpu", 1e-3, calls),
+        "other cpu": Timed("other cpu", 1e-3, calls), "other gpu": OnGpu("other gpu", 1e-3, calls),
+    }  # fmt: skip
+    settings = BenchSettings(
+        seconds=0.02, warmup=1, warmup_seconds=0, turn_seconds=0.05, rounds=2, min_iterations=6, max_iterations=6
+    )
+    report = together(sessions, feeds(1), settings)
+    order = [name for name, _ in itertools.groupby(calls, key=lambda call: call[0])]
+    of_gpus, of_cpus = order[: order.index("cpu")], order[order.index("cpu") :]
+    assert of_gpus == ["gpu", "other gpu", "gpu", "other gpu", "gpu"]
+    assert of_cpus == ["cpu", "other cpu", "cpu", "other cpu", "cpu"]
+    # two rounds of three timed calls, each after 50 ms of calls of a bit more than 1 ms
+    warm = sum(count for name, _, count in calls if name == "gpu") - 6 - 1
+    assert 2 * 10 <= warm <= 2 * 51
+    assert sum(count for name, _, count in calls if name == "cpu") == 1 + 2 * (1 + 3)
+    assert {name: stats[1].iterations for name, stats in report.stats.items()} == dict.fromkeys(sessions, 6)
 
 
 def test_the_ratio_of_any_two_is_free_of_drift() -> None:
