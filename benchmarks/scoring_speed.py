@@ -89,7 +89,9 @@ def costs(shown: str, num_units: int, rounds: int) -> dict[str, Any]:
         taken["published"].append(seconds(lambda: published_kl(model, images, few, count)) / _size(few))
         taken["walk"].append(seconds(lambda: exact_kl(model, groups, batches, None, {}, count, True)))
         taken["kl"].append(seconds(lambda: exact_kl(model, groups, batches, None, units, count, True)))
-        taken["fisher"].append(seconds(lambda: fisher(model, groups, batches, None, 0, True)))
+        taken["fisher"].append(
+            seconds(lambda: fisher(model, groups, images, None, batch_size=count, seed=0, quiet=True))
+        )
     walk = median(taken["walk"])  # dense outputs and streams: once per image, however many units there are
     per_unit = {
         "published": median(taken["published"]) / count,
@@ -132,7 +134,9 @@ def ranks_on(
         if name == "kl":
             found[name] = _means(kl({group.name: range(group.size) for group in ranked}), len(images))
         elif name == "fisher":
-            found[name] = _means(fisher(model, groups, batches, scale, 0, quiet), len(images))
+            found[name] = _means(
+                fisher(model, groups, images, scale, batch_size=batch_size, seed=0, quiet=quiet), len(images)
+            )
         else:
             found[name] = refined(
                 model, groups, images, scale, seed=0, cuts=None, batch_size=batch_size, rows=batch_size, quiet=quiet
@@ -194,7 +198,7 @@ def fisher_once(count: int, batch_size: int, half: int) -> dict[str, float]:
     groups = groups_of(model)[:: 2 if half else 1]
     images = torch.randn(count, 3, 224, 224)
     wall = time.perf_counter()
-    taken = seconds(lambda: fisher(model, groups, torch.split(images, batch_size), None, 0, True))
+    taken = seconds(lambda: fisher(model, groups, images, None, batch_size=batch_size, seed=0, quiet=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
     return {
         "images": count, "units": sum(group.size for group in groups), "batch_size": batch_size,

@@ -30,7 +30,7 @@ class PreparedImages:
         """
         self._images, self._transform, self._size = images, transform, size
         self._chosen = torch.arange(len(images))
-        self._kept, self._known = Scratch(), set[int]()
+        self._kept = Scratch()
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -52,9 +52,8 @@ class PreparedImages:
         return torch.stack([self._read(index) for index in self._chosen.tolist()])
 
     def _read(self, index: int) -> Tensor:
-        if index not in self._known:
+        if index not in self._kept:
             self._kept[index] = self._transform(self._images[index][0])
-            self._known.add(index)
         return self._kept[index]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import tempfile
 import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,24 @@ _LARGE_FILES = Path("/var/tmp")
 """Where systems want large temporary files: what lies in /tmp may take memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int
+    room: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Scratch:
-    """Tensors of one shape and type, by number, in a file without a name: it is gone with this process, however that
-    ends.
+    """Tensors by name, in a file without a name: it is gone with this process, however that ends.
 
     Tensors are copied on the way in and out, so that the file takes no memory but what the system has to spare. The
     file lies where `TMPDIR` says, or else in /var/tmp.
 
     Example:
         >>> kept = Scratch()
-        >>> kept[3] = torch.ones(2)
-        >>> kept[3]
+        >>> kept["a"] = torch.ones(2)
+        >>> kept["a"]
         tensor([1., 1.])
     """
 
@@ -37,20 +45,25 @@ class Scratch:
         with tempfile.TemporaryFile(dir=scratch_folder()) as file:
             self._file = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._file)
-        self._shape: torch.Size | None = None
-        self._dtype = torch.float32
+        self._places: dict[Hashable, _Place] = {}
+        self._end = 0
 
-    def __setitem__(self, number: int, tensor: Tensor) -> None:
-        """Keep a tensor of any device.
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._places
+
+    def __setitem__(self, name: Hashable, tensor: Tensor) -> None:
+        """Keep a tensor of any device, in place of what had this name.
 
         Raises:
             UserError: the disk is full.
         """
         whole = tensor.detach().cpu().contiguous()
-        if self._shape is None:
-            self._shape, self._dtype = whole.shape, whole.dtype
-        assert (whole.shape, whole.dtype) == (self._shape, self._dtype)
-        left, at = _bytes_of(whole), number * whole.numel() * whole.element_size()
+        left, before = _bytes_of(whole), self._places.get(name)
+        if before is None or before.room < len(left):
+            before = _Place(self._end, len(left), whole.shape, whole.dtype)
+            self._end += len(left)
+        self._places[name] = replace(before, shape=whole.shape, dtype=whole.dtype)
+        at = before.offset
         try:
             while left:
                 written = os.pwrite(self._file, left, at)
@@ -65,12 +78,11 @@ class Scratch:
                 "disk.",
             ) from error
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, name: Hashable) -> Tensor:
         """A copy of a tensor that was kept, on the CPU."""
-        assert self._shape is not None
-        tensor = torch.empty(self._shape, dtype=self._dtype)
-        left = _bytes_of(tensor)
-        at = number * math.prod(self._shape) * tensor.element_size()
+        place = self._places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        left, at = _bytes_of(tensor), place.offset
         while left:
             read = os.preadv(self._file, [left], at)
             assert read

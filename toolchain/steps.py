@@ -17,6 +17,7 @@ from upvits.toolchain.compensation import (
     TooFewImagesError,
     compensated_curves,
     compress,
+    ffn_curves,
     weigh_streams,
     with_joint_units,
 )
@@ -215,9 +216,7 @@ def with_units_for_refit(
     require_same_network(model, plan)
     if not units_by_joint_loss(plan) or "ffn_units" in plan.asked:
         return plan
-    # orders of FFN units are the same in every basis of heads and stream
-    curves = compensated_curves(model, images[:CURVE_IMAGES], rotate=False, seed=seed, quiet=quiet)
-    return with_joint_units(plan, curves)
+    return with_joint_units(plan, ffn_curves(model, images[:CURVE_IMAGES], seed=seed, quiet=quiet))
 
 
 def units_by_joint_loss(plan: PruningPlan) -> bool:

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data.prepared import ImageSet, in_batches
-from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.calib_data.prepared import ImageSet
+from upvits.toolchain.compensation.gradients import most_at_once, output_gradients, parts_of
+from upvits.toolchain.compensation.statistics import add_gram
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.scores.backward import frozen
 from upvits.toolchain.scores.divergence import device_of
+from upvits.toolchain.scores.room import with_room
 
 EVENNESS = 1.0
 """Added to the importance of every direction, relative to the mean one: LayerNorm's variance needs all the energy."""
@@ -72,13 +75,19 @@ def measure(
         quiet: no progress bar.
     """
     names = [name for norms in streams.values() for name in norms]
-    batches = in_batches(images, batch_size)
-    sums = {stream: _Sums(len(norms), sizes[stream], device_of(model)) for stream, norms in streams.items()}
-    for batch in output_gradients(model, names, batches, title, seed=seed, quiet=quiet):
-        seen = iter(batch)
-        for stream, norms in streams.items():
-            for place in range(len(norms)):
-                sums[stream].add(place, *next(seen))
+    places = {name: (stream, place) for stream, norms in streams.items() for place, name in enumerate(norms)}
+    network = frozen(model)
+
+    def sums_of(size: int) -> dict[str, _Sums]:
+        sums = {stream: _Sums(len(norms), sizes[stream], device_of(model)) for stream, norms in streams.items()}
+        for part, signs in parts_of(network, images, batch_size, size, title, seed=seed, quiet=quiet):
+            for found in output_gradients(network, names, part, signs):
+                for name, seen in found.items():
+                    stream, place = places[name]
+                    sums[stream].add(place, *seen)
+        return sums
+
+    sums = with_room(sums_of, most_at_once(model, images, batch_size))
     for one in sums.values():
         shared().sum(one.second, one.weighted, one.weighted_sum, one.weight, one.importance, one.tokens)
     return {stream: stream_sums.moments(len(images)) for stream, stream_sums in sums.items()}
@@ -88,29 +97,30 @@ class _Sums:
     """Running sums over tokens."""
 
     def __init__(self, places: int, dim: int, device: torch.device) -> None:
-        self.second = torch.zeros(places, dim, dim, dtype=torch.float64, device=device)
-        self.weighted = torch.zeros_like(self.second)
+        self.second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.weighted = torch.zeros(places, dim, dim, dtype=torch.float64, device=device)
         self.weighted_sum = torch.zeros(places, dim, dtype=torch.float64, device=device)
         self.weight = torch.zeros(places, dtype=torch.float64, device=device)
         self.importance = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros_like(self.weight)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, place: int, normalised: Tensor, gradients: Tensor) -> None:
-        tokens = normalised.flatten(0, -2).double()
-        slopes = gradients.flatten(1, -2).double()  # [draws, T, d]
-        weight = slopes.square().sum(dim=(0, 2))
-        weighted = tokens * weight.unsqueeze(1)
-        self.second[place] += tokens.T @ tokens
-        self.weighted[place] += weighted.T @ tokens
-        self.weighted_sum[place] += weighted.sum(dim=0)
+        # products of one part in fp32: their rounding is far below RIDGE; sums in float64
+        tokens, slopes = normalised.flatten(0, -2), gradients.flatten(1, -2)  # [T, d], [draws, T, d]
+        weight = slopes.double().square().sum(dim=(0, 2))
+        size = weight.mean().clamp_min(TINY)  # squared gradients may be too small for fp32
+        weighted = tokens * (weight / size).sqrt().to(tokens.dtype).unsqueeze(1)
+        add_gram(self.second, tokens)
+        add_gram(self.weighted[place], weighted, float(size))
+        self.weighted_sum[place] += weight @ tokens.double()
         self.weight[place] += weight.sum()
-        self.importance += torch.einsum("kti,ktj->ij", slopes, slopes)
-        self.tokens[place] += len(tokens)
+        add_gram(self.importance, (slopes.flatten(0, 1) / size.sqrt()).to(tokens.dtype), float(size))
+        self.tokens += len(tokens)
 
     def moments(self, images: int) -> StreamMoments:
         weight = self.weight.clamp_min(TINY)
         return StreamMoments(
-            second=(self.second / self.tokens.view(-1, 1, 1)).sum(dim=0),
+            second=self.second * (len(weight) / self.tokens),
             importance=self.importance / images,
             weighted_second=self.weighted / weight.view(-1, 1, 1),
             weighted_mean=self.weighted_sum / weight.view(-1, 1),

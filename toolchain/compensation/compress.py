@@ -22,7 +22,7 @@ from upvits.toolchain.networks.depth import name_before, shorten
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores import divergence
-from upvits.toolchain.scores.divergence import device_of, output_scale
+from upvits.toolchain.scores.divergence import device_of, outputs_on, scale_of
 from upvits.toolchain.structure.groups import ChannelGroup
 from upvits.toolchain.surgery.deletion import cut_out, delete_units
 
@@ -94,7 +94,8 @@ def compress(
     require_images(images)
     model = copy.deepcopy(model).eval()
     fit, held = split(images)
-    scale = output_scale(model, in_batches(images, batch_size))
+    dense_outputs = outputs_on(model, in_batches(images, batch_size))
+    scale, expected = scale_of(model, dense_outputs), in_batches(split(dense_outputs)[1], batch_size)
     deleted = delete_units(model, plan).eval()  # refuses the plan of another network
     student, dense, targets, rotated = _cut(model, plan, fit, rotate, batch_size, quiet)
     shared().agree_on(student)
@@ -106,9 +107,9 @@ def compress(
     def kl(network: nn.Module) -> float:
         total = torch.zeros((), dtype=torch.float64, device=device_of(model))
         with torch.inference_mode():
-            for _, chunk in shared().mine(in_batches(held, batch_size)):
-                chunk = chunk.to(device_of(model))
-                total += divergence(model(chunk)[:, outputs], network(chunk), scale).sum()
+            for number, chunk in shared().mine(in_batches(held, batch_size)):
+                found = network(chunk.to(device_of(model)))
+                total += divergence(expected[number][:, outputs].to(found), found, scale).sum()
         shared().sum(total)
         return float(total) / len(held)
 

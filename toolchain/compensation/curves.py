@@ -12,30 +12,30 @@ and H^-1 and W are updated after every removal, so that losses of the units that
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
-from upvits.toolchain.compensation.gradients import DRAWS
+from upvits.toolchain.compensation.gradients import directions_of, most_at_once, parts_of
 from upvits.toolchain.compensation.heads import rotate_heads
 from upvits.toolchain.compensation.pvt_stream import cut_stages, measure_stages, stages_can_rotate
-from upvits.toolchain.compensation.statistics import require_images, split
+from upvits.toolchain.compensation.statistics import add_gram, require_images, split
 from upvits.toolchain.compensation.stream import cut_stream, measure_stream, stream_can_rotate
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.networks.depth import name_before
 from upvits.toolchain.planning import PruningPlan
 from upvits.toolchain.planning.curves import Curve, curve_of
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.scores.backward import frozen, gradients_by_segment
 from upvits.toolchain.scores.divergence import device_of, divergence, output_scale
-from upvits.toolchain.scores.fisher import drawn_from, probes_of
+from upvits.toolchain.scores.room import with_room
 from upvits.toolchain.structure.groups import ChannelGroup
 
 RIDGE = 1e-4
@@ -58,9 +58,9 @@ class LayerStatistics:
     """What is known of a layer that reads prunable units.
 
     Attributes:
-        second: sum over an image's tokens of importance * x x^T, [d + 1, d + 1] float64; the last input is the bias.
+        second: sum over an image's tokens of importance * x x^T, [d + 1, d + 1]; the last input is the bias.
             Importance is the squared gradient at the layer's output, summed over the probes, and evened out a little.
-        fisher: sum over an image's tokens and the probes of g g^T, [out, out] float64.
+        fisher: sum over an image's tokens and the probes of g g^T, [out, out].
     """
 
     second: Tensor
@@ -91,24 +91,21 @@ def compensated_curves(
         UserError: too few images, or the network gives NaN on them.
     """
     require_images(images)
-    model = copy.deepcopy(model).eval()
+    model = frozen(model)
     groups = groups_of(model)
-    batches = in_batches(images, batch_size)
-    scale = output_scale(model, batches)
     of_kind = {kind: {g.module: g for g in groups if g.kind == kind} for kind in ("ffn", "attention", "qk", "v")}
     turned = model
     if rotate:
         turned = rotate_heads(model, images, list(of_kind["v"]), batch_size=batch_size, quiet=quiet).model.eval()
     readers = {f"{module}.fc2": g for module, g in of_kind["ffn"].items()}
     readers |= {f"{module}.proj": g for module, g in of_kind["v"].items()}
-    layers, products = _statistics(turned, list(readers), of_kind["qk"], batches, len(images), scale, seed, quiet)
-    curves = {}
-    for name, group in watched(readers.items(), "Loss curves", quiet=quiet, total=len(readers)):
-        weight = turned.get_submodule(name).get_parameter("weight")
-        order = _last_dims_first(group) if rotate and group.kind == "v" else None
-        curves[group.name] = surgeon(weight, layers[name], group.num_heads, order)
+    layers, products = _statistics(turned, list(readers), of_kind["qk"], images, batch_size, seed, quiet)
+    orders = {name: _last_dims_first(group) for name, group in readers.items() if rotate and group.kind == "v"}
+    curves = _surgeons(turned, readers, layers, orders, quiet)
+    for name, group in readers.items():
         if group.kind == "ffn":
             continue
+        weight = turned.get_submodule(name).get_parameter("weight")
         scores, qk = products[group.module], of_kind["qk"][group.module]
         order = _last_dims_first(qk) if rotate else curve_of(scores, qk.num_heads).order
         losses = torch.cat([torch.zeros(1, dtype=torch.float64), scores[order].cumsum(0)])
@@ -116,8 +113,38 @@ def compensated_curves(
         if group.module in of_kind["attention"]:
             values = surgeon(weight, layers[name], group.num_heads, order)
             curves[group.module] = Curve(order, values.loss + losses)
-    curves |= _width_curves(model, images, scale, batch_size, seed, quiet) if rotate else {}
+    curves |= _width_curves(model, images, batch_size, seed, quiet) if rotate else {}
     return shared().from_leader(lambda: curves)
+
+
+def ffn_curves(
+    model: nn.Module, images: ImageSet, *, batch_size: int = 16, seed: int = 0, quiet: bool = True
+) -> dict[str, Curve]:
+    """The curves of the FFN groups alone, without the network being rotated: their orders are the same in every basis
+    of heads and stream.
+
+    Args and errors: as for `compensated_curves`.
+    """
+    require_images(images)
+    model = frozen(model)
+    readers = {f"{group.module}.fc2": group for group in groups_of(model) if group.kind == "ffn"}
+    layers, _ = _statistics(model, list(readers), {}, images, batch_size, seed, quiet)
+    return _surgeons(model, readers, layers, {}, quiet)
+
+
+def _surgeons(
+    model: nn.Module,
+    readers: Mapping[str, ChannelGroup],
+    layers: Mapping[str, LayerStatistics],
+    orders: Mapping[str, Tensor],
+    quiet: bool,
+) -> dict[str, Curve]:
+    """The curves of what some layers read; each process computes some of them."""
+    found = {}
+    for number, name in watched(shared().mine(list(readers)), "Loss curves", quiet=quiet):
+        weight = model.get_submodule(name).get_parameter("weight")
+        found[number] = surgeon(weight, layers[name], readers[name].num_heads, orders.get(name))
+    return {group.name: curve for group, curve in zip(readers.values(), shared().all_of(found), strict=True)}
 
 
 def _last_dims_first(group: ChannelGroup) -> Tensor:
@@ -143,13 +170,11 @@ def _narrower(
     }
 
 
-def _width_curves(
-    model: nn.Module, images: ImageSet, scale: float | None, batch_size: int, seed: int, quiet: bool
-) -> dict[str, Curve]:
+def _width_curves(model: nn.Module, images: ImageSet, batch_size: int, seed: int, quiet: bool) -> dict[str, Curve]:
     fit, held = split(images)  # a rotation looks better on the images that it was made for
     streams = _narrower(model, fit, batch_size, seed, quiet)
-    parts = shared().mine(in_batches(held, batch_size))
-    device = device_of(model)
+    parts, device = shared().mine(in_batches(held, batch_size)), device_of(model)
+    scale = output_scale(model, in_batches(held, batch_size))
     curves = {}
     with torch.inference_mode():
         dense = [model(part.to(device)) for _, part in parts]
@@ -182,73 +207,81 @@ def _statistics(
     model: nn.Module,
     names: Sequence[str],
     queries: Mapping[str, ChannelGroup],
-    batches: Sequence[Tensor],
-    count: int,
-    scale: float | None,
+    images: ImageSet,
+    batch_size: int,
     seed: int,
     quiet: bool,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Tensor]]:
     """What is known of the layers `names`, and the Fisher scores of q-k dims per attention, per image."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    device = device_of(model)
-    layers, scores = {}, {module: torch.zeros(g.size, dtype=torch.float64) for module, g in queries.items()}
-    for name in names:
-        out, size = model.get_submodule(name).get_parameter("weight").shape
-        layers[name] = LayerStatistics(
-            *(torch.zeros(n, n, dtype=torch.float64, device=device) for n in (size + 1, out))
-        )
-    for number, batch in watched(shared().mine(batches), "Second moments", quiet=quiet):
-        generator = drawn_from(seed, number)
-        masks = {m: torch.ones(len(batch), g.size, device=device, requires_grad=True) for m, g in queries.items()}
-        with torch.enable_grad(), _taps(model, names, queries, masks) as seen:
-            logits = functional_call(model, weights, batch.to(device)).float()
-        probes = _few(probes_of(logits.detach().cpu(), scale, generator), generator).to(device)
-        importance = {name: seen[name][0].new_zeros(seen[name][0].shape[:-1]) for name in names}
-        for index, probe in enumerate(probes):
-            inputs = [seen[name][1] for name in names] + list(masks.values())
-            slopes = torch.autograd.grad((probe * logits).sum(), inputs, retain_graph=index + 1 < len(probes))
-            for name, slope in zip(names, slopes, strict=False):
-                importance[name] += slope.square().sum(dim=-1)
-                rows = slope.flatten(0, -2)
-                layers[name].fisher += rows.T @ rows
-            for group, slope in zip(masks, slopes[len(names) :], strict=True):
-                scores[group] += slope.double().square().sum(dim=0).cpu() / 2
-        for name in names:
-            # products of one batch in fp32: their rounding is far below RIDGE; sums in float64
-            x = seen[name][0].flatten(0, -2)
-            even = importance[name].mean(dim=1, keepdim=True)
-            counted = (importance[name] + EVENNESS * even) / (1 + EVENNESS)
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1) * counted.flatten().sqrt().unsqueeze(1)
-            layers[name].second += x.T @ x
+    network = frozen(model)
+    layers, scores = with_room(
+        lambda size: _sums(network, names, queries, images, batch_size, size, seed, quiet),
+        most_at_once(model, images, batch_size),
+    )
     shared().sum(*scores.values())
     for layer in layers.values():
         shared().sum(layer.second, layer.fisher)
-        layer.second /= count
-        layer.fisher /= count
-    return layers, {name: score / count for name, score in scores.items()}
+        layer.second /= len(images)
+        layer.fisher /= len(images)
+    return layers, {name: score / len(images) for name, score in scores.items()}
 
 
-def _few(probes: Tensor, generator: torch.Generator) -> Tensor:
-    """Random directions [DRAWS, B, C] that stand for many [K, B, C]: moments are summed over many tokens anyway."""
-    if len(probes) <= DRAWS:
-        return probes
-    signs = torch.randint(0, 2, (DRAWS, *probes.shape[:2]), generator=generator) * 2.0 - 1
-    mixed: Tensor = torch.einsum("dkb,kbc->dbc", signs, probes) / DRAWS**0.5
-    return mixed
+def _sums(
+    model: nn.Module,
+    names: Sequence[str],
+    queries: Mapping[str, ChannelGroup],
+    images: ImageSet,
+    batch_size: int,
+    size: int,
+    seed: int,
+    quiet: bool,
+) -> tuple[dict[str, LayerStatistics], dict[str, Tensor]]:
+    """The same as sums over this process's images."""
+    device = device_of(model)
+    layers, scores = {}, {module: torch.zeros(g.size, dtype=torch.float64) for module, g in queries.items()}
+    for name in names:
+        out, inputs = model.get_submodule(name).get_parameter("weight").shape
+        # in fp32, whose rounding is far below RIDGE: these are the largest matrices there are
+        layers[name] = LayerStatistics(*(torch.zeros(n, n, device=device) for n in (inputs + 1, out)))
+    for part, signs in parts_of(model, images, batch_size, size, "Second moments", seed=seed, quiet=quiet):
+        with torch.inference_mode(False):
+            leaves = {m: torch.ones(len(part), g.size, device=device, requires_grad=True) for m, g in queries.items()}
+        with _taps(model, names, queries, leaves) as seen:
+            for found in gradients_by_segment(model, part, partial(directions_of, model, signs=signs), leaves):
+                for name, slopes in found.items():
+                    if name in scores:
+                        scores[name] += slopes.double().square().sum(dim=(0, 1)).cpu() / 2
+                    else:
+                        _add(layers[name], seen.pop(name), slopes)
+                        del leaves[name]
+    return layers, scores
+
+
+def _add(layer: LayerStatistics, inputs: Tensor, slopes: Tensor) -> None:
+    """Sum over the tokens of some images: inputs [B, ..., d], gradients [DRAWS, B, ..., out] of what leaves."""
+    importance = slopes.square().sum(dim=(0, -1)).flatten(1)
+    counted = (importance + EVENNESS * importance.mean(dim=1, keepdim=True)) / (1 + EVENNESS)
+    add_gram(layer.fisher, slopes.flatten(0, -2))
+    rows = inputs.flatten(0, -2)
+    add_gram(
+        layer.second, torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1) * counted.flatten().sqrt().unsqueeze(1)
+    )
 
 
 @contextmanager
 def _taps(
-    model: nn.Module, names: Sequence[str], queries: Mapping[str, ChannelGroup], masks: Mapping[str, Tensor]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """While the model runs: inputs and (differentiable) outputs of layers, and masks on the queries."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    model: nn.Module, names: Sequence[str], queries: Mapping[str, ChannelGroup], leaves: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """While the model runs: the inputs of layers, and in `leaves` their outputs; masks in `leaves` act on the
+    queries."""
+    seen: dict[str, Tensor] = {}
 
     def note(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (args[0].detach(), output)
+        if torch.is_grad_enabled():
+            seen[name], leaves[name] = args[0].detach(), output
 
     def mask_queries(group: ChannelGroup, output: Tensor) -> Tensor:
-        mask = masks[group.module].view(len(output), *[1] * (output.ndim - 2), group.size)
+        mask = leaves[group.module].view(len(output), *[1] * (output.ndim - 2), group.size)
         return torch.cat([output[..., : group.size] * mask, output[..., group.size :]], dim=-1)
 
     with ExitStack() as hooks:
@@ -274,34 +307,35 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
         num_heads: inputs leave in turns, one of every head.
         order: a given order of removal [d] instead of the greedy one; only the loss is computed.
     """
-    second, fisher = layer.second, layer.fisher
+    second, fisher = layer.second.double(), layer.fisher.double()
     size = weight.shape[1]
     ridge = RIDGE * second.diagonal()[:-1].mean().clamp_min(1e-300)
     shifts = torch.full((size + 1,), float(ridge), dtype=torch.float64, device=second.device)
     shifts[-1] = 1e-9 * float(second[-1, -1].clamp_min(1e-300))
-    inverse = torch.linalg.inv(second + shifts.diag())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second + shifts.diag()))
     values, vectors = torch.linalg.eigh(fisher / fisher.trace().clamp_min(1e-300))
     # W G W^T = |W G^(1/2)|^2: in this basis the loss is a plain squared length
     rows = weight.detach().double().T @ (vectors * values.clamp_min(0).sqrt())
     rows = torch.cat([rows, rows.new_zeros(1, len(weight))])
-    alive = torch.ones(size + 1, dtype=torch.bool, device=second.device)
-    alive[-1] = False  # the bias stays
+    left = torch.arange(size + 1, device=second.device)  # inputs that are still there; the last one is the bias
     removed: list[int] = []
     losses: list[float] = [0.0]
     per_step = num_heads * max(1, int(size * SHARE_PER_STEP / num_heads))
     while len(removed) < size:
         count = min(per_step, size - len(removed))
-        fixed = None if order is None else order[len(removed) : len(removed) + count]
-        batch, costs = _next(inverse, rows, alive, count, num_heads, fixed)
-        block = torch.linalg.inv(inverse[batch][:, batch])
-        gain = inverse[:, batch] @ block
-        rows = rows - gain @ rows[batch]
-        inverse = inverse - gain @ inverse[batch]
-        alive[batch] = False
-        removed += batch.tolist()
+        given = None if order is None else order[len(removed) : len(removed) + count].to(left.device)
+        places = None if given is None else torch.searchsorted(left, given)
+        batch, costs = _next(inverse, rows, count, num_heads, places)
+        removed += left[batch].tolist()
         losses += costs
-        # what is gone must not come back through rounding
-        rows[batch], inverse[batch], inverse[:, batch] = 0, 0, 0
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        stays[batch] = False
+        columns = inverse[:, batch]
+        factor = torch.linalg.cholesky(columns[batch])
+        gain = torch.cholesky_solve(columns[stays].T, factor).T
+        rows = torch.addmm(rows[stays], gain, rows[batch], alpha=-1)
+        inverse = torch.addmm(inverse[stays][:, stays], gain, columns[stays].T, alpha=-1)
+        left = left[stays]
     loss = torch.tensor(losses, dtype=torch.float64).clamp_min(0).cumsum(0)
     return Curve(torch.tensor(removed), loss)
 
@@ -322,29 +356,33 @@ def with_joint_units(plan: PruningPlan, curves: Mapping[str, Curve]) -> PruningP
 
 
 def _next(
-    inverse: Tensor, rows: Tensor, alive: Tensor, count: int, num_heads: int, fixed: Tensor | None
+    inverse: Tensor, rows: Tensor, count: int, num_heads: int, fixed: Tensor | None
 ) -> tuple[Tensor, list[float]]:
-    """The next units to leave and what each adds, exact among a few candidates of every head."""
-    costs = torch.where(alive, rows.square().sum(dim=1) / inverse.diagonal().clamp_min(1e-300), torch.inf)[:-1]
+    """The next inputs to leave and what each adds, exact among a few candidates of every head."""
+    device = inverse.device
     if fixed is None:
-        pools = costs.view(num_heads, -1)
-        few = min(4 * count // num_heads, int(alive.sum()) // num_heads)
+        costs = rows.square().sum(dim=1) / inverse.diagonal().clamp_min(1e-300)
+        pools = costs[:-1].view(num_heads, -1)
+        few = min(4 * count // num_heads, pools.shape[1])
         candidates = pools.topk(few, dim=1, largest=False).indices
-        candidates = (candidates + torch.arange(num_heads, device=costs.device).view(-1, 1) * pools.shape[1]).flatten()
-        head = torch.arange(num_heads, device=costs.device).repeat_interleave(few)
+        candidates = (candidates + torch.arange(num_heads, device=device).view(-1, 1) * pools.shape[1]).flatten()
+        head = torch.arange(num_heads, device=device).repeat_interleave(few)
     else:
-        candidates, head = fixed.to(costs.device), torch.arange(len(fixed), device=costs.device)
+        candidates, head = fixed, torch.arange(len(fixed), device=device)
     small, part = inverse[candidates][:, candidates], rows[candidates]
-    free = torch.ones(len(candidates), dtype=torch.bool, device=costs.device)
+    products = part @ part.T
+    free = torch.ones(len(candidates), dtype=torch.bool, device=device)
     chosen, added = [], []
     for turn in range(count):
-        cost = part.square().sum(dim=1) / small.diagonal().clamp_min(1e-300)
+        cost = products.diagonal().clamp_min(0) / small.diagonal().clamp_min(1e-300)
         now = head == (turn % num_heads if fixed is None else turn)
         index = int(torch.where(free & now, cost, torch.inf).argmin())
         chosen.append(index)
         added.append(float(cost[index]) / 2)
         column = small[:, index] / small[index, index]
-        part = part - column.unsqueeze(1) * part[index]
+        # the others take over what they can: rows become rows - column rows[index]
+        across = torch.outer(column, products[index])
+        products = products - across - across.T + torch.outer(column, column) * products[index, index]
         small = small - torch.outer(column, small[index])
         free[index] = False
     return candidates[chosen], added

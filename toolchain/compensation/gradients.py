@@ -8,81 +8,89 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from upvits.calib_data.prepared import ImageSet, in_batches, tensor_of
 from upvits.calib_data.progress import watched
 from upvits.toolchain.processes.process import shared
-from upvits.toolchain.scores.divergence import device_of
-from upvits.toolchain.scores.fisher import drawn_from
+from upvits.toolchain.scores.backward import Signs, gradients_by_segment, signs_of
+from upvits.toolchain.scores.divergence import device_of, require_finite
+from upvits.toolchain.scores.room import images_at_once
 
 DRAWS = 2
 """Random gradients per image: each covers all classes, and moments are summed over many tokens."""
 
 
+def parts_of(
+    model: nn.Module, images: ImageSet, batch_size: int, size: int, title: str, *, seed: int, quiet: bool
+) -> Iterator[tuple[Tensor, Signs]]:
+    """This process's images, so many at once, with the random signs of each."""
+    for number, batch in watched(shared().mine(in_batches(images, batch_size)), title, quiet=quiet):
+        for start in range(0, len(batch), size):
+            part, first = batch[start : start + size], number * batch_size + start
+            yield part.to(device_of(model)), signs_of(seed, range(first, first + len(part)))
+
+
+def most_at_once(model: nn.Module, images: ImageSet, batch_size: int) -> int:
+    """How many images fit into a pass with gradients, `batch_size` at most."""
+    return images_at_once(model, tensor_of(images[:1]).to(device_of(model)), batch_size)
+
+
 def output_gradients(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], title: str, *, seed: int, quiet: bool
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Run a network over this process's batches, forwards and `DRAWS` times backwards.
+    model: nn.Module, names: Sequence[str], images: Tensor, signs: Signs
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Run images through a network, forwards and `DRAWS` times backwards.
 
     Args:
-        model: in eval mode; gets no gradients of its own.
+        model: a `frozen` network.
         names: modules to look at, each of them run once.
-        batches: images [B, 3, H, W].
-        title: of the progress bar.
-        seed: for the random gradients.
-        quiet: no progress bar.
+        images: [B, 3, H, W].
+        signs: of these images.
 
     Yields:
-        For every batch, one pair for each of `names`: what the module gave [B, ..., C], and gradients g
-        [DRAWS, B, ..., C] with E[g g^T] = 2 d^2 KL in expectation: if the module gives x + e instead, the output
-        moves by a KL of about 1/2 sum_draws (g . e)^2 nats (for networks without classes: by half its squared change).
+        For one segment of the network after the other, the last one first: for each of `names` that runs in it, what
+        the module gave [B, ..., C], and gradients g [DRAWS, B, ..., C] with E[g g^T] = 2 d^2 KL in expectation: if the
+        module gives x + e instead, the output moves by a KL of about 1/2 sum_draws (g . e)^2 nats (for networks without
+        classes: by half its squared change).
+
+    Raises:
+        UserError: the network gives NaN.
     """
-    with torch.inference_mode(False):
-        weights = {name: _plain(parameter) for name, parameter in model.named_parameters()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    given: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(_tap(name, seen)))
-        for number, batch in watched(shared().mine(batches), title, quiet=quiet):
-            with torch.inference_mode(False), torch.enable_grad():
-                outputs = functional_call(model, weights, _plain(batch).to(device_of(model)))
-                probes = _probes(outputs.detach(), getattr(model, "num_classes", 0) > 1, drawn_from(seed, number))
-                leaves = [seen[name][1] for name in names]
-                gradients = [
-                    torch.autograd.grad((probe * outputs).sum(), leaves, retain_graph=draw + 1 < DRAWS)
-                    for draw, probe in enumerate(probes)
-                ]
-            yield [
-                (seen[name][0], torch.stack([gradient[index] for gradient in gradients]))
-                for index, name in enumerate(names)
-            ]
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(_tap(name, given, leaves)))
+        for found in gradients_by_segment(model, images, lambda outputs: directions_of(model, outputs, signs), leaves):
+            yield {name: (given[name], gradient) for name, gradient in found.items()}
+            given.clear()
+            leaves.clear()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor as autograd takes it, also where the caller is in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _tap(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
+def _tap(name: str, given: dict[str, Tensor], leaves: dict[str, Tensor]) -> Any:
     """A hook that keeps what a module gives, and a zero added to it whose gradient is that of the output."""
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        leaf = torch.zeros_like(output, requires_grad=True)
-        seen[name] = (output.detach(), leaf)
-        return output + leaf
+        if not torch.is_grad_enabled():
+            return output
+        given[name], leaves[name] = output.detach(), torch.zeros_like(output, requires_grad=True)
+        return output + leaves[name]
 
     return hook
 
 
-def _probes(outputs: Tensor, classes: bool, generator: torch.Generator) -> Tensor:
+def directions_of(model: nn.Module, outputs: Tensor, signs: Signs) -> Tensor:
     """Random directions [DRAWS, B, C] whose outer products sum to the Fisher matrix in expectation.
 
     That is diag(p) - p p^T for a softmax, and 1 for features.
+
+    Raises:
+        UserError: outputs [B, C] are not finite.
     """
-    signs = torch.randint(0, 2, (DRAWS, *outputs.shape), generator=generator) * 2.0 - 1
-    if classes:
+    require_finite(outputs)
+    drawn = signs(DRAWS, outputs.shape[1])
+    if getattr(model, "num_classes", 0) > 1:
         p = outputs.double().cpu().softmax(dim=-1)
-        spread = p.sqrt() * signs
-        signs = spread - p * spread.sum(dim=-1, keepdim=True)
-    probes: Tensor = signs / DRAWS**0.5
+        spread = p.sqrt() * drawn
+        drawn = spread - p * spread.sum(dim=-1, keepdim=True)
+    probes: Tensor = drawn / DRAWS**0.5
     return probes.to(outputs)

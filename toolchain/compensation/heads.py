@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data.prepared import ImageSet, in_batches
-from upvits.toolchain.compensation.gradients import output_gradients
+from upvits.calib_data.prepared import ImageSet
+from upvits.toolchain.compensation.gradients import most_at_once, output_gradients, parts_of
+from upvits.toolchain.compensation.statistics import add_gram
 from upvits.toolchain.families import groups_of
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.scores.backward import frozen
 from upvits.toolchain.scores.divergence import device_of
+from upvits.toolchain.scores.room import with_room
 
 RIDGE = 1e-8
 """Added to second moments, relative to their mean diagonal: dims that never move stay invertible."""
@@ -115,7 +118,13 @@ def rotate_heads(
         torch.Size([3, 65])
     """
     names = [g.module for g in groups_of(model) if g.kind == "qk" and (groups is None or g.module in groups)]
-    moments = _measure(model, names, in_batches(images, batch_size), seed, quiet)
+    network = frozen(model)
+    moments = with_room(
+        lambda size: _measure(network, names, images, batch_size, size, seed, quiet),
+        most_at_once(model, images, batch_size),
+    )
+    for one in moments.values():
+        shared().sum(one.queries, one.keys, one.key_sum, one.output, one.output_sum, one.importance, one.counts)
     rotated = copy.deepcopy(model)
     logit_error, output_error = {}, {}
     with torch.no_grad():
@@ -139,37 +148,36 @@ def _rows(attention: Any) -> _Rows:
 
 
 def _measure(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], seed: int, quiet: bool
+    model: nn.Module, names: Sequence[str], images: ImageSet, batch_size: int, size: int, seed: int, quiet: bool
 ) -> dict[str, _Moments]:
+    """Sums over this process's images."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     sums = {
         name: _zeros(_rows(attention), attention.proj.out_features, device_of(model))
         for name, attention in modules.items()
     }
     seen: dict[nn.Module, Tensor] = {}
-    was_training = model.training
-    model.eval()
     with ExitStack() as hooks:
         for attention in modules.values():
             for layer in {_rows(attention).queries[0], _rows(attention).keys[0]}:
                 hooks.enter_context(layer.register_forward_hook(_keep_output(seen)))
             hooks.enter_context(attention.proj.register_forward_pre_hook(_keep_input(seen)))
-        writers = [f"{name}.proj" for name in names]
-        for batch in output_gradients(model, writers, batches, "Measuring heads", seed=seed, quiet=quiet):
-            for (name, attention), (_, gradients) in zip(modules.items(), batch, strict=True):
-                _add(sums[name], _rows(attention), seen, seen[attention.proj], gradients.double())
-    model.train(was_training)
-    for one in sums.values():
-        shared().sum(one.queries, one.keys, one.key_sum, one.output, one.output_sum, one.importance, one.counts)
+        writers = {f"{name}.proj": name for name in names}
+        for part, signs in parts_of(model, images, batch_size, size, "Measuring heads", seed=seed, quiet=quiet):
+            for found in output_gradients(model, list(writers), part, signs):
+                for writer, (_, gradients) in found.items():
+                    attention = modules[writers[writer]]
+                    _add(sums[writers[writer]], _rows(attention), seen, seen[attention.proj], gradients)
+                seen.clear()
     return sums
 
 
 def _keep_output(seen: dict[nn.Module, Tensor]) -> Any:
-    return lambda layer, _, output: seen.update({layer: output.detach()})
+    return lambda layer, _, output: seen.update({layer: output.detach()} if torch.is_grad_enabled() else {})
 
 
 def _keep_input(seen: dict[nn.Module, Tensor]) -> Any:
-    return lambda layer, args: seen.update({layer: args[0].detach()})
+    return lambda layer, args: seen.update({layer: args[0].detach()} if torch.is_grad_enabled() else {})
 
 
 def _zeros(rows: _Rows, channels: int, device: torch.device) -> _Moments:
@@ -194,7 +202,7 @@ def _add(sums: _Moments, rows: _Rows, seen: dict[nn.Module, Tensor], output: Ten
     queries = _part(seen[rows.queries[0]], rows.queries[1], rows.heads, rows.qk_dim)
     keys = _part(seen[rows.keys[0]], rows.keys[1], rows.heads, rows.qk_dim)
     values = _part(output, 0, rows.heads, rows.v_dim)
-    weights = gradients.square().sum(dim=(0, 3))
+    weights = gradients.double().square().sum(dim=(0, 3))
     weights = (weights + LEAST_WEIGHT * weights.mean(dim=1, keepdim=True)).clamp_min(TINY)
     centred = keys - keys.mean(dim=1, keepdim=True)
     sums.queries += torch.einsum("bn,bnhi,bnhj->hij", weights, queries, queries)
@@ -202,7 +210,9 @@ def _add(sums: _Moments, rows: _Rows, seen: dict[nn.Module, Tensor], output: Ten
     sums.key_sum += keys.sum(dim=(0, 1))
     sums.output += torch.einsum("bn,bnhi,bnhj->hij", weights, values, values)
     sums.output_sum += torch.einsum("bn,bnhi->hi", weights, values)
-    sums.importance += torch.einsum("kbni,kbnj->ij", gradients, gradients)
+    # of one part in fp32: its rounding is far below EVENNESS
+    size = weights.mean().sqrt()  # gradients may be too small for their squares
+    add_gram(sums.importance, (gradients.flatten(0, -2) / size).to(gradients.dtype), float(size.square()))
     sums.counts += torch.stack([weights.sum(), *weights.new_tensor([keys.shape[0] * keys.shape[1], len(keys)])])
 
 

@@ -156,25 +156,22 @@ def measure_stages(
     sizes = {stream: pvt.get_submodule(norms[0]).normalized_shape[0] for stream, norms in streams.items()}
     for norms in streams.values():
         for norm in norms:
-            pvt.set_submodule(norm, _split_norm(pvt.get_submodule(norm)))
-    inner = {stream: [f"{norm}.0" for norm in norms] for stream, norms in streams.items()}
+            pvt.set_submodule(norm, _SplitNorm(pvt.get_submodule(norm)))
+    inner = {stream: [f"{norm}.plain" for norm in norms] for stream, norms in streams.items()}
     return measure(pvt, inner, sizes, images, "Measuring the streams", batch_size=batch_size, seed=seed, quiet=quiet)
 
 
-class _Affine(nn.Module):
-    """What a LayerNorm does after it has normalised."""
+class _SplitNorm(nn.LayerNorm):
+    """A LayerNorm that normalises in a module of its own, which can be looked at."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
+        super().__init__(norm.normalized_shape, eps=norm.eps)
         self.weight, self.bias = norm.weight, norm.bias
+        self.plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
-
-
-def _split_norm(norm: nn.LayerNorm) -> nn.Module:
-    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-    return nn.Sequential(plain, _Affine(norm))
+        normalised: Tensor = self.plain(x)
+        return normalised * self.weight + self.bias
 
 
 def _embedding(stage: int) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
+from upvits.calib_data.scratch import Scratch
+from upvits.toolchain.compensation.gradients import most_at_once
 from upvits.toolchain.compensation.statistics import Moments, input_rows, linear_layers, observe, output_rows, split
 from upvits.toolchain.families import segments_of
 from upvits.toolchain.networks.depth import Blocks
@@ -90,21 +92,55 @@ class _Step:
     sources: tuple[str, str]  # names of the dense modules that its attention and its FFN come from
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pair:
-    """The same images on their way through both networks, a chunk of them.
+    """The same images on their way through both networks, a chunk of them. Streams are on disk and read when looked at.
 
     Attributes:
-        pruned, dense: what enters the step.
-        middle: in the dense network, the stream between attention and FFN.
-        after: in the dense network, what leaves the step.
+        kept: where the streams are.
+        number: of the chunk.
+        held_out: whether these images only decide what is accepted.
+        device: that the networks are on.
+        before, behind: names of the dense network's streams that enter and leave the step; they change places after it.
     """
 
-    pruned: Tensor
-    dense: Tensor
-    middle: Tensor
-    after: Tensor
+    kept: Scratch
+    number: int
     held_out: bool
+    device: torch.device
+    before: str = "dense"
+    behind: str = "after"
+
+    @property
+    def pruned(self) -> Tensor:
+        """What enters the step in the pruned network."""
+        return self.read("pruned")
+
+    @property
+    def dense(self) -> Tensor:
+        """What enters it in the dense one."""
+        return self.read(self.before)
+
+    @property
+    def middle(self) -> Tensor:
+        """In the dense network, the stream between attention and FFN."""
+        return self.read("middle")
+
+    @property
+    def after(self) -> Tensor:
+        """In the dense network, what leaves the step."""
+        return self.read(self.behind)
+
+    def read(self, name: str) -> Tensor:
+        return self.kept[name, self.number].to(self.device)
+
+    def keep(self, name: str, stream: Tensor) -> None:
+        self.kept[name, self.number] = stream
+
+    def go_on(self, step: _Step) -> None:
+        """Both networks are behind the step."""
+        self.keep("pruned", step.run(self.pruned))
+        self.before, self.behind = self.behind, self.before
 
 
 def refit(
@@ -112,31 +148,35 @@ def refit(
 ) -> list[LayerReport]:
     """Refit all layers of a pruned network in place, front to back.
 
-    Streams are kept for all images, one of the pruned network and three of the dense one: at most
-    16 * images * tokens * channels bytes (512 images of a ViT-S at 224 pixels: 800 MB).
+    Streams of all images are on disk, one of the pruned network and three of the dense one: at most 16 * images *
+    tokens * channels bytes (512 images of a ViT-S at 224 pixels: 800 MB); memory does not grow with the images.
 
     Args:
         model: the pruned network, in eval mode; its weights are changed.
         dense: the network that it came from, in eval mode.
         images: calibration images [N, 3, H, W], normalised; every fifth only decides what is accepted.
         targets: how the two correspond.
-        batch_size: images per pass.
+        batch_size: images per pass, fewer where memory is short.
     """
-    fit, held = split(images)
-    batches = [(part, number) for part in (fit, held) for number in range(len(in_batches(part, batch_size)))]
-    pairs = [
-        _Pair(chunk, chunk, chunk, chunk, part is held)
-        for _, (part, number) in shared().mine(batches)
-        for chunk in [in_batches(part, batch_size)[number]]
-    ]
+    size = shared().from_leader(lambda: most_at_once(dense, images, batch_size))
+    fit, held = (in_batches(part, size) for part in split(images))
+    chunks = [(part, index) for part in (fit, held) for index in range(len(part))]
+    kept, device, pairs = Scratch(), next(model.parameters()).device, []
+    for number, (part, index) in shared().mine(chunks):
+        pairs.append(_Pair(kept, number, part is held, device))
+        chunk = part[index]
+        pairs[-1].keep("pruned", chunk)
+        pairs[-1].keep("dense", chunk)
     reports = []
     with torch.inference_mode():
         for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):
-            pairs = [_ahead(model, dense, step, pair) for pair in pairs]
+            for pair in pairs:
+                _ahead(dense, step, pair)
             for name in _layers_of(model, step, pairs):
                 if name in targets.rows or name in targets.streams or name in targets.maps:
                     reports.append(_refit_layer(model, dense, name, step, pairs, targets))
-            pairs = [replace(pair, pruned=step.run(pair.pruned), dense=pair.after) for pair in pairs]
+            for pair in pairs:
+                pair.go_on(step)
     return reports
 
 
@@ -145,15 +185,15 @@ def _layers_of(model: nn.Module, step: _Step, pairs: Sequence[_Pair]) -> list[st
     return shared().from_leader(lambda: linear_layers(model, step.run, pairs[0].pruned[:1]))
 
 
-def _ahead(model: nn.Module, dense: nn.Module, step: _Step, pair: _Pair) -> _Pair:
+def _ahead(dense: nn.Module, step: _Step, pair: _Pair) -> None:
     """The dense network goes through the step."""
-    device = next(model.parameters()).device
-    pruned, start = pair.pruned.to(device), pair.dense.to(device)
     if not step.is_block:
-        return replace(pair, pruned=pruned, dense=start, after=step.dense(start))
+        pair.keep(pair.behind, step.dense(pair.dense))
+        return
     norm = dense.get_submodule(f"{step.sources[1]}.norm2")
-    middle, after = observe(step.dense, start, [(norm, "input")], to_end=True)
-    return _Pair(pruned, start, middle, after, pair.held_out)
+    middle, after = observe(step.dense, pair.dense, [(norm, "input")], to_end=True)
+    pair.keep("middle", middle)
+    pair.keep(pair.behind, after)
 
 
 def _steps(model: nn.Module, dense: nn.Module, blocks: Blocks) -> list[_Step]:

@@ -17,6 +17,9 @@ Site = Literal["input", "output"]
 Images = TypeVar("Images", Tensor, PreparedImages, ImageSet)
 
 
+_COLUMNS = 256
+"""Of a symmetric product that are computed at once."""
+
 MIN_IMAGES = 10
 """Fewer cannot be divided into a part to fit and a part to check."""
 
@@ -119,6 +122,18 @@ def output_rows(layer: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2)
 
 
+def add_gram(sums: Tensor, rows: Tensor, times: float = 1.0) -> None:
+    """Add `times` rows^T rows [d, d] to `sums`; of the product, which is symmetric, little more than half is computed.
+
+    Products are of the type of `rows`, sums of that of `sums`.
+    """
+    for start in range(0, rows.shape[1], _COLUMNS):
+        end = start + _COLUMNS
+        upper = rows[:, start:end].T @ rows[:, start:]
+        sums[start:end, start:].add_(upper, alpha=times)
+        sums[end:, start:end].add_(upper[:, _COLUMNS:].T, alpha=times)
+
+
 @dataclass(slots=True)
 class Moments:
     """Second moments of a regression's inputs and targets, summed in float64.
@@ -145,7 +160,7 @@ class Moments:
         x = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], dim=1)
         y = y.double()
         weighted = x if weights is None else x * weights.double().unsqueeze(1)
-        self.xx += weighted.T @ x
+        add_gram(self.xx, x if weights is None else x * weights.double().sqrt().unsqueeze(1))
         self.xy += weighted.T @ y
         self.yy += (y.square() if weights is None else y.square() * weights.double().unsqueeze(1)).sum(dim=0)
 

@@ -31,10 +31,29 @@ def divergence(dense: Tensor, other: Tensor, scale: float | None = None) -> Tens
 def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
     """None for a classifier; for features (and a single logit, whose softmax tells nothing), their standard deviation
     over the proxy set. Refuses NaN early."""
+    return scale_of(model, outputs_on(model, batches))
+
+
+def outputs_on(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Outputs [N, C] float32 on all images, on the CPU; processes share the batches.
+
+    Raises:
+        UserError: they are not finite.
+    """
     process = shared()
     with torch.inference_mode():
         own = {number: model(batch.to(device_of(model))).float().cpu() for number, batch in process.mine(batches)}
     outputs = torch.cat(process.all_of(own))
+    require_finite(outputs)
+    return outputs
+
+
+def require_finite(outputs: Tensor) -> None:
+    """Refuses outputs [N, C] of the dense network that are no numbers.
+
+    Raises:
+        UserError: says on how many images.
+    """
     if not torch.isfinite(outputs).all():
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         raise UserError(
@@ -42,6 +61,10 @@ def output_scale(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
             why="Importance is a change of its output, which must be a number.",
             fix="Check the weights and the normalisation of the images.",
         )
+
+
+def scale_of(model: nn.Module, outputs: Tensor) -> float | None:
+    """`output_scale` from the outputs [N, C]."""
     if getattr(model, "num_classes", 0) > 1:
         return None
     if len(outputs) < 2:

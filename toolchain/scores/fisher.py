@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from upvits.calib_data.loading import stream
+from upvits.calib_data.prepared import ImageSet, in_batches, tensor_of
 from upvits.calib_data.progress import watched
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.scores.backward import Signs, frozen, gradients_by_segment, signs_of
 from upvits.toolchain.scores.divergence import device_of, half_sums
 from upvits.toolchain.scores.masks import masked
+from upvits.toolchain.scores.room import images_at_once, with_room
 from upvits.toolchain.structure.groups import ChannelGroup
 
 EXACT_CLASSES = 16
@@ -28,8 +31,10 @@ DRAWS = 8
 def fisher(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Sequence[Tensor],
+    images: ImageSet,
     scale: float | None,
+    *,
+    batch_size: int,
     seed: int,
     quiet: bool,
 ) -> dict[str, Tensor]:
@@ -38,10 +43,15 @@ def fisher(
     Returns:
         Group name -> float64 [2, size].
     """
-    totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
-    for number, scores in fisher_per_image(model, groups, batches, scale, seed, quiet):
-        for name, values in scores.items():
-            totals[name] += half_sums(values, number).cpu()
+
+    def totals_of(size: int) -> dict[str, Tensor]:
+        totals = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in groups}
+        for position, scores in fisher_per_image(model, groups, images, scale, batch_size, size, seed, quiet):
+            for name, values in scores.items():
+                totals[name] += half_sums(values, position).cpu()
+        return totals
+
+    totals = with_room(totals_of, images_at_once(model, tensor_of(images[:1]).to(device_of(model)), batch_size))
     shared().sum(*totals.values())
     return totals
 
@@ -49,25 +59,45 @@ def fisher(
 def fisher_per_image(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Sequence[Tensor],
+    images: ImageSet,
     scale: float | None,
+    batch_size: int,
+    size: int,
     seed: int,
     quiet: bool,
     most: int | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The same image by image: for every batch of this process, its number, and group name -> float64 [B, size].
+    """The same image by image: for some images at a time of this process, the first one's position, and group name ->
+    float64 [B, size].
 
-    With `most`, so many directions at most where the expectation would be exact: time goes with them.
+    Args:
+        model, groups, images, scale, seed, quiet: see `score`.
+        batch_size: images that a process takes in turn.
+        size: images at once.
+        most: so many directions at most where the expectation would be exact: time goes with them.
     """
-    sizes = {group.name: group.size for group in groups}
-    return mask_fisher(
-        model,
-        sizes,
-        lambda masks: masked(model, groups, masks),
-        shared().mine(batches),
-        lambda outputs, number: probes_of(outputs, scale, drawn_from(seed, number), most),
-        quiet,
-    )
+    network = frozen(model)
+    batches = shared().mine(in_batches(images, batch_size))
+    for number, batch in watched(batches, "Scoring units (fisher)", quiet=quiet):
+        for start in range(0, len(batch), size):
+            part, first = batch[start : start + size], number * batch_size + start
+            signs = signs_of(seed, range(first, first + len(part)))
+            yield first, _mask_fisher(network, groups, part, lambda out: probes_of(out.cpu(), scale, signs, most))  # noqa: B023
+
+
+def _mask_fisher(
+    network: nn.Module, groups: Sequence[ChannelGroup], images: Tensor, probes: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """1/2 (probe . d output / d mask)^2 summed over the probes: group name -> float64 [B, size]."""
+    device = device_of(network)
+    with torch.inference_mode(False):
+        masks = {g.name: torch.ones(len(images), g.size, device=device, requires_grad=True) for g in groups}
+    slopes: dict[str, Tensor] = {}
+    with masked(network, groups, masks):
+        for found in gradients_by_segment(network, images, probes, masks):
+            for name, gradient in found.items():
+                slopes[name] = slopes[name] + gradient if name in slopes else gradient
+    return {name: slopes[name].double().square().sum(dim=0) / 2 for name in masks}
 
 
 def mask_fisher(
@@ -112,17 +142,17 @@ def drawn_from(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream(seed, number))
 
 
-def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator, most: int | None = None) -> Tensor:
+def probes_of(outputs: Tensor, scale: float | None, signs: Signs, most: int | None = None) -> Tensor:
     """Directions g [K, B, C] with sum_k g_k g_k^T = the Fisher matrix of the output (exactly, or in expectation).
 
     For a softmax that matrix is diag(p) - p p^T. Exactly: one direction sqrt(p_y) (e_y - p) per class y. With many
     classes: diag(sqrt p) e - p (sqrt p . e) with random signs e, which uses all classes in every draw and so varies
     less than drawing one label. With `most` and few classes: the strongest eigenvectors of the matrix only.
     """
-    batch, size = outputs.shape
+    size = outputs.shape[1]
     if scale is not None:
-        signs = torch.randint(0, 2, (DRAWS, batch, size), generator=generator).mul(2).sub(1)
-        return signs.float().div(scale * DRAWS**0.5)
+        drawn: Tensor = signs(DRAWS, size) / (scale * DRAWS**0.5)
+        return drawn
     p = outputs.double().softmax(dim=1)
     root = p.sqrt()
     if size <= EXACT_CLASSES and most is not None and most < size:
@@ -131,6 +161,6 @@ def probes_of(outputs: Tensor, scale: float | None, generator: torch.Generator, 
     elif size <= EXACT_CLASSES:
         probes = root.T.unsqueeze(2) * (torch.eye(size, dtype=p.dtype).unsqueeze(1) - p)
     else:
-        signs = (torch.randint(0, 2, (DRAWS, batch, size), generator=generator) * 2 - 1).double()
-        probes = (root * signs - p * (root * signs).sum(dim=2, keepdim=True)) / DRAWS**0.5
+        spread = root * signs(DRAWS, size).double()
+        probes = (spread - p * spread.sum(dim=2, keepdim=True)) / DRAWS**0.5
     return cast(Tensor, probes.float())

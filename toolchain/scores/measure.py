@@ -63,7 +63,8 @@ def score(
             (`fisher`, and exact where it decides which units stay), `magnitude` or `random`.
         cuts: widths that a plan is going to keep: where `refined` looks closely and where `stability` is judged; half
             of every group by default.
-        batch_size: images per pass; memory grows with it, and with neither the images nor the units.
+        batch_size: images per pass, fewer where memory is short. Rounding depends on it, and nothing else; memory grows
+            with it, and with neither the images nor the units.
         seed: for the label probes of `fisher` (more than 16 classes) and for `random`.
         units: only for `kl`: the units to measure per group (the others get NaN); all by default.
         depth: measure too how every list of blocks can get shorter, on the first 64 images at most.
@@ -115,11 +116,11 @@ def _on_images(
     depth: bool,
     quiet: bool,
 ) -> Scores:
-    batches, rows = in_batches(images, batch_size), max(batch_size, PASS_ROWS)
-    scale = output_scale(model, batches)
+    rows = max(batch_size, PASS_ROWS)
+    scale = output_scale(model, in_batches(images, batch_size))
     halves: dict[str, Tensor] = {}
     if method == "fisher":
-        halves = fisher(model, groups, batches, scale, seed, quiet)
+        halves = fisher(model, groups, images, scale, batch_size=batch_size, seed=seed, quiet=quiet)
     elif method == "kl":
         chosen = units if units is not None else {group.name: range(group.size) for group in groups}
         halves = exact_kl(model, groups, in_batches(images, rows), scale, chosen, rows, quiet)

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from upvits.calib_data.prepared import ImageSet, in_batches, tensor_of
+from upvits.calib_data.prepared import ImageSet, tensor_of
 from upvits.calib_data.progress import watched
 from upvits.toolchain.processes.process import shared
 from upvits.toolchain.scores.cuts import Cut, cut_of
 from upvits.toolchain.scores.divergence import device_of
 from upvits.toolchain.scores.exact import kl_per_image
 from upvits.toolchain.scores.fisher import fisher_per_image
+from upvits.toolchain.scores.room import images_at_once, with_room
 from upvits.toolchain.scores.suffix import chain_of
 from upvits.toolchain.structure.groups import ChannelGroup, Widths
 
@@ -124,11 +125,14 @@ def _fisher_of_all(
     quiet: bool,
 ) -> dict[str, Tensor]:
     """Group name -> `fisher` of every image, float32 [size, N]."""
-    batches = in_batches(images, batch_size)
-    parts: dict[int, dict[str, Tensor]] = {}
-    for number, scores in fisher_per_image(model, groups, batches, scale, seed, quiet, DIRECTIONS):
-        parts[number] = {name: values.T.float().cpu() for name, values in scores.items()}
-    everything = shared().all_of(parts)
+
+    def parts_of(size: int) -> dict[int, dict[str, Tensor]]:
+        found = fisher_per_image(model, groups, images, scale, batch_size, size, seed, quiet, DIRECTIONS)
+        return {first: {n: values.T.float().cpu() for n, values in scores.items()} for first, scores in found}
+
+    everything = shared().all_of(
+        with_room(parts_of, images_at_once(model, tensor_of(images[:1]).to(device_of(model)), batch_size))
+    )
     return {group.name: torch.cat([part[group.name] for part in everything], dim=1) for group in groups}
 
 

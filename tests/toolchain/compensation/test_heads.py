@@ -17,6 +17,7 @@ from upvits import toolchain
 from upvits.toolchain.compensation.gradients import output_gradients
 from upvits.toolchain.compensation.heads import LEAST_WEIGHT, rotate_heads
 from upvits.toolchain.families import groups_of
+from upvits.toolchain.scores.backward import frozen, signs_of
 from upvits.toolchain.scores.divergence import divergence
 
 DEIT, PVT = VARIANTS[0], VARIANTS[7]
@@ -95,7 +96,9 @@ def test_logit_errors_foretold_are_those_that_happen(variant: Variant) -> None:
     model, image = make(variant), pictures(variant, 1)
     name = next(iter(attentions(model)))
     rotation = rotate_heads(model, image, [name], seed=4)
-    ((_, gradients),) = next(output_gradients(model, [f"{name}.proj"], [image], "", seed=4, quiet=True))
+    writer = f"{name}.proj"
+    passes = output_gradients(frozen(model), [writer], image, signs_of(4, [0]))
+    gradients = next(found[writer][1] for found in passes if writer in found)
     weights = gradients[:, 0].double().square().sum(dim=(0, 2))
     weights += LEAST_WEIGHT * weights.mean()
     attention: Any = rotation.model.get_submodule(name)
