@@ -13,7 +13,7 @@ from upvits.calib_data.errors import GateError, UserError
 from upvits.calib_data.progress import progress_bar
 from upvits.deploy.graphs.nodes import Array
 from upvits.deploy.precision.weight_layers import WeightLayer, nothing_to_quantize, prepared, weight_layers
-from upvits.deploy.runtimes.onnxruntime_ import open_model
+from upvits.deploy.runtimes.onnxruntime_ import open_judged
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -36,7 +36,7 @@ class Ranges:
 
 
 def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = False, total: int | None = None) -> Ranges:
-    """Run images through an fp32 model, on the CPU, and keep the largest absolute values in each channel.
+    """Run images through an fp32 model, on a GPU where there is one, and keep the largest absolute values in each channel.
 
     Memory is bounded by a batch: maxima are taken inside the graph.
 
@@ -56,7 +56,7 @@ def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = Fals
     seen, digest = 0, hashlib.sha256()
     largest: dict[str, Floats] = {}
     with (
-        open_model(probed) as session,
+        open_judged(probed) as session,
         progress_bar(quiet=quiet) as progress,
     ):
         task = progress.add_task("calibrate", total=total)

@@ -14,7 +14,7 @@ from upvits.deploy.precision.quantize import activation_scale, cut_projections, 
 from upvits.deploy.precision.rounding import rounded, rounding_nodes
 from upvits.deploy.precision.smoothing import fold_outliers
 from upvits.deploy.precision.weight_layers import WeightLayer, prepared, weight_layers
-from upvits.deploy.runtimes.onnxruntime_ import open_model
+from upvits.deploy.runtimes.onnxruntime_ import open_judged
 
 
 def layer_sqnr(
@@ -47,7 +47,7 @@ def layer_sqnr(
     signal, noise = dict.fromkeys(probes, 0.0), dict.fromkeys(probes, 0.0)
     seen = 0
     with (
-        open_model(twins) as session,
+        open_judged(twins) as session,
         progress_bar(quiet=quiet) as progress,
     ):
         task = progress.add_task("error of each layer", total=total)

@@ -23,7 +23,7 @@ from upvits.deploy.runtimes.interface import (
     Runtime,
     Session,
 )
-from upvits.deploy.runtimes.onnxruntime_ import open_model, open_onnx
+from upvits.deploy.runtimes.onnxruntime_ import open_judged, open_model, open_onnx, where_judged
 from upvits.deploy.runtimes.openvino_ import OPENVINO, OPENVINO_GPU
 from upvits.deploy.runtimes.tensorrt import TENSORRT
 from upvits.deploy.runtimes.tensorrt_rtx import TENSORRT_RTX
@@ -44,11 +44,13 @@ __all__ = [
     "Runtime",
     "RuntimeChoice",
     "Session",
+    "open_judged",
     "open_model",
     "open_onnx",
     "read_engine",
     "resolve_runtimes",
     "runtime_named",
+    "where_judged",
 ]
 
 _ALL: tuple[Runtime, ...] = (

@@ -263,13 +263,30 @@ def open_model(model: ModelProto, *, threads: int | None = None, name: str = "th
     return _open_on_cpu(model.SerializeToString() if fits_one_file(model) else model, threads, name)
 
 
+def where_judged() -> OnnxRuntime:
+    """What computes the graphs that are calibrated and judged: an NVIDIA GPU where there is one, else the CPU."""
+    return CPU if CUDA.missing_to_run() is not None else CUDA
+
+
+def open_judged(model: ModelProto) -> OnnxRuntimeSession:
+    """Run a model in memory where `where_judged` says; fp32 is fp32 there, without TF32. Otherwise as `open_model`."""
+    runtime = where_judged()
+    if not runtime.on_cpu:
+        try:
+            return _open(model.SerializeToString() if fits_one_file(model) else model, runtime.provider, None)
+        except load_errors() as error:  # no reason to stop: the CPU gives the same answers later
+            _LOG.info("The GPU does not take this graph (%s); it is judged on the CPU.", reason(error))
+    return open_model(model)
+
+
 class _SessionFromDisk(OnnxRuntimeSession):
     """A session on a model that is too large for a buffer: its files stay until the session is closed."""
 
-    def __init__(self, model: ModelProto, threads: int | None) -> None:
+    def __init__(self, model: ModelProto, provider: str, threads: int | None, options: dict[str, str]) -> None:
         files = ExitStack()
         self._remove_files = weakref.finalize(self, files.close)
-        super().__init__(openable(model, files.enter_context(scratch_folder())), threads=threads)
+        source = openable(model, files.enter_context(scratch_folder()))
+        super().__init__(source, provider, threads=threads, provider_options=options)
 
     def close(self) -> None:
         super().close()
@@ -279,11 +296,16 @@ class _SessionFromDisk(OnnxRuntimeSession):
 def _open_on_cpu(model: bytes | Path | ModelProto, threads: int | None, name: str) -> OnnxRuntimeSession:
     require(CPU.missing_to_run(), "ONNX files cannot be run here")
     try:
-        if isinstance(model, ModelProto):
-            return _SessionFromDisk(model, threads)
-        return OnnxRuntimeSession(model, threads=threads)
+        return _open(model, providers.CPU, threads)
     except load_errors() as error:
         raise UserError(f"ONNX Runtime cannot load {name}", why=reason(error)) from error
+
+
+def _open(model: bytes | Path | ModelProto, provider: str, threads: int | None) -> OnnxRuntimeSession:
+    options = providers.exact_settings(provider)
+    if isinstance(model, ModelProto):
+        return _SessionFromDisk(model, provider, threads, options)
+    return OnnxRuntimeSession(model, provider, threads=threads, provider_options=options)
 
 
 # What else the CPU provider takes it does not compute in: on x86 every fp16 operator but LayerNormalization runs

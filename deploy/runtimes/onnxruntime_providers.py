@@ -33,8 +33,7 @@ def build_settings(provider: str, model: ModelProto, options: BuildOptions) -> d
         UserError: an optimization profile cannot be made, because an axis other than the first is dynamic.
     """
     if provider == CUDA:
-        # fp32 means fp32: it would otherwise multiply in TF32
-        return {"use_tf32": "0", **_memory("gpu_mem_limit", options)}
+        return {**exact_settings(provider), **_memory("gpu_mem_limit", options)}
     if provider not in _PREFIXES:
         return {}
     prefix = _PREFIXES[provider]
@@ -54,6 +53,11 @@ def build_settings(provider: str, model: ModelProto, options: BuildOptions) -> d
 def device_settings(provider: str, gpu: int) -> dict[str, str]:
     """Options of a provider that name the GPU, by CUDA's number."""
     return {} if provider == CPU else {"device_id": str(gpu)}
+
+
+def exact_settings(provider: str) -> dict[str, str]:
+    """Options with which fp32 means fp32: CUDA would otherwise multiply in TF32."""
+    return {"use_tf32": "0"} if provider == CUDA else {}
 
 
 def run_settings(provider: str, cache: Path | None, *, cuda_graph: bool) -> dict[str, str]:

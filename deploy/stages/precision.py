@@ -1,6 +1,7 @@
 """The precision stage: each fp32 graph in every precision that an engine is asked for, and what that costs.
 
-Costs are found on ONNX Runtime's CPU provider, which computes what the graph says; the engines that run on this
+Costs are found on ONNX Runtime's CUDA provider where there is a GPU, else on its CPU provider, which both compute what
+the graph says; the engines that run on this
 machine are measured again by themselves, in the bench stage.
 """
 
@@ -20,9 +21,9 @@ from upvits.deploy.choices import MODELS
 from upvits.deploy.graphs.facts import GraphFacts
 from upvits.deploy.graphs.files import load_model, save_model
 from upvits.deploy.measure.accuracy import Accuracy, accuracy
-from upvits.deploy.precision import QUANTIZED, Converted, calibrate, convert, for_cpu, layer_sqnr, put_back
+from upvits.deploy.precision import QUANTIZED, Converted, Ranges, calibrate, convert, for_cpu, layer_sqnr, put_back
 from upvits.deploy.recipe.request import Job
-from upvits.deploy.runtimes import Runtime, open_model
+from upvits.deploy.runtimes import Runtime, open_judged, where_judged
 from upvits.deploy.stages.documents import Calibration, PrecisionRecord, Precisions
 from upvits.deploy.stages.job import Pixels, model_input, stage, validation_outputs
 from upvits.deploy.store.artifacts import Artifact
@@ -45,10 +46,14 @@ def convert_graphs(job: Job, exported: Artifact) -> dict[str, Artifact]:
         for runtime, precision in job.engines
         if precision != "fp32"
     }
-    return {name: _graphs(job, exported, name, *how) for name, how in needed.items()}
+    known: dict[str, Ranges] = {}
+    return {name: _graphs(job, exported, name, *how, known) for name, how in needed.items()}
 
 
-def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precision: str) -> Artifact:
+def _graphs(
+    job: Job, exported: Artifact, name: str, precision: str, base_precision: str, known: dict[str, Ranges]
+) -> Artifact:
+    """One precision; `known` are ranges by network, which do not depend on it."""
     recipe = job.recipe.precision
 
     def work(folder: Path) -> None:
@@ -56,7 +61,12 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precis
         for model in MODELS:
             fp32 = load_model(exported.folder / model / "model.onnx")
             reference = load_file(exported.folder / "accuracy_reference.safetensors")
-            graph, records[model] = _graph(job, fp32, precision, base_precision, reference[model], reference["labels"])
+            if precision in QUANTIZED and model not in known:
+                known[model] = _ranges(job, fp32)
+            ranges = known[model] if precision in QUANTIZED else None
+            graph, records[model] = _graph(
+                job, fp32, precision, base_precision, ranges, reference[model], reference["labels"]
+            )
             (folder / model).mkdir()
             save_model(graph, folder / model / "model.onnx", external_data=job.recipe.export.external_data)
         save_document(folder / "precision.json", Precisions(**records))
@@ -66,6 +76,8 @@ def _graphs(job: Job, exported: Artifact, name: str, precision: str, base_precis
     if precision in QUANTIZED:
         settings |= {"calib_images": recipe.calib_images, "seed": job.recipe.seed}
         inputs["calibration"] = job.calibration.digest
+    if not where_judged().on_cpu:  # rounds otherwise
+        inputs["judged"] = where_judged().name
     artifact = stage(job, f"4-precision/{name}", settings, inputs, work)
     _require_accuracy(artifact, precision, recipe.max_drop, asked=precision in job.recipe.engine.precision)
     return artifact
@@ -76,6 +88,7 @@ def _graph(
     fp32: ModelProto,
     precision: str,
     base_precision: str,
+    ranges: Ranges | None,
     reference: np.ndarray[Any, Any],
     labels: np.ndarray[Any, Any],
 ) -> tuple[ModelProto, PrecisionRecord]:
@@ -84,11 +97,9 @@ def _graph(
 
     def cost(converted: Converted) -> Accuracy:
         if converted.kept not in known:
-            known[converted.kept] = accuracy(reference, _cpu_outputs(job, converted.model), labels, precision)
+            known[converted.kept] = accuracy(reference, _outputs(job, converted.model), labels, precision)
         return known[converted.kept]
 
-    chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
-    ranges = calibrate(fp32, _fed(job, chosen), quiet=job.quiet) if precision in QUANTIZED else None
     converted = convert(fp32, precision, ranges=ranges, base_precision=base_precision)
     first = kept = cost(converted)
     judged = proxy_set(job.calibration, _SENSITIVITY_IMAGES, job.recipe.seed)
@@ -117,13 +128,19 @@ def _graph(
     )
 
 
+def _ranges(job: Job, fp32: ModelProto) -> Ranges:
+    """Ranges of what the layers of one network read."""
+    chosen = proxy_set(job.calibration, job.recipe.precision.calib_images, job.recipe.seed)
+    return calibrate(fp32, _fed(job, chosen), quiet=job.quiet)
+
+
 def _fed(job: Job, images: Images) -> Iterator[Pixels]:
     """Images as the exported model takes them, a batch at a time: memory does not grow with their number."""
     return (model_input(job, batch) for batch, _ in batches(images, job.preprocess, _CALIBRATION_BATCH))
 
 
-def _cpu_outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
-    with open_model(for_cpu(graph)) as session:
+def _outputs(job: Job, graph: ModelProto) -> np.ndarray[Any, Any]:
+    with open_judged(for_cpu(graph)) as session:
         return validation_outputs(job, {"graph": session})[0]["graph"]
 
 
