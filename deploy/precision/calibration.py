@@ -36,7 +36,7 @@ class Ranges:
 
 
 def calibrate(model: ModelProto, batches: Iterable[Array], *, quiet: bool = False, total: int | None = None) -> Ranges:
-    """Run images through an fp32 model, on a GPU where there is one, and keep the largest absolute values in each channel.
+    """Run images through an fp32 model, on a GPU where there is one; keep the largest absolute values in each channel.
 
     Memory is bounded by a batch: maxima are taken inside the graph.
 

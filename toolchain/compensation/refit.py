@@ -102,6 +102,7 @@ class _Pair:
         held_out: whether these images only decide what is accepted.
         device: that the networks are on.
         before, behind: names of the dense network's streams that enter and leave the step; they change places after it.
+        own: name of the pruned network's stream; images enter both networks.
     """
 
     kept: Scratch
@@ -110,11 +111,12 @@ class _Pair:
     device: torch.device
     before: str = "dense"
     behind: str = "after"
+    own: str = "dense"
 
     @property
     def pruned(self) -> Tensor:
         """What enters the step in the pruned network."""
-        return self.read("pruned")
+        return self.read(self.own)
 
     @property
     def dense(self) -> Tensor:
@@ -140,7 +142,7 @@ class _Pair:
     def go_on(self, step: _Step) -> None:
         """Both networks are behind the step."""
         self.keep("pruned", step.run(self.pruned))
-        self.before, self.behind = self.behind, self.before
+        self.own, self.before, self.behind = "pruned", self.behind, self.before
 
 
 def refit(
@@ -164,9 +166,7 @@ def refit(
     kept, device, pairs = Scratch(), next(model.parameters()).device, []
     for number, (part, index) in shared().mine(chunks):
         pairs.append(_Pair(kept, number, part is held, device))
-        chunk = part[index]
-        pairs[-1].keep("pruned", chunk)
-        pairs[-1].keep("dense", chunk)
+        pairs[-1].keep("dense", part[index])
     reports = []
     with torch.inference_mode():
         for step in watched(_steps(model, dense, targets.blocks), "Refitting", quiet=quiet):
