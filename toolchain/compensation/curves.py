@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from upvits.calib_data.errors import UserError
 from upvits.calib_data.prepared import ImageSet, in_batches
 from upvits.calib_data.progress import watched
 from upvits.toolchain.compensation.gradients import directions_of, most_at_once, parts_of
@@ -40,6 +41,9 @@ from upvits.toolchain.structure.groups import ChannelGroup
 
 RIDGE = 1e-4
 """Relative to the mean diagonal of H, so that its inverse exists where units are dead or equal."""
+
+BIAS_RIDGE = 1e-5
+"""Likewise of the bias, relative to its own diagonal: moments are rounded to fp32."""
 
 EVENNESS = 0.25
 """Added to the importance of every token, relative to the mean one of its image. In a ViT's last block the output
@@ -311,8 +315,8 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
     size = weight.shape[1]
     ridge = RIDGE * second.diagonal()[:-1].mean().clamp_min(1e-300)
     shifts = torch.full((size + 1,), float(ridge), dtype=torch.float64, device=second.device)
-    shifts[-1] = 1e-9 * float(second[-1, -1].clamp_min(1e-300))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second + shifts.diag()))
+    shifts[-1] = BIAS_RIDGE * float(second[-1, -1].clamp_min(1e-300))
+    inverse = _inverse(second, shifts)
     values, vectors = torch.linalg.eigh(fisher / fisher.trace().clamp_min(1e-300))
     # W G W^T = |W G^(1/2)|^2: in this basis the loss is a plain squared length
     rows = weight.detach().double().T @ (vectors * values.clamp_min(0).sqrt())
@@ -331,13 +335,31 @@ def surgeon(weight: Tensor, layer: LayerStatistics, num_heads: int = 1, order: T
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[batch] = False
         columns = inverse[:, batch]
-        factor = torch.linalg.cholesky(columns[batch])
-        gain = torch.cholesky_solve(columns[stays].T, factor).T
+        gain = torch.linalg.solve(columns[batch], columns[stays].T).T
         rows = torch.addmm(rows[stays], gain, rows[batch], alpha=-1)
         inverse = torch.addmm(inverse[stays][:, stays], gain, columns[stays].T, alpha=-1)
         left = left[stays]
     loss = torch.tensor(losses, dtype=torch.float64).clamp_min(0).cumsum(0)
     return Curve(torch.tensor(removed), loss)
+
+
+def _inverse(second: Tensor, shifts: Tensor) -> Tensor:
+    """Inverse of moments [n, n] with a ridge [n], which grows where rounding of the moments asks for more.
+
+    Raises:
+        UserError: the moments are not finite.
+    """
+    if not second.isfinite().all():
+        raise UserError(
+            "What the layers of the dense network read is not finite.",
+            why="Activations or gradients overflow on some images.",
+            fix="Check the weights and the normalisation of the images.",
+        )
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(second + shifts.diag())
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        shifts = 10 * shifts
 
 
 def with_joint_units(plan: PruningPlan, curves: Mapping[str, Curve]) -> PruningPlan:

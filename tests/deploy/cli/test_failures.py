@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.table import Table
 from rich.text import Text
 
@@ -90,6 +91,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
         (RuntimeError("Symlink loop from '/x/l'"), "in a circle"),
         (MemoryError(), "Memory runs out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Memory runs out"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "Memory runs out"),
         (ImportError("libtorch.so: failed to map segment from shared object"), "Memory runs out"),
         (UnicodeEncodeError("utf-8", "ph\udce9tos", 2, 3, "surrogates not allowed"), "UTF-8"),
         (RuntimeError("Path a\ufffd is not valid UTF-8"), "UTF-8"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.compensation import compensated_curves
 from upvits.toolchain.compensation.curves import LayerStatistics, surgeon
+from upvits.toolchain.compensation.statistics import add_gram
 from upvits.toolchain.families import groups_of
 
 
@@ -117,3 +118,28 @@ def test_too_few_images_are_refused() -> None:
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=4).eval()
     with pytest.raises(UserError, match="2 calibration images are too few"):
         compensated_curves(model, torch.randn(2, 3, 32, 32))
+
+
+def test_fewer_rows_than_units_and_units_that_are_alike_give_a_curve() -> None:
+    """Moments in fp32, which rounding leaves not quite positive: ten equal tokens for 600 units far from zero."""
+    rows = 5 + torch.randn(10, 600, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([rows.repeat_interleave(2, dim=1), torch.ones(10, 1)], dim=1)
+    second = torch.zeros(1201, 1201)
+    add_gram(second, rows)
+    curve = surgeon(torch.randn(8, 1200), LayerStatistics(second, torch.eye(8)))
+    assert sorted(curve.order.tolist()) == list(range(1200))
+    assert curve.loss.isfinite().all()
+    assert (curve.loss.diff() >= 0).all()
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    second = torch.full((5, 5), torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        surgeon(torch.ones(2, 4), LayerStatistics(second, torch.eye(2)))
+
+
+def test_a_symmetric_product_in_parts_is_the_product() -> None:
+    rows = torch.randn(7, 600, dtype=torch.float64)
+    sums = torch.ones(600, 600, dtype=torch.float64)
+    add_gram(sums, rows, 2.0)
+    torch.testing.assert_close(sums, 1 + 2 * rows.T @ rows)
