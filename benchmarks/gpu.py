@@ -1,10 +1,13 @@
-"""Dense against pruned on this machine's NVIDIA GPU, in PyTorch, ONNX Runtime and TensorRT, and a sweep over widths.
+"""The first minutes on an NVIDIA GPU: is CUDA right, is the pruned network faster, and what does the work cost?
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu --minutes 10
 
-Weights are random: latency does not depend on them. The pruned network has half of every width. The two are measured
-in turns. What fails is recorded with its reason, and the rest goes on. Results go to benchmarks/results/ as JSON and
-as a table; `--device cpu --quick` only tries the script out.
+In this order, and what is measured is saved at once, so that a run may end at any moment. (a) Scores, plan, cut, refit
+and fine-tuning on CUDA against the CPU. (b) Dense against pruned in PyTorch, ONNX Runtime and TensorRT; weights are
+random, since latency does not depend on them, the pruned network has half of every width, and the two take turns.
+(c) Seconds and memory of large networks, and a sweep over widths. What fails, and what there was no time for, is
+recorded with its reason. Results go to benchmarks/results/ as JSON and as a table; `--device cpu --quick` only tries
+the script out.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from benchmarks.gpu_evidence import Evidence, Step
 from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, cost_by_alignment, rounding_up_pays, sweep
 from upvits import toolchain
@@ -44,8 +48,9 @@ from upvits.deploy.runtimes.cuda import missing_gpu
 from upvits.deploy.store.artifacts import atomic_write
 from upvits.toolchain.networks.names import canonical_name
 
-MODELS = ("pvt_v2_b0", "pvt_v2_b2", "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-BATCHES = (1, 8, 32, 128)
+# the first ones are worth most
+MODELS = ("deit_base_patch16_224", "pvt_v2_b2", "deit_small_patch16_224", "pvt_v2_b0", "deit_tiny_patch16_224")
+BATCHES = (1, 32, 8, 128)
 RATIO = 0.5
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,6 +83,11 @@ GPU_WAYS: tuple[Way, ...] = (
     TorchWay("bf16", compiled=True, cuda_graph=True),
     RuntimeWay("tensorrt", "fp16", cuda_graph=True),
     RuntimeWay("tensorrt", "int8", cuda_graph=True),
+    RuntimeWay("tensorrt", "fp8", cuda_graph=True),
+    RuntimeWay("tensorrt", "bf16", cuda_graph=True),
+    RuntimeWay("tensorrt", "fp32", cuda_graph=True),
+    RuntimeWay("onnxruntime-tensorrt", "fp16", cuda_graph=True),
+    RuntimeWay("onnxruntime-cuda", "bf16"),
     RuntimeWay("tensorrt-rtx", "fp16", cuda_graph=True),
     RuntimeWay("tensorrt-rtx", "int8", cuda_graph=True),
 )
@@ -212,40 +222,81 @@ def _reason(error: Exception) -> str:
     return (text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")[:300]
 
 
-def benchmark(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure everything that was asked for; the document of the result."""
+def benchmark(options: argparse.Namespace, console: Console) -> Path:
+    """Measure everything that was asked for, as far as there is time; returns the document, saved after each figure."""
     started = time.perf_counter()
 
-    def in_time() -> bool:
-        return time.perf_counter() - started < 60 * float(options.minutes)
+    def left() -> float:
+        return 60 * float(options.minutes) - (time.perf_counter() - started)
 
-    settings = BenchSettings(seconds=options.seconds, rounds=20)
-    if options.quick:
-        settings = BenchSettings(seconds=options.seconds, rounds=4, warmup=1, warmup_seconds=0.0, min_iterations=4)
-    dtype = torch.float16 if options.device == "cuda" else torch.float32
-    rows: list[Row] = []
+    document = _empty_document(options)
+    evidence = Evidence(options.device, quick=options.quick)
     with GpuMonitor() as monitor, tempfile.TemporaryDirectory() as folder:
-        sweep_batch = 2 if options.quick else 32
-        points = sweep(options.device, dtype, sweep_batch, quick=options.quick)
-        ways = GPU_WAYS if options.device == "cuda" else CPU_WAYS
+
+        def keep() -> Path:
+            document["minutes"] = round((time.perf_counter() - started) / 60, 2)
+            return save(document, options.out)
+
+        for step in evidence.right():
+            document["right"][step.name] = _made(step, left)
+            console.print(f"{step.name}: {document['right'][step.name]}", highlight=False, markup=False)
+            keep()
         for name in options.models:
             networks = make_networks(name, Path(folder) / name)
-            for row in measure(networks, ways, options.batches, options.device, settings, in_time):
-                rows.append(row)
+            settings = BenchSettings(**document["settings"])
+            ways = GPU_WAYS if options.device == "cuda" else CPU_WAYS
+            for row in measure(networks, ways, options.batches, options.device, settings, lambda: left() > 0):
+                document["rows"].append(asdict(row))
                 console.print(_line(row), highlight=False, markup=False)
+                keep()
+        for step in evidence.cost():
+            document["cost"][step.name] = _made(step, left)
+            console.print(f"{step.name}: {document['cost'][step.name]}", highlight=False, markup=False)
+            keep()
+        document["sweep"] |= _made(Step("sweep", 60, lambda: _sweep(options)), left)
+    document["gpu"] = monitor.as_json()
+    return keep()
+
+
+def _empty_document(options: argparse.Namespace) -> dict[str, Any]:
+    settings = BenchSettings(seconds=options.seconds, rounds=20)
+    if options.quick:
+        settings = BenchSettings(
+            seconds=options.seconds, rounds=4, warmup=1, warmup_seconds=0.0, min_iterations=4, turn_seconds=0.0
+        )
     return {
         "date": date.today().isoformat(),
         "environment": environment().as_json(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "compute_capability": compute_capability(),
         "cuda": torch.version.cuda,
-        "gpu": monitor.as_json(),
+        "gpu": {},
         "ratio": RATIO,
         "settings": asdict(settings),
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-        "rows": [asdict(row) for row in rows],
-        "sweep": {"batch": sweep_batch, "dtype": str(dtype).removeprefix("torch."), **_sweep_document(points)},
+        "minutes": 0.0,
+        "right": {},
+        "rows": [],
+        "cost": {},
+        "sweep": {"batch": 2 if options.quick else 32, "dtype": "float16" if options.device == "cuda" else "float32"},
     }
+
+
+def _made(step: Step, left: Callable[[], float]) -> dict[str, Any]:
+    """What a step finds, or why it was not begun or failed."""
+    if (seconds := left()) < step.seconds:
+        return {"failed": f"not begun: it may need {step.seconds:.0f} s, and {max(seconds, 0):.0f} s were left"}
+    try:
+        return dict(step.run())
+    except Exception as error:  # whatever a library raises: the other steps are still worth it
+        return {"failed": _reason(error)}
+
+
+def _sweep(options: argparse.Namespace) -> dict[str, Any]:
+    cuda = options.device == "cuda"
+    points = sweep(
+        options.device, torch.float16 if cuda else torch.float32, 2 if options.quick else 32, quick=options.quick
+    )
+    return _sweep_document(points)
 
 
 def _sweep_document(points: Sequence[Point]) -> dict[str, Any]:
@@ -287,7 +338,13 @@ def markdown(document: dict[str, Any]) -> str:
             f"| {row['speedup']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
             f"| {pruned['images_per_second']:.0f} | {100 * pruned['cv']:.1f} %{', unstable' * pruned['unstable']} |"
         )
+    for title, part in (("Is CUDA right?", "right"), ("What the work costs", "cost")):
+        lines += ["", f"## {title}", "", "| step | figure | value |", "|---|---|---:|"]
+        for step, figures in document[part].items():
+            lines += [f"| {step} | {name} | {_shown(value)} |" for name, value in figures.items()]
     found = document["sweep"]
+    if "cost_by_alignment" not in found:
+        return "\n".join(lines) + "\n"
     lines += ["", f"## Widths ({found['dtype']}, batch {found['batch']})", ""]
     lines += ["Cost per multiply-accumulate by the power of two that divides the width; 1 is the best aligned.", ""]
     for kind, costs in found["cost_by_alignment"].items():
@@ -296,6 +353,10 @@ def markdown(document: dict[str, Any]) -> str:
     for multiple, shares in found["rounding_up_pays"].items():
         lines.append(f"- of {multiple}: " + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items()))
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
 def save(document: dict[str, Any], folder: Path) -> Path:
@@ -314,7 +375,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help="timm names, separated by commas")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each pair and batch size (default: 2)")
-    parser.add_argument("--minutes", type=float, default=25.0, help="nothing new is begun after these (default: 25)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="all of it ends about then (default: 10)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script out")
     parser.add_argument("--quick", action="store_true", help="few widths and rounds")
@@ -341,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing is not None:
             raise MissingDependencyError("there is no GPU to measure", why=missing.why, fix=missing.fix)
         options.models = [canonical_name(name) for name in options.models]
-        path = save(benchmark(options, console), options.out)
+        path = benchmark(options, console)
     except UserError as error:
         console.print(str(error), highlight=False, markup=False)
         return error.exit_code

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from benchmarks.gpu import GPU_WAYS, Networks, main, make_networks, markdown, measure
+from benchmarks.gpu_evidence import Evidence, Step
 from benchmarks.torch_session import TorchSession, TorchWay
 from benchmarks.width_sweep import Point, aligned_to, cost_by_alignment, rounding_up_pays, sweep
 from upvits.deploy.measure.bench import BenchSettings
@@ -38,6 +39,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Networks:
     return Networks("tiny", networks[0].eval(), networks[1].eval(), tmp_path_factory.mktemp("tiny"))
 
 
+class StubbedEvidence:
+    """Steps that take no time: one that finds something, one that fails, and one that there is no time for."""
+
+    def __init__(self, device: str, *, quick: bool) -> None:
+        assert (device, quick) == ("cpu", True)
+
+    def right(self) -> Iterator[Step]:
+        yield Step("scores", 1, lambda: {"least rank correlation": 0.98765, "same": True})
+        yield Step("plan", 1, lambda: [][0])
+
+    def cost(self) -> Iterator[Step]:
+        yield Step("cost of a giant", 1e6, lambda: {"never": 1.0})
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory, tiny: Networks) -> Path:
     """Folder with the results of one run over a network that is small enough for a test."""
@@ -45,8 +60,57 @@ def result(tmp_path_factory: pytest.TempPathFactory, tiny: Networks) -> Path:
     arguments = ["--device", "cpu", "--quick", "--models", "test_vit", "--batches", "1,2", "--seconds", "0.05"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.gpu.make_networks", lambda name, _: dataclasses.replace(tiny, name=name))
+        patch.setattr("benchmarks.gpu.Evidence", StubbedEvidence)
         assert main([*arguments, "--out", str(folder)]) == 0
     return folder
+
+
+def test_what_cuda_changes_and_what_work_costs_is_in_the_document(result: Path) -> None:
+    document = document_in(result)
+    assert document["right"]["scores"] == {"least rank correlation": 0.98765, "same": True}
+    assert document["right"]["plan"] == {"failed": "IndexError: list index out of range"}
+    assert document["cost"]["cost of a giant"]["failed"].startswith("not begun: it may need 1000000 s, and ")
+    text = next(result.glob("*.md")).read_text()
+    assert "| scores | least rank correlation | 0.9877 |" in text
+    assert "| plan | failed | IndexError: list index out of range |" in text
+
+
+def test_what_is_found_is_saved_before_the_next_step_begins(
+    tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(StubbedEvidence):
+        def right(self) -> Iterator[Step]:
+            yield from super().right()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.gpu.Evidence", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--device", "cpu", "--quick", "--models", "test_vit", "--out", str(tmp_path)])
+    assert set(document_in(tmp_path)["right"]) == {"scores", "plan"}
+
+
+def check_evidence(device: str) -> None:
+    """Every step finds figures, and those of a device are near those of the CPU."""
+    evidence = Evidence(device, quick=True)
+    found = {step.name: step.run() for step in (*evidence.right(), *evidence.cost())}
+    assert float(found["outputs"]["fp32"]) < 1e-3
+    assert float(found["outputs"]["AMP bfloat16"]) < 0.1
+    assert float(found["scores"]["least rank correlation"]) > 0.9
+    assert float(found["plan"]["kept units in common"]) > 0.9
+    assert abs(float(found["cut and refit"]["top-1 on cpu"]) - float(found["cut and refit"][f"top-1 on {device}"])) < 10
+    assert float(found["fine-tuning"]["images per second"]) > 0
+    assert float(found["killed and continued"]["continued: largest change"]) < (1e-9 if device == "cpu" else 0.1)
+    assert float(found["cost of test_vit"]["seconds of cut and refit"]) > 0
+
+
+@pytest.mark.slow  # trains a network five times
+def test_the_evidence_can_be_gathered() -> None:
+    check_evidence("cpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_what_the_cpu_does() -> None:
+    check_evidence("cuda")
 
 
 def document_in(folder: Path) -> dict[str, Any]:
