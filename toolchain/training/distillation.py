@@ -11,9 +11,10 @@ The paper adds 0.2 * *sum* of the KL over the 32 images of one GPU; 6.4 * mean i
 batch size. Without labels the first term is left out; without a head only the last one is there.
 """
 
+import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +43,6 @@ from upvits.toolchain.training.state import (
     restore_state,
     save_state,
     seeded,
-    settings_key,
     write_log,
 )
 from upvits.toolchain.training.stopping import Checkpoints, requests_to_stop, stop_if_asked
@@ -74,9 +74,9 @@ def distill(
     `checkpoint_minutes`: the same call, after having been killed at any moment, continues at the last checkpoint, sees
     the images that were left, and ends with the weights that it would have had (bit-identical on the same machine with
     the same number of threads and processes). Another number of processes continues with the same global batch. Only
-    the first process reads and writes the folder; the others may have disks of their own. A checkpoint of another
-    student, teacher, data set, preprocessing or of other settings is not continued but replaced. A finished training
-    returns at once. best.safetensors holds the weights of the epoch that was best on the validation images; the result
+    the first process reads and writes the folder; the others may have disks of their own. A folder with the checkpoint
+    of another student, teacher, data set, preprocessing or of other settings is refused. A finished training returns at
+    once. best.safetensors holds the weights of the epoch that was best on the validation images; the result
     is the last epoch's, since on few images the best one is a matter of luck.
 
     Args:
@@ -92,7 +92,7 @@ def distill(
     Raises:
         StoppedError: SIGTERM or SIGUSR1 came, and there is a folder; the checkpoint is written.
         UserError: models and data do not fit each other, weights or loss are not finite (the last checkpoint then
-            stays), nothing to learn from, unwritable folder.
+            stays), nothing to learn from, unwritable folder, the folder of another training.
 
     Example:
         >>> import dataclasses, upvits
@@ -112,20 +112,18 @@ def distill(
         return DistillResult(student, ())
     require_finite_weights(student, "student")
     require_finite_weights(teacher, "teacher")
-    key = settings_key(
-        settings.decisive,
-        [data.digest, asdict(preprocess)],
-        [weights_digest(student), weights_digest(teacher)],
-    )
+    about = {name: json.dumps(value, default=str) for name, value in settings.decisive.items()}
+    about |= {"data": data.digest, "preprocessing": json.dumps(asdict(preprocess), default=str)}
+    about |= {"student": weights_digest(student), "teacher": weights_digest(teacher)}
     with join_processes() as process, sharing(process):
         require_shareable(settings.batch_size, process.world_size, settings.accumulation)
         run = prepare(student, teacher, data, preprocess, settings, pick_device(device))
-        _train(run, key, folder if process.is_main else None, quiet=quiet or not process.is_main)
+        _train(run, about, folder if process.is_main else None, quiet=quiet or not process.is_main)
     home = next(student.parameters()).device
     return DistillResult(run.state.ema.to(home).eval().requires_grad_(True), tuple(run.state.history))
 
 
-def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
+def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bool) -> None:
     """Epoch by epoch from where the checkpoint in `folder` stands; checkpoint first, then the log that it holds.
 
     Args:
@@ -134,7 +132,7 @@ def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
     history = run.state.history
     if folder is not None:
         _make_folder(folder)
-    restore_state(None if folder is None else folder / "checkpoint.safetensors", key, run.state)
+    restore_state(None if folder is None else folder / "checkpoint.safetensors", about, run.state)
     if shared().world_size > 1:
         # Without a loss on the logits the head gets no gradient, and DDP would wait for it. It gives all processes the
         # weights of the first one, so it comes after the checkpoint.
@@ -147,7 +145,7 @@ def _train(run: Run, key: str, folder: Path | None, *, quiet: bool) -> None:
 
     def save() -> None:
         if folder is not None:
-            save_state(folder / "checkpoint.safetensors", key, run.state)
+            save_state(folder / "checkpoint.safetensors", about, run.state)
 
     with requests_to_stop(listen=folder is not None) as signals:
         for epoch in range(len(history), run.settings.epochs):

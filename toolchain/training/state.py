@@ -1,36 +1,34 @@
 """What a killed training needs to go on: one file, written at the end of every epoch and now and then within one.
 
 The file is safetensors: student and projection, their moving average, and AdamW's moments by parameter name. The
-counters, the log and the key stand as JSON in its header, so that one atomic rename replaces all of it. Random
+counters, the log and what is trained stand as JSON in its header, so that one atomic rename replaces all of it. Random
 numbers need no storing: they are drawn anew from (seed, epoch, step) in every step (`seeded`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from upvits.calib_data.documents import Count, Name, Number, parse_document
+from upvits.calib_data.documents import Count, Name, Number, Text, parse_document
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.processes.process import shared
 
 _LOGGER = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the file's layout changes: older files are then not continued
+FORMAT = 3  # raise it when the file's layout changes: older files are then not continued
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +72,15 @@ class TrainState:
         self.step, self.sums, self.all_sums = 0, torch.zeros_like(self.sums), []
 
 
-def save_state(path: Path, key: str, state: TrainState) -> None:
-    """Writes the checkpoint at `path` (atomically replaced; a checkpoint of other settings stood until now).
+def save_state(path: Path, about: Mapping[str, str], state: TrainState) -> None:
+    """Writes the checkpoint at `path` (atomically replaced), with what `restore_state` asks for.
 
     Raises:
         UserError: the folder cannot be written or the disk is full. The former file is then untouched.
     """
     header = {
         "format": FORMAT,
-        "key": key,
+        "about": dict(about),
         "history": [asdict(entry) for entry in state.history],
         "step": state.step,
         "sums": state.all_sums,
@@ -121,23 +119,32 @@ def keep_best(path: Path, state: TrainState) -> None:
             save_tensors(tensors, draft, metadata={"epoch": str(best.epoch), "accuracy": f"{_accuracy(best):.3f}"})
 
 
-def restore_state(path: Path | None, key: str, state: TrainState) -> bool:
-    """Fills `state` from the checkpoint when there is one with this key; says whether it did.
+def restore_state(path: Path | None, about: Mapping[str, str], state: TrainState) -> bool:
+    """Fills `state` from the checkpoint when there is one; says whether it did.
 
-    Of several processes the first one reads it, and all get what it holds. A file of other settings, models or data
-    (another key), of another format or a broken one is not continued: training starts anew, and its first checkpoint
-    takes that file's place.
+    Of several processes the first one reads it, and all get what it holds. In place of a file of another format or a
+    broken one, training starts anew, and its first checkpoint takes that file's place.
 
     Args:
         path: None where there is none, and in all processes but the first one.
+        about: what decides the result of the training, by name: settings, and digests of what is trained on what.
+
+    Raises:
+        UserError: it is the checkpoint of another training; says in what they differ.
     """
-    process = shared()
-    read = None if path is None else _read(path, key, state)
-    found = process.from_leader(lambda: None if read is None else (read[0], _shapes(read[1])))
+    process, tensors = shared(), dict[str, Tensor]()
+
+    def read() -> tuple[_Header, dict[str, tuple[torch.Size, torch.dtype]]] | None:
+        found = None if path is None else _read(path, about, state)
+        if found is None:
+            return None
+        tensors.update(found[1])
+        return found[0], _shapes(found[1])
+
+    found = process.from_leader(read)
     if found is None:
         return False
     header, shapes = found
-    tensors = {} if read is None else read[1]
     for name, (shape, kind) in shapes.items():
         if name not in tensors:
             tensors[name] = torch.empty(shape, dtype=kind)
@@ -163,19 +170,36 @@ def _own_sums(sums: list[list[float]], rank: int, processes: int) -> list[float]
     return whole if rank == 0 else [0.0] * 4
 
 
-def _read(path: Path, key: str, state: TrainState) -> tuple[_Header, dict[str, Tensor]] | None:
+def _read(path: Path, about: Mapping[str, str], state: TrainState) -> tuple[_Header, dict[str, Tensor]] | None:
     """Header and tensors of a checkpoint that can be continued."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             header = parse_document((file.metadata() or {}).get("state", ""), str(path), _Header, fix="")
-            if header.format != FORMAT or header.key != key or any(len(sums) != 4 for sums in header.sums):
+            if header.format != FORMAT or any(len(sums) != 4 for sums in header.sums):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, UserError):
         return None
+    if header.about != about:
+        raise UserError(
+            f"{path} is the checkpoint of another training: {_differences(header.about, about)}.",
+            why="A training that starts anew there would take its place, and what was learned would be lost.",
+            fix="Repeat the call of that training, or choose another folder.",
+        )
     return (header, tensors) if _has_shapes_of(state, tensors) else None
+
+
+def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """In words, with the values where they are short."""
+    told = []
+    for name in sorted(there.keys() | here.keys()):
+        one, other = there.get(name, "nothing"), here.get(name, "nothing")
+        if one != other:
+            short = max(len(one), len(other)) < 40  # no digest
+            told.append(f"{name} was {one} and is {other}" if short else f"another {name}")
+    return ", ".join(told)
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -187,7 +211,7 @@ class _Header:
     """What stands in the header of the file beside the tensors."""
 
     format: int
-    key: str
+    about: dict[Name, Text]
     history: list[EpochLog]
     scaler: dict[Name, Number | Count]
     step: Count
@@ -270,8 +294,3 @@ def _replacing(path: Path) -> Iterator[Path]:
             why=str(error),
             fix="Free some disk space or choose a folder that you may write; the run then continues where it was.",
         ) from error
-
-
-def settings_key(*parts: Any) -> str:
-    """sha256 of the parts' JSON: equal for runs that do the same from the same start."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

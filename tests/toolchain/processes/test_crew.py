@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from tests.forked import exit_codes
 from tests.toolchain.processes import workers
@@ -72,6 +73,16 @@ def test_one_of_three_dies(tmp_path: Path) -> None:
     codes = exit_codes(start(workers.kill_second, tmp_path, processes=3))
     assert codes == [LOST, -signal.SIGKILL, LOST], said(tmp_path)
     assert messages(tmp_path) == 1
+
+
+def test_processes_that_torchrun_starts_again_do_not_look_for_the_dead_ones(tmp_path: Path) -> None:
+    """It keeps its store, and with it the addresses that the dead processes had."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    codes = exit_codes(start(workers.kill_second, tmp_path, more={**agent, "TORCHELASTIC_RESTART_COUNT": "0"}))
+    assert codes == [LOST, -signal.SIGKILL], said(tmp_path)
+    again = start(workers.fail_alike_and_go_on, tmp_path, more={**agent, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert exit_codes(again, seconds=120) == [0, 0], said(tmp_path)
 
 
 @pytest.mark.parametrize("said", ["abc", "0", "-1", "1.5", "\u00b2", "9" * 5000])

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -119,12 +119,18 @@ def run(rank: int, environment: dict[str, str], folder: Path, lead: Callable[[Pa
     os._exit(code)
 
 
-def start(lead: Callable[[Path], None], folder: Path, processes: int = 2) -> list[BaseProcess]:
-    """Processes that are forked from one server, so that torch is imported once for all of them."""
+def start(
+    lead: Callable[[Path], None], folder: Path, processes: int = 2, more: Mapping[str, str] | None = None
+) -> list[BaseProcess]:
+    """Processes that are forked from one server, so that torch is imported once for all of them.
+
+    Args:
+        more: environment variables, of torchrun for example.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(more or {})}
     return [forked.start(run, rank, environment, folder, lead) for rank in range(processes)]
 
 

@@ -376,21 +376,28 @@ def test_divergence_keeps_the_last_checkpoint_and_can_go_on(tmp_path: Path, monk
     assert same_weights(continued.model, whole.model)
 
 
-def test_finished_training_returns_at_once_and_other_settings_start_anew(tmp_path: Path) -> None:
+def test_finished_training_returns_at_once_and_another_one_is_refused(tmp_path: Path) -> None:
     first = train(tmp_path, SHORT, source())
     data = source()
     again = train(tmp_path, replace(SHORT, workers=1), data)
     assert same_weights(first.model, again.model)
     assert data.train.reads == 0  # type: ignore[attr-defined]
     assert again.history == first.history
-    other = train(tmp_path, replace(SHORT, lr=1e-3), source())
-    assert len(other.history) == 3
+    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"another training: lr was 0\.008 and is 0\.001, seed was 0 and is 5\."
+    ) as caught:
+        train(tmp_path, replace(SHORT, lr=1e-3, seed=5), source())
+    assert "choose another folder" in caught.value.fix
+    with pytest.raises(UserError, match=r"another training: another student\."):
+        distill(tiny_vit(3), tiny_vit(0), source(), preprocess(), SHORT, tmp_path, device="cpu")
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == kept
+    other = train(tmp_path / "other", replace(SHORT, lr=1e-3), source())
     assert not same_weights(first.model, other.model)
-    assert same_weights(other.model, train(None, replace(SHORT, lr=1e-3), source()).model)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     assert same_weights(first.model, train(tmp_path, SHORT, source()).model)
     files = ["best.safetensors", "checkpoint.safetensors", "log.jsonl"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*files[:2], "log.jsonl", "other"]
 
 
 def start(options: dict[str, Any], **environment: str) -> BaseProcess:
