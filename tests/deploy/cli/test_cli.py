@@ -153,24 +153,24 @@ def test_foreign_output_folders_are_left_alone(
 def test_a_run_on_own_images_and_own_checkpoint(
     photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two classes, 64 pixels, four blocks, one epoch: from the checkpoint to report.json, then again without work."""
+    """Two classes, 64 pixels, two blocks, one epoch: from the checkpoint to report.json, then again without work."""
     from upvits import toolchain
 
     torch.manual_seed(0)
-    shallow = {"depths": (1, 1, 1, 1)}
-    weights = toolchain.create_model("pvtv2_b0", num_classes=2, image_size=64, model_args=shallow).state_dict()
+    shallow = {"depth": 2}
+    weights = toolchain.create_model("deit_tiny", num_classes=2, image_size=64, model_args=shallow).state_dict()
     save_file(weights, tmp_path / "own.safetensors")
     out = tmp_path / "run"
     arguments = (
-        "build", "-m", "pvtv2_b0", "-r", "0.5", "--weights", str(tmp_path / "own.safetensors"),
-        "--model-arg", "depths=[1, 1, 1, 1]", "--data", f"imagefolder:{photos}", "--image-size", "64",
+        "build", "-m", "deit_tiny", "-r", "0.5", "--weights", str(tmp_path / "own.safetensors"),
+        "--model-arg", "depth=2", "--data", f"imagefolder:{photos}", "--image-size", "64",
         "--epochs", "1", "--runtime", "onnxruntime", "--bench-seconds", "0.2", "--bench-batches", "1,2",
         "--max-drop", "100", "--no-compensate", "--allow-weak", "-o", str(out),
     )  # fmt: skip
     code, printed, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["model"] == "pvt_v2_b0"
+    assert report["model"] == "deit_tiny_patch16_224"
     assert report["ratio"] == 0.5
     assert report["pruned"]["macs"] < 0.35 * report["dense"]["macs"]
     assert set(report["pruned"]["latency_ms"]["onnxruntime"]["fp32"]) == {"b1", "b2"}
