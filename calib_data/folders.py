@@ -137,4 +137,5 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return os.path.splitext(entry.name)[1].lower() in PICTURES
+    stem, _, ending = entry.name.rpartition(".")
+    return bool(stem) and f".{ending.lower()}" in PICTURES

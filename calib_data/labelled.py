@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def open_files(
     class_names = _class_names(train, val, root, known)
     if not val:
         train, val = split_by_hash(
-            train, [file.class_name for file in train], [_relative(file.path, root) for file in train]
+            train, [file.class_name for file in train], _relative((file.path for file in train), root)
         )
     label_of = {name: label for label, name in enumerate(class_names or ())}
     return DataSource(
@@ -165,15 +165,16 @@ def shortened(names: Collection[str]) -> str:
 def _found_out(spec: str, root: Path, paths: Sequence[str], *, quiet: bool, recheck: bool) -> dict[str, Seen | None]:
     """What is in the files, by path; of very many, in an even sample. None: the file cannot be read."""
     paths = paths[:: max(1, -(-len(paths) // FULL_CHECK_LIMIT))]
+    path_of = dict(zip(_relative(paths, root), paths, strict=True))
     opened_ns = time.time_ns()
-    marks = {_relative(path, root): mark for path in paths if (mark := mark_of(path)) is not None}
+    marks = {name: mark for name, path in path_of.items() if (mark := mark_of(path)) is not None}
     known = {} if recheck else recall(spec, root, marks)
-    left = [path for path in dict.fromkeys(paths) if _relative(path, root) not in known]
+    left = [name for name in path_of if name not in known]
     if left:
-        looked_at = _in_threads(_look, left, "checking images", quiet=quiet)
-        known |= {_relative(path, root): seen for path, seen in zip(left, looked_at, strict=True)}
+        looked_at = _in_threads(_look, [path_of[name] for name in left], "checking images", quiet=quiet)
+        known |= dict(zip(left, looked_at, strict=True))
         remember(spec, root, marks, known, opened_ns)
-    return {path: known[_relative(path, root)] for path in paths}
+    return {path: known[name] for name, path in path_of.items()}
 
 
 def _size_of(path: str) -> int | None:
@@ -246,8 +247,10 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
-def _relative(path: str, root: Path) -> str:
-    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
+def _relative(paths: Iterable[str], root: Path) -> list[str]:
+    """The paths from the root, with `/`."""
+    start = os.path.join(root, "")
+    return [path.removeprefix(start).replace(os.sep, "/") for path in paths]
 
 
 def _digest(
@@ -261,8 +264,8 @@ def _digest(
     """sha256 over split, relative path, class, size and (where it was read) content of every file, and the range."""
     digest = hashlib.sha256(b"" if depth == Depth() else repr(depth).encode())
     for split, files in (("train", train), ("val", val)):
-        for file in files:
-            size, sha256 = str(sizes[file.path]), hashes.get(file.path, "")
-            line = (split, _relative(file.path, root), str(file.class_name), size, sha256)
+        names = _relative((file.path for file in files), root)
+        for file, name in zip(files, names, strict=True):
+            line = (split, name, str(file.class_name), str(sizes[file.path]), hashes.get(file.path, ""))
             digest.update("\0".join(line).encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()

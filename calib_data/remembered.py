@@ -53,12 +53,17 @@ class Seen:
 
 
 class KeptDocument(BaseModel):
-    """What was found out, and with which `reader`."""
+    """What was found out, with which `reader`, and the sha256 of all that."""
 
     model_config = ConfigDict(extra="forbid")
 
     format_version: Literal[1] = 1
     reader: str = Field(default_factory=lambda: reader())
+    sha256: str = ""
+
+    def checksum(self) -> str:
+        """sha256 of everything else."""
+        return hashlib.sha256(to_json(self.model_copy(update={"sha256": ""}))).hexdigest()
 
 
 Kept = TypeVar("Kept", bound=KeptDocument)
@@ -113,7 +118,8 @@ def remember(
             seen = found[name]
             said = f"{seen.sha256} {seen.depth.whole} {seen.depth.real}" if seen else "- 0 0"
             files[_key(name)] = f"{mark} {said}"
-    keep_document(_name(spec, root), _Document(files=files))
+    if files:
+        keep_document(_name(spec, root), _Document(files=files))
 
 
 def recalled(name: str, kind: type[Kept]) -> Kept | None:
@@ -122,13 +128,13 @@ def recalled(name: str, kind: type[Kept]) -> Kept | None:
         document = read_document(_place(name), kind, fix="It is made again.")
     except UserError:
         return None
-    return document if document.reader == reader() else None
+    return document if document.reader == reader() and document.sha256 == document.checksum() else None
 
 
 def keep_document(name: str, document: KeptDocument) -> None:
     """Keep a document under a name, where the machine has a place for it."""
     with suppress(UserError, ValueError):  # no home folder; a name that is no text
-        keep(_place(name), to_json(document))
+        keep(_place(name), to_json(document.model_copy(update={"sha256": document.checksum()})))
 
 
 def reader() -> str:

@@ -162,20 +162,25 @@ def read_text_at(root: str, name: str) -> bytes | None:
 
 def _connected(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path there. fsspec keeps one for each process."""
+    known = ", ".join(f"{name}://" for name in ("s3", "gs", "hf", "https", "file"))
+    fix = f"Give a folder, or a URL that fsspec reads: {known}, ..."
+    if "::" in url or url.startswith("reference:"):  # would follow what stands in other files
+        raise UserError(f"{printable(url, 200)} is no place of shards.", why="URLs within URLs are not read.", fix=fix)
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise MissingDependencyError(
             f"{printable(url, 200)} cannot be read here.", why=f"{error}.", fix="Install it, or copy the shards here."
         ) from error
-    except ValueError as error:
-        known = ", ".join(f"{name}://" for name in ("s3", "gs", "hf", "https", "file"))
+    except Exception as error:  # of any kind: a file system may connect at once
         raise UserError(
-            f"{printable(url, 200)} is no place of shards.",
-            why=f"{printable(str(error), 200)}.",
-            fix=f"Give a folder, or a URL that fsspec reads: {known}, ...",
+            f"{printable(url, 200)} is no place of shards.", why=f"{printable(_said(error), 200)}.", fix=fix
         ) from error
     return found
+
+
+def _said(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _ask(url: str, method: str, *arguments: Any, **named: Any) -> Any:
@@ -188,10 +193,9 @@ def _ask(url: str, method: str, *arguments: Any, **named: Any) -> Any:
     try:
         return getattr(system, method)(path, *arguments, **named)
     except Exception as error:
-        said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{printable(url, 300)} cannot be read.",
-            why=f"{printable(said, 200)}.",
+            why=f"{printable(_said(error), 200)}.",
             fix="Check the address, the network, your credentials and the room on the disk, and give the same "
             "command again.",
         ) from error

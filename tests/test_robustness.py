@@ -16,7 +16,7 @@ from benchmarks.robustness.mutations import mutated, no_documents, places, repla
 
 PARTS = (
     "options", "recipes", "reports", "model folders", "safetensors", "pickles", "graphs", "pictures", "shards",
-    "hugging face",
+    "opened data", "hugging face",
     "tables", "payloads",
 )  # fmt: skip
 """Those whose cases need no process of their own and no build."""

@@ -27,7 +27,7 @@ _READ = ("score", *CUT, "--weights", "random", "--image-size", str(SIDE), *CHEAP
 
 def cases(ground: Ground, random: Random) -> Iterator[Case]:
     """Each kind of file as all pictures of a data set, then among good ones; then names and links."""
-    good = _saved("PNG")
+    good = saved("PNG")
     files = {**_of_many_kinds(), **_lying(), **_damaged(random)}
     for what, raw in files.items():
         arrange = functools.partial(_all_of_one, raw)
@@ -40,7 +40,8 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
         yield Case(f"image folder: {what}", functools.partial(_linked, ground, change))
 
 
-def _saved(kind: str, mode: str = "RGB", **options: Any) -> bytes:
+def saved(kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    """A picture of noise as a file."""
     pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, kind, **options)
@@ -54,18 +55,18 @@ def _of_array(array: Any, kind: str) -> bytes:
 
 
 def _of_many_kinds() -> dict[str, bytes]:
-    made = {f"PNG, {mode}": _saved("PNG", mode) for mode in ("L", "LA", "1", "P", "RGBA")}
-    made |= {f"JPEG, {mode}": _saved("JPEG", mode) for mode in ("CMYK", "L", "YCbCr")}
+    made = {f"PNG, {mode}": saved("PNG", mode) for mode in ("L", "LA", "1", "P", "RGBA")}
+    made |= {f"JPEG, {mode}": saved("JPEG", mode) for mode in ("CMYK", "L", "YCbCr")}
     made |= {
-        kind: _saved(kind)
+        kind: saved(kind)
         for kind in ("WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "PCX", "SGI", "IM", "PDF")
     }
     made["EPS"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(x) print\nshowpage\n%%EOF\n"
-    made["GIF, moving"] = _saved("GIF", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))] * 5)
+    made["GIF, moving"] = saved("GIF", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))] * 5)
     made["PNG of 16 bits"] = _of_array(np.full((SIDE, SIDE), 60_000, np.uint16), "PNG")
     made["TIFF of NaN"] = _of_array(np.full((SIDE, SIDE), np.nan, np.float32), "TIFF")
     made["TIFF of -5"] = _of_array(np.full((SIDE, SIDE), -5, np.int32), "TIFF")
-    made["TIFF, LAB"] = _saved("TIFF", "LAB")
+    made["TIFF, LAB"] = saved("TIFF", "LAB")
     made |= {
         "SVG": b"<svg/>",
         "HTML": b"<html>",
@@ -110,7 +111,7 @@ def _lying() -> dict[str, bytes]:
     }
     notes = PngInfo()
     notes.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{"8" * 30}"/>')
-    made["XMP that turns it by 8888..."] = _saved("PNG", pnginfo=notes)
+    made["XMP that turns it by 8888..."] = saved("PNG", pnginfo=notes)
     exif = {
         "in a circle": _tiff({0x8769: 8}),
         "with 2**32 values": b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHII", 0x0112, 3, 0xFFFFFFFF, 8),
@@ -124,7 +125,7 @@ def _lying() -> dict[str, bytes]:
         "with a fraction": b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHII", 0x0112, 5, 1, 8) + bytes(4),
         "of 60 kB": _tiff({0x9286: 1}) + b"A" * 60_000,
     }
-    jpeg = _saved("JPEG")
+    jpeg = saved("JPEG")
     for what, raw in exif.items():
         made[f"EXIF {what}"] = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(raw) + 8) + b"Exif\0\0" + raw + jpeg[2:]
     return made
@@ -139,7 +140,7 @@ def _tiff(entries: dict[int, int]) -> bytes:
 def _damaged(random: Random) -> dict[str, bytes]:
     made = {}
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
-        whole = _saved(kind)
+        whole = saved(kind)
         made[f"{kind} cut in half"] = whole[: len(whole) // 2]
         for _ in range(3):
             at = random.randrange(len(whole))
@@ -218,8 +219,8 @@ Member = tuple[str, bytes, dict[str, Any]]
 
 def shards(ground: Ground, random: Random) -> Iterator[Case]:
     """WebDataset shards whose members, labels, headers and `_info.json` lie."""
-    good = _saved("PNG")
-    yield Case("shards: good ones", functools.partial(_wds, _samples(good), None), "done")
+    good = saved("PNG")
+    yield Case("shards: good ones", functools.partial(_wds, sample_members(good), None), "done")
     prefixes = (
         "../../../precious/",
         f"{ground.precious}/",
@@ -230,7 +231,9 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
         "$(touch MARKER)",
     )
     for prefix in prefixes:
-        yield Case(f"shards: names after {shown(prefix)}", functools.partial(_wds, _samples(good, prefix=prefix), None))
+        yield Case(
+            f"shards: names after {shown(prefix)}", functools.partial(_wds, sample_members(good, prefix=prefix), None)
+        )
     labels = (
         "-5",
         "-1",
@@ -254,7 +257,7 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
     )
     for label in labels:
         yield Case(
-            f"shards: label {shown(label)}", functools.partial(_wds, _samples(good, ("0", "1", "0", label)), None)
+            f"shards: label {shown(label)}", functools.partial(_wds, sample_members(good, ("0", "1", "0", label)), None)
         )
     kinds: dict[str, dict[str, Any]] = {
         "device": {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5},
@@ -268,7 +271,7 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
     }
     for what, header in kinds.items():
         more: Sequence[Member] = [("z.png", good, header), ("z.cls", b"0", {})]
-        yield Case(f"shards: a member with {what}", functools.partial(_wds, [*_samples(good), *more], None))
+        yield Case(f"shards: a member with {what}", functools.partial(_wds, [*sample_members(good), *more], None))
     only: dict[str, list[Member]] = {
         "no members": [],
         "only pictures": [("a.png", good, {})],
@@ -277,8 +280,8 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
     for what, members in only.items():
         yield Case(f"shards: {what}", functools.partial(_wds, members, None))
     for what, raw in {
-        "gzip": gzip.compress(_tar(_samples(good))),
-        "half": _tar(_samples(good))[:3000],
+        "gzip": gzip.compress(tar(sample_members(good))),
+        "half": tar(sample_members(good))[:3000],
         **no_documents(b"{}"),
     }.items():
         yield Case(f"shards: {what}", functools.partial(_wds, raw, None))
@@ -286,19 +289,20 @@ def shards(ground: Ground, random: Random) -> Iterator[Case]:
     info = {"splits": splits, "class_names": ["a", "b"]}
     for _ in range(45):
         what, changed = mutated(info, random)
-        yield Case(f"_info.json: {what}", functools.partial(_wds, _samples(good), written(changed)))
+        yield Case(f"_info.json: {what}", functools.partial(_wds, sample_members(good), written(changed)))
     for what, raw in no_documents(written(info)).items():
-        yield Case(f"_info.json: {what}", functools.partial(_wds, _samples(good), raw))
+        yield Case(f"_info.json: {what}", functools.partial(_wds, sample_members(good), raw))
 
 
-def _samples(good: bytes, labels: Sequence[str] = ("0", "1", "0", "1"), prefix: str = "") -> list[Member]:
+def sample_members(good: bytes, labels: Sequence[str] = ("0", "1", "0", "1"), prefix: str = "") -> list[Member]:
+    """The files of a shard: pictures and their labels."""
     made: list[Member] = []
     for index, label in enumerate(labels):
         made += [(f"{prefix}{index}.png", good, {}), (f"{prefix}{index}.cls", label.encode(), {})]
     return made
 
 
-def _tar(members: Sequence[Member]) -> bytes:
+def tar(members: Sequence[Member]) -> bytes:
     """An archive, header by header: they may lie."""
     raw = b""
     for name, data, header in members:
@@ -313,7 +317,7 @@ def _tar(members: Sequence[Member]) -> bytes:
 def _wds(members: Sequence[Member] | bytes, info: bytes | None, here: Path) -> Arguments:
     (here / "d").mkdir()
     for split in ("train", "val"):
-        (here / "d" / f"{split}.tar").write_bytes(members if isinstance(members, bytes) else _tar(members))
+        (here / "d" / f"{split}.tar").write_bytes(members if isinstance(members, bytes) else tar(members))
     if info is not None:
         (here / "d/_info.json").write_bytes(info)
     return [*_READ, "--data", f"wds:{here / 'd'}", "-o", here / "run", "--quiet"]

@@ -158,6 +158,7 @@ def test_table_is_remembered_too(photos: Path, looked_at: list[str]) -> None:
         lambda text: text.replace(b'"format_version":1', b'"format_version":2'),
         lambda text: text.replace(b"Pillow", b"Pillar"),
         lambda text: text.replace(b" 0 0", b" 0 x"),
+        lambda text: text.replace(b" 0 0", b" 0 1"),
         lambda text: b'{"format_version":1,"reader":"","files":[]}',
     ],
 )
