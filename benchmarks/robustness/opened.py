@@ -51,7 +51,7 @@ def cases(ground: Ground, random: Random) -> Iterator[Case]:
             damage = functools.partial(_mutated, random.randrange(2**32))
             name = f"memory of {kind}: changed, {number}"
             yield Case(name, functools.partial(_remembered, ground, kind, damage), "done", environment=cache)
-    for size in (17, 10**6, 2**62):
+    for size in (1_000, 10**6, 2**62):
         yield Case(f"a batch of {size}", functools.partial(_batch, ground, size), "refused")
 
 
