@@ -31,10 +31,8 @@ from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.processes.crew import join_processes
 from upvits.toolchain.processes.process import pick_device, shared, sharing
 from upvits.toolchain.training.evaluate import Accuracy, evaluate_images, require_finite_weights
-from upvits.toolchain.training.objective import (
-    losses,
-    mixed,
-)
+from upvits.toolchain.training.kept_logits import clear
+from upvits.toolchain.training.objective import LOSSES, losses, mixed
 from upvits.toolchain.training.preparation import Run, prepare
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
@@ -46,6 +44,7 @@ from upvits.toolchain.training.state import (
     write_log,
 )
 from upvits.toolchain.training.stopping import Checkpoints, requests_to_stop, stop_if_asked
+from upvits.toolchain.training.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class DistillResult:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher,
     data: DataSource,
     preprocess: Preprocess | None = None,
     settings: DistillSettings | None = None,
@@ -81,9 +80,10 @@ def distill(
 
     Args:
         student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
-            changed. Feature widths may differ when `feature_weight` > 0 (see `Learner`).
+            changed. Widths may differ (see `Learner`). A teacher that wants its images otherwise than the student comes
+            from `load_teacher`.
         data: without class names the labels are not used.
-        preprocess: how images are resized and normalised; the teacher's own by default.
+        preprocess: how images are resized and normalised for the student; its own by default.
         settings: by default those that suit teacher and data (see `settings_for`).
         folder: is made when it is missing; only checkpoint.safetensors, best.safetensors and log.jsonl are
             written into it.
@@ -106,18 +106,23 @@ def distill(
         >>> len(result.history), upvits.count_params(result.model) == upvits.count_params(small)
         (1, True)
     """
-    preprocess = preprocess or preprocess_of(teacher)
-    settings = settings or settings_for(teacher, data)
+    preprocess = preprocess or preprocess_of(student)
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, preprocess)
+    settings = settings or settings_for(student, data)
     if settings.epochs == 0:
         return DistillResult(student, ())
     require_finite_weights(student, "student")
-    require_finite_weights(teacher, "teacher")
+    require_finite_weights(teacher.model, "teacher")
     about = {name: json.dumps(value, default=str) for name, value in settings.decisive.items()}
     about |= {"data": data.digest, "preprocessing": json.dumps(asdict(preprocess), default=str)}
-    about |= {"student": weights_digest(student), "teacher": weights_digest(teacher)}
+    about |= {"student": weights_digest(student), "teacher": weights_digest(teacher.model)}
+    about |= {"images of the teacher": json.dumps(asdict(teacher.preprocess), default=str)}
     with join_processes() as process, sharing(process):
         require_shareable(settings.batch_size, process.world_size, settings.accumulation)
-        run = prepare(student, teacher, data, preprocess, settings, pick_device(device))
+        if folder is not None and (process.is_main or settings.teacher_views):
+            _make_folder(folder)
+        keep = None if folder is None else (folder, json.dumps(about))
+        run = prepare(student, teacher, data, preprocess, settings, pick_device(device), keep)
         _train(run, about, folder if process.is_main else None, quiet=quiet or not process.is_main)
     home = next(student.parameters()).device
     return DistillResult(run.state.ema.to(home).eval().requires_grad_(True), tuple(run.state.history))
@@ -130,14 +135,12 @@ def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bo
         folder: None in all processes but the first one, which reads and writes for all.
     """
     history = run.state.history
-    if folder is not None:
-        _make_folder(folder)
     restore_state(None if folder is None else folder / "checkpoint.safetensors", about, run.state)
     if shared().world_size > 1:
         # Without a loss on the logits the head gets no gradient, and DDP would wait for it. It gives all processes the
         # weights of the first one, so it comes after the checkpoint.
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
-        unused = run.fit.weights[0] == run.fit.weights[1] == 0
+        unused = not any(run.fit.weights[:3]) or run.state.learner.two_heads
         run = replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
     reference = _predictions_of_teacher(run)
     if folder is not None and history:
@@ -157,6 +160,7 @@ def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bo
                 write_log(folder / "log.jsonl", history)
             stop_if_asked(signals, f"after epoch {epoch + 1}")
     if folder is not None:
+        clear(folder)
         write_log(folder / "log.jsonl", history)  # a run killed between checkpoint and log lacks the last line
 
 
@@ -165,30 +169,32 @@ def _train_epoch(
 ) -> EpochLog:
     """What is left of a pass over the images, then the moving average on the validation images."""
     settings, state = run.settings, run.state
-    start, seen = time.perf_counter(), float(state.sums[3])
+    start, seen = time.perf_counter(), float(state.sums[-1])
     _take_steps(run, epoch, save, signals, quiet=quiet)
     # The loss of the last step was finite, the weights after it may not be.
     _require_finite(torch.stack([p.detach().sum() for p in state.learner.parameters()]), settings, epoch, state.step)
     sums = state.sums.clone()
     shared().sum(sums)
-    if not sums[3]:
+    if not sums[-1]:
         raise UserError("No training images were read.", fix="Check the training split of `data=` and the batch size.")
     seconds = time.perf_counter() - start
     top1, agreement = None, None
     if epoch + 1 == settings.epochs or (epoch + 1) % settings.eval_every == 0:
         top1, agreement = _validate(run, reference)
-    means = (sums[:3] / sums[3]).tolist()
+    means = (sums[:-1] / sums[-1]).tolist()
     return EpochLog(
         epoch=epoch + 1,
         lr=max(group["lr"] for group in state.optimizer.param_groups),
         loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
         label_loss=means[0],
         logit_loss=means[1],
-        feature_loss=means[2],
+        hard_loss=means[2],
+        feature_loss=means[3],
+        map_loss=means[4],
         top1=top1,
         agreement=agreement,
         seconds=round(time.perf_counter() - start, 3),
-        images_per_s=round((float(state.sums[3]) - seen) * shared().world_size / seconds, 1),
+        images_per_s=round((float(state.sums[-1]) - seen) * shared().world_size / seconds, 1),
     )
 
 
@@ -196,14 +202,14 @@ def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[in
     """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
     checkpoints = Checkpoints(settings.checkpoint_minutes, signals)
-    loader = run.batches.epoch(epoch, skip=state.step)
+    view = epoch % settings.teacher_views if settings.teacher_views else epoch
+    loader = run.batches.epoch(view, skip=state.step)
     title = f"distill {epoch + 1}/{settings.epochs}"
     for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
         done = epoch * run.steps_per_epoch + state.step
         run.scheduler.step_update(done)
-        entropy = (settings.seed, epoch, state.step, process.rank)
-        with seeded(run.device, *entropy):  # by step, so that a checkpoint needs no random states
-            parts = _train_step(run, images, labels)
+        with seeded(run.device, settings.seed, view, state.step, process.rank):  # so checkpoints need no random states
+            parts = _train_step(run, images, labels, view)
         run.ema.update(state.learner.model, done + 1)
         state.sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
         state.step += 1
@@ -216,18 +222,24 @@ def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[in
             stop_if_asked(signals, f"in epoch {epoch + 1}, after step {state.step}")
 
 
-def _train_step(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-    """Mixes, compares, updates the weights; returns the losses [3], detached."""
+def _train_step(run: Run, images: Tensor, labels: Tensor, view: int) -> Tensor:
+    """Mixes, compares, updates the weights; returns the losses [5], detached."""
     state, passes = run.state, run.settings.accumulation
     images, targets = mixed(run.mixing, images, labels)
     images = run.erasing(images)
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    kept = None if run.kept is None else run.kept.get(view, state.step)
     state.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(3, device=run.device)
-    for number, (some, wanted) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True), 1):
-        with _gradients_apart(run.module, number < passes):
-            total += _backward(run, some, wanted)
+    total, said = torch.zeros(len(LOSSES), device=run.device), []
+    for number, (some, wanted) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True)):
+        own = None if kept is None else kept.chunk(passes)[number].to(run.device)
+        with _gradients_apart(run.module, number + 1 < passes):
+            parts, logits = _backward(run, some, wanted, own)
+        total += parts
+        said.append(logits)
+    if run.kept is not None and kept is None:
+        run.kept.put(view, state.step, torch.cat(said))
     if run.settings.clip_grad:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.learner.parameters(), run.settings.clip_grad)
@@ -236,16 +248,23 @@ def _train_step(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     return total
 
 
-def _backward(run: Run, images: Tensor, targets: Tensor) -> Tensor:
-    """Adds the gradients of a part of the batch; returns its share of the losses [3], detached."""
+def _backward(run: Run, images: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Adds the gradients of a part of the batch; returns its share of the losses [5], and the teacher's logits.
+
+    Args:
+        kept: the teacher's logits, where they are known.
+    """
     with torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None):
-        with torch.no_grad():
-            answers = run.teacher(images)
         predicted = run.module(images)
-    parts = losses(predicted, answers, targets, run.fit.weights) / run.settings.accumulation
-    loss = sum(weight * part for weight, part in zip(run.fit.weights, parts, strict=True))
+        with torch.no_grad():
+            answers = run.teacher(images) if kept is None else predicted._replace(logits=kept)
+    if run.kept is not None and kept is None:  # as the later epochs will see them
+        answers = answers._replace(logits=answers.logits.half().float())
+    fit, settings = run.fit, run.settings
+    parts = losses(predicted, answers, targets, fit.weights, settings.temperature) / settings.accumulation
+    loss = sum(weight * part for weight, part in zip(fit.weights, parts, strict=True))
     run.state.scaler.scale(loss).backward()
-    return parts.detach()
+    return parts.detach(), answers.logits.detach()
 
 
 def _gradients_apart(module: nn.Module, apart: bool) -> AbstractContextManager[None]:
@@ -272,8 +291,10 @@ def _evaluate(run: Run, model: nn.Module, reference: Tensor | None = None) -> Ac
 
 def _predictions_of_teacher(run: Run) -> Tensor | None:
     """What the teacher says about the validation images: the only measure where there are no labels."""
-    accuracy = None if run.fit.labelled else _evaluate(run, run.dense)
-    return None if accuracy is None else accuracy.predictions
+    if run.fit.labelled or run.fit.headless or not len(run.data.val):
+        return None
+    size, workers = run.settings.batch_size, run.settings.workers
+    return evaluate_images(run.taught.model, run.data.val, run.taught.own, size, workers=workers).predictions
 
 
 def require_shareable(batch_size: int, processes: int, accumulation: int = 1) -> None:

@@ -1,7 +1,7 @@
-"""What distillation computes for one batch: the mixed image, the outputs of both models, the three losses."""
+"""What distillation computes for one batch: the mixed image, the outputs of both models, the losses."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,34 +13,60 @@ from upvits.calib_data import DataSource, Preprocess
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.training.settings import DistillSettings
 
+LOSSES = ("label", "logit", "hard", "feature", "map")
+"""The parts of the loss, in the order of `DistillSettings.weights`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What the two models and the data have in common, and so what can be learned."""
 
-    weights: tuple[float, float, float]  # the settings' weights, 0 where there are no labels or no classes
+    weights: tuple[float, ...]  # the settings' weights, 0 where there are no labels or no classes
     labelled: bool  # the labels mean the models' classes
     headless: bool
     classes: int
-    student_width: int
-    teacher_width: int
+    feature_widths: tuple[int, int]  # of the student and of the teacher
+    map_widths: tuple[int, int]
+
+
+class Outputs(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        logits: [B, classes].
+        taught: [B, classes], of the head that the teacher teaches: the second of two (DeiT's distilled networks, in
+            training), otherwise the same.
+        features: [B, width], before the head.
+        maps: [B, rows, columns, width], the last tokens or the map of the last stage.
+    """
+
+    logits: Tensor
+    taught: Tensor
+    features: Tensor
+    maps: Tensor
 
 
 class Learner(nn.Module):
-    """The student and, where its features are narrower than the teacher's, the linear map between them.
+    """The student and, where it is narrower than the teacher, the linear maps between them.
 
-    The map is trained along and thrown away: no information about the classes ends up in it, it only lets a narrow
-    feature vector be compared with a wide one.
+    They are trained along and thrown away: no information about the classes ends up in them, they only let narrow
+    vectors be compared with wide ones (FitNets, arXiv 1412.6550).
     """
 
-    def __init__(self, model: nn.Module, projection: nn.Module) -> None:
+    def __init__(self, model: nn.Module, projection: nn.Module, map_projection: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.projection = projection
+        self.map_projection = map_projection
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, features = outputs(self.model, images)
-        return logits, self.projection(features)
+    def forward(self, images: Tensor) -> Outputs:
+        found = outputs(self.model, images)
+        return found._replace(features=self.projection(found.features), maps=self.map_projection(found.maps))
+
+    @property
+    def two_heads(self) -> bool:
+        """Whether the model has a second head, which the teacher teaches."""
+        return hasattr(self.model, "set_distilled_training")
 
     def no_weight_decay(self) -> set[str]:
         """The model's own list, under the names that its parameters have here (timm's optimizer asks for it)."""
@@ -51,7 +77,8 @@ class Learner(nn.Module):
         """Parameters by layer, each with the share of the rate that it gets (BEiT, arXiv 2106.08254)."""
         excluded: set[str] = getattr(self.model, "no_weight_decay", set)()
         groups = param_groups_layer_decay(self.model, weight_decay, excluded, layer_decay=layer_decay)
-        groups += param_groups_weight_decay(self.projection, weight_decay)
+        for projection in (self.projection, self.map_projection):
+            groups += param_groups_weight_decay(projection, weight_decay)
         return [group for group in groups if group["params"]]
 
 
@@ -92,36 +119,73 @@ def mixed(mixing: LargerPartStays, images: Tensor, labels: Tensor) -> tuple[Tens
     return images, torch.cat([targets, rest])
 
 
-def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, classes] and penultimate features [B, width] of a timm model, from one pass."""
+def outputs(model: nn.Module, images: Tensor) -> Outputs:
+    """From one pass of a timm model."""
     network: Any = model  # nn.Module does not know timm's methods
     maps = network.forward_features(images)
-    return network.forward_head(maps), network.forward_head(maps, pre_logits=True)
+    logits = network.forward_head(maps)
+    first, taught = logits if isinstance(logits, tuple) else (logits, logits)
+    return Outputs(first, taught, network.forward_head(maps, pre_logits=True), _grid(network, maps, images))
+
+
+def _grid(network: Any, maps: Tensor, images: Tensor) -> Tensor:
+    """[B, rows, columns, width], without class and register tokens."""
+    if maps.ndim == 4:
+        return maps if maps.shape[-1] == network.num_features else maps.permute(0, 2, 3, 1)
+    patches = maps[:, getattr(network, "num_prefix_tokens", 0) :]
+    rows, columns = network.patch_embed.dynamic_feat_size(images.shape[-2:])
+    if rows * columns != patches.shape[1]:  # sizes that are no multiple of the patch
+        rows, columns = patches.shape[1], 1
+    return patches.reshape(len(patches), rows, columns, -1)
 
 
 def losses(
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
-    targets: Tensor,
-    weights: tuple[float, float, float],
+    student: Outputs, teacher: Outputs, targets: Tensor, weights: tuple[float, ...], temperature: float = 1.0
 ) -> Tensor:
-    """Label, logit and feature loss [3], each a mean over the batch in float32, unweighted; weight 0 is not computed.
+    """The parts of the loss [5], each a mean over the batch in float32, unweighted; weight 0 is not computed.
+
+    - label: cross-entropy against the targets.
+    - logit: KL(teacher || student) of softened logits, times temperature squared (Hinton et al., arXiv 1503.02531).
+    - hard: cross-entropy against the teacher's first class (DeiT, arXiv 2012.12877).
+    - feature: mean squared error before the head (FitNets, arXiv 1412.6550; UP-ViTs for PVTv2).
+    - map: the same of the last tokens, each of them normalised (ViTKD, arXiv 2209.02432). Maps of another number of
+      rows are resized to the student's.
 
     Args:
-        student, teacher: (logits, features) of the same mixed images.
+        student, teacher: of the same mixed images.
         targets: the probability of every class [B, classes], see `mixed`.
+        weights: in the order of `LOSSES`.
+        temperature: of the logit loss.
     """
-    (logits, features), (teacher_logits, teacher_features) = student, teacher
-    none = torch.zeros((), device=features.device)
-    label_loss = logit_loss = feature_loss = none
-    if weights[0] > 0:
-        label_loss = F.cross_entropy(logits.float(), targets)
-    if weights[1] > 0:
-        log_student, log_teacher = logits.float().log_softmax(1), teacher_logits.float().log_softmax(1)
-        logit_loss = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    if weights[2] > 0:
-        feature_loss = F.mse_loss(features.float(), teacher_features.float())
-    return torch.stack([label_loss, logit_loss, feature_loss])
+    parts = torch.zeros(len(LOSSES), device=student.features.device)
+    label, logit, hard, feature, maps = (weight > 0 for weight in weights)
+    # Without labels the teacher teaches both heads of a student that has two.
+    taught = student.taught if label else (student.logits + student.taught) / 2
+    if label:
+        parts[0] = F.cross_entropy(student.logits.float(), targets)
+    if logit:
+        log_student = (taught.float() / temperature).log_softmax(1)
+        log_teacher = (teacher.logits.float() / temperature).log_softmax(1)
+        parts[1] = temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    if hard:
+        parts[2] = F.cross_entropy(taught.float(), teacher.logits.argmax(1))
+    if feature:
+        parts[3] = F.mse_loss(student.features.float(), teacher.features.float())
+    if maps:
+        parts[4] = F.mse_loss(_normalised(student.maps), _normalised(_resized(teacher.maps, student.maps)))
+    return parts
+
+
+def _resized(maps: Tensor, like: Tensor) -> Tensor:
+    if maps.shape[1:3] == like.shape[1:3]:
+        return maps
+    channels_first = maps.float().permute(0, 3, 1, 2)
+    size = like.shape[1:3]
+    return F.interpolate(channels_first, size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+
+
+def _normalised(maps: Tensor) -> Tensor:
+    return F.layer_norm(maps.float(), maps.shape[-1:])
 
 
 def compare(
@@ -129,19 +193,22 @@ def compare(
     teacher: nn.Module,
     data: DataSource,
     preprocess: Preprocess,
-    weights: tuple[float, float, float],
+    weights: tuple[float, ...],
 ) -> Fit:
-    """Says what can be learned; one blank image through both models tells their classes and feature widths.
+    """Says what can be learned; one blank image through both models tells their classes and widths.
+
+    Args:
+        teacher: gives `Outputs`.
 
     Raises:
         UserError: the classes of student, teacher and data differ, or no part of the loss is left.
     """
-    label_weight, logit_weight, feature_weight = weights
+    label_weight = weights[0]
     blank = torch.zeros(1, *preprocess.input_size, device=next(student.parameters()).device)
     with torch.no_grad():
-        logits, features = outputs(student.eval(), blank)
-        teacher_logits, teacher_features = outputs(teacher, blank)
-    headless = 0 in (getattr(student, "num_classes", None), getattr(teacher, "num_classes", None))
+        found, taught = outputs(student.eval(), blank), teacher(blank)
+    logits, teacher_logits = found.logits, taught.logits
+    headless = 0 in (getattr(network, "num_classes", None) for network in (student, *teacher.children()))
     classes = logits.shape[1]
     if not headless and classes != teacher_logits.shape[1]:
         raise UserError(
@@ -156,7 +223,8 @@ def compare(
             why="The labels of these data say nothing about the models' classes.",
             fix="Take weights that were trained on these classes, or label_weight 0 to learn from the teacher alone.",
         )
-    weights = (label_weight if labelled else 0.0, 0.0 if headless else logit_weight, feature_weight)
+    kept = (labelled, not headless, not headless, True, True)
+    weights = tuple(weight if keep else 0.0 for weight, keep in zip(weights, kept, strict=True))
     if not any(weights):
         raise UserError(
             "There is nothing to learn from: every part of the loss has weight 0.",
@@ -165,4 +233,5 @@ def compare(
             else "label_weight, logit_weight and feature_weight are 0.",
             fix="Set feature_weight (20 is a good start), or logit_weight where the models have a head.",
         )
-    return Fit(weights, labelled, headless, classes, features.shape[1], teacher_features.shape[1])
+    widths = ((a.shape[-1], b.shape[-1]) for a, b in ((found.features, taught.features), (found.maps, taught.maps)))
+    return Fit(weights, labelled, headless, classes, *widths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,11 @@ from upvits.calib_data.loading import TrainingBatches
 from upvits.calib_data.printable import printable
 from upvits.toolchain.choices import Amp
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.training.kept_logits import KeptLogits
 from upvits.toolchain.training.objective import Fit, LargerPartStays, Learner, compare, mixing_of
 from upvits.toolchain.training.settings import DistillSettings
-from upvits.toolchain.training.state import TrainState, seeded
+from upvits.toolchain.training.state import COLUMNS, TrainState, seeded
+from upvits.toolchain.training.teacher import Taught, Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class Run:
     fit: Fit
     mixing: LargerPartStays
     erasing: Callable[[Tensor], Tensor]
-    dense: nn.Module
-    teacher: nn.Module  # what the dense network answers, as `module` does
+    taught: Taught
+    teacher: nn.Module  # the same, compiled where that is asked for
+    kept: KeptLogits | None
     module: nn.Module  # the learner, or the learner wrapped to average gradients over the processes
     ema: ModelEmaV3
     scheduler: CosineLRScheduler
@@ -50,26 +54,36 @@ class Run:
 
 def prepare(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     data: DataSource,
     preprocess: Preprocess,
     settings: DistillSettings,
     device: torch.device,
+    keep: tuple[Path, str] | None = None,
 ) -> Run:
-    """Copies of both models on the device, checked against each other and the data, with their optimizer."""
+    """Copies of both models on the device, checked against each other and the data, with their optimizer.
+
+    Args:
+        keep: folder and key for the teacher's logits, where `settings` want them kept.
+    """
     if settings.compile:
         require_compiler(device)
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     student = copy.deepcopy(student).to(device).to(memory_format=layout).requires_grad_(True)
-    teacher = copy.deepcopy(teacher).to(device).to(memory_format=layout).eval().requires_grad_(False)
-    fit = compare(student, teacher, data, preprocess, settings.weights)
+    answering = copy.deepcopy(teacher.model).to(device).to(memory_format=layout).eval().requires_grad_(False)
+    taught = Taught(answering, teacher.preprocess, preprocess)
+    fit = compare(student, taught, data, preprocess, settings.weights)
     ema = ModelEmaV3(student, decay=settings.ema_decay, use_warmup=True)
     if settings.drop_path is not None:
         _set_drop_path(student, settings.drop_path)
+    if hasattr(student, "set_distilled_training"):  # two heads, of which the teacher teaches the second
+        cast(Any, student).set_distilled_training(True)
     with seeded(device, settings.seed):
-        narrow = fit.weights[2] > 0 and fit.student_width != fit.teacher_width
-        projection = nn.Linear(fit.student_width, fit.teacher_width) if narrow else nn.Identity()
-    learner = Learner(student, projection.to(device)).train()
+        projections = [
+            nn.Linear(*widths) if weight > 0 and widths[0] != widths[1] else nn.Identity()
+            for weight, widths in zip(fit.weights[3:], (fit.feature_widths, fit.map_widths), strict=True)
+        ]
+    learner = Learner(student, *projections).to(device).train()
     optimizer = _optimizer(learner, settings)
     steps_per_epoch = len(data.train) // settings.batch_size
     autocast = autocast_type(device, settings.amp)
@@ -91,8 +105,9 @@ def prepare(
         fit=fit,
         mixing=mixing_of(settings, fit.classes),
         erasing=RandomErasing(settings.random_erasing, mode="pixel", device=str(device)),
-        dense=teacher,
-        teacher=_compiled(Learner(teacher, nn.Identity()), settings),
+        taught=taught,
+        teacher=_compiled(taught, settings),
+        kept=_kept_logits(keep, settings, fit, steps_per_epoch),
         module=_compiled(learner, settings),
         ema=ema,
         scheduler=_schedule(optimizer, settings, steps_per_epoch),
@@ -104,7 +119,7 @@ def prepare(
             optimizer=optimizer,
             scaler=torch.amp.GradScaler("cuda", enabled=autocast == torch.float16),
             history=[],
-            sums=torch.zeros(4, device=device),
+            sums=torch.zeros(COLUMNS, device=device),
         ),
     )
 
@@ -119,6 +134,16 @@ def _optimizer(learner: Learner, settings: DistillSettings) -> torch.optim.Optim
         learner, settings.optimizer, rate, settings.weight_decay, **more
     )
     return optimizer
+
+
+def _kept_logits(
+    keep: tuple[Path, str] | None, settings: DistillSettings, fit: Fit, steps_per_epoch: int
+) -> KeptLogits | None:
+    if keep is None or not settings.teacher_views:
+        return None
+    share = (shared().rank, shared().world_size)
+    images = settings.batch_size // share[1]
+    return KeptLogits(*keep, settings.teacher_views, steps_per_epoch, images, fit.classes, share)
 
 
 def _compiled(module: nn.Module, settings: DistillSettings) -> nn.Module:

@@ -27,7 +27,7 @@ class DistillSettings:
     Example:
         >>> import upvits
         >>> upvits.DistillSettings(epochs=30, batch_size=64).weights
-        (1.0, 6.4, 0.0)
+        (1.0, 6.4, 0.0, 0.0, 0.0)
     """
 
     epochs: int = 200
@@ -50,7 +50,11 @@ class DistillSettings:
     repeated_augmentation: int = 1  # views of an image in an epoch, which then has fewer images
     label_weight: float = 1.0
     logit_weight: float = 6.4
-    feature_weight: float = 0.0
+    temperature: float = 1.0  # of the logits' loss; its gradients are scaled back by the square
+    hard_weight: float = 0.0  # of the teacher's first class as a label
+    feature_weight: float = 0.0  # of the features before the head
+    map_weight: float = 0.0  # of the last tokens, or the map of the last stage
+    teacher_views: int = 0  # the teacher's logits are kept for so many views of every image; 0: for none
     ema_decay: float = 0.9999  # reached gradually, so that the average also follows a short training; 0: none
     clip_grad: float = 0.0  # largest norm of all gradients together; 0: no limit
     amp: Amp = "auto"  # auto: on CUDA bf16, fp16 where the GPU lacks it; the CPU computes in fp32
@@ -78,9 +82,9 @@ class DistillSettings:
         return {name: value for name, value in asdict(self).items() if name not in _WITHOUT_EFFECT}
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Of the label, the logit and the feature loss."""
-        return (self.label_weight, self.logit_weight, self.feature_weight)
+    def weights(self) -> tuple[float, ...]:
+        """Of the losses, in the order of `objective.LOSSES`."""
+        return (self.label_weight, self.logit_weight, self.hard_weight, self.feature_weight, self.map_weight)
 
 
 _LIMITS: tuple[tuple[Callable[[DistillSettings], bool], str], ...] = (
@@ -89,6 +93,12 @@ _LIMITS: tuple[tuple[Callable[[DistillSettings], bool], str], ...] = (
     (lambda s: s.lr <= 0 or min(s.weight_decay, s.warmup_epochs, s.clip_grad) < 0, "lr of 0, or a rate below 0"),
     (lambda s: min(s.cutmix, s.mixup, *s.weights) < 0, "cutmix, mixup or a weight below 0"),
     (lambda s: not 0 <= s.ema_decay < 1 or not 0 <= (s.drop_path or 0) < 1, "ema_decay or drop_path not in [0, 1)"),
+    (lambda s: s.temperature <= 0, "a temperature of 0 or below"),
+    (lambda s: s.teacher_views < 0, "teacher_views below 0"),
+    (
+        lambda s: s.teacher_views > 0 and s.feature_weight + s.map_weight > 0,
+        "teacher_views with feature_weight or map_weight: only logits are kept",
+    ),
     (lambda s: not 0 <= s.label_smoothing < 1, "label_smoothing not in [0, 1)"),
     (lambda s: not (0 <= s.mix_prob <= 1 and 0 <= s.random_erasing <= 1), "mix_prob or random_erasing not in [0, 1]"),
     (lambda s: not 0 < s.layer_decay <= 1, "layer_decay not in (0, 1]"),

@@ -25,10 +25,14 @@ from upvits.calib_data.documents import Count, Name, Number, Text, parse_documen
 from upvits.calib_data.errors import UserError
 from upvits.calib_data.tensors import save_tensors
 from upvits.toolchain.processes.process import shared
+from upvits.toolchain.training.objective import LOSSES
 
 _LOGGER = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it when the file's layout changes: older files are then not continued
+FORMAT = 4  # raise it when the file's layout changes: older files are then not continued
+
+COLUMNS = len(LOSSES) + 1
+"""Sums of an epoch: each part of the loss, and the number of images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class EpochLog:
     agreement: float | None  # the same against the teacher's top-1, percent; only where there are no labels
     seconds: float
     images_per_s: float
+    hard_loss: float = 0.0  # cross-entropy against the teacher's first class, nats
+    map_loss: float = 0.0  # mean squared error of normalised tokens
 
 
 @dataclass(slots=True)
@@ -53,7 +59,7 @@ class TrainState:
 
     Attributes:
         history: one entry for each finished epoch.
-        sums: [4], the three losses over the images of this process in the unfinished epoch, and their number.
+        sums: [COLUMNS], the parts of the loss over the images of this process in the unfinished epoch, and how many.
         step: steps of the unfinished epoch that are done.
         all_sums: `sums` of every process when they were last put together, for a checkpoint.
     """
@@ -166,8 +172,8 @@ def _own_sums(sums: list[list[float]], rank: int, processes: int) -> list[float]
     """This process's part of the sums; the first of another number of processes takes all of them."""
     if len(sums) == processes:
         return sums[rank]
-    whole = [sum(column) for column in zip(*sums, strict=True)] or [0.0] * 4
-    return whole if rank == 0 else [0.0] * 4
+    whole = [sum(column) for column in zip(*sums, strict=True)] or [0.0] * COLUMNS
+    return whole if rank == 0 else [0.0] * COLUMNS
 
 
 def _read(path: Path, about: Mapping[str, str], state: TrainState) -> tuple[_Header, dict[str, Tensor]] | None:
@@ -177,7 +183,7 @@ def _read(path: Path, about: Mapping[str, str], state: TrainState) -> tuple[_Hea
     try:
         with safe_open(path, framework="pt") as file:
             header = parse_document((file.metadata() or {}).get("state", ""), str(path), _Header, fix="")
-            if header.format != FORMAT or any(len(sums) != 4 for sums in header.sums):
+            if header.format != FORMAT or any(len(sums) != COLUMNS for sums in header.sums):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, UserError):

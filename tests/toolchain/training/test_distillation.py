@@ -30,8 +30,9 @@ from upvits.calib_data.loading import TrainingBatches
 from upvits.toolchain.processes.process import Process
 from upvits.toolchain.training.distillation import distill
 from upvits.toolchain.training.evaluate import evaluate
-from upvits.toolchain.training.objective import losses, mixed, mixing_of
+from upvits.toolchain.training.objective import Outputs, losses, mixed, mixing_of
 from upvits.toolchain.training.settings import DistillSettings
+from upvits.toolchain.training.teacher import Teacher
 
 distill_module: Any = importlib.import_module("upvits.toolchain.training.distillation")
 objective: Any = importlib.import_module("upvits.toolchain.training.objective")
@@ -75,14 +76,16 @@ def test_losses_are_the_papers() -> None:
         p, q = probabilities(t[i]), probabilities(z[i])
         label_loss += -share * math.log(q[labels[i]]) - (1 - share) * math.log(q[labels[2 - i]])
         logit_loss += sum(p[c] * math.log(p[c] / q[c]) for c in range(5))
-    student = (torch.tensor(z), torch.tensor(f))
-    teacher = (torch.tensor(t), torch.tensor(g))
+    student, teacher = (
+        Outputs(torch.tensor(logits), torch.tensor(logits), torch.tensor(features), torch.tensor(features))
+        for logits, features in ((z, f), (t, g))
+    )
     one = torch.eye(5)[labels]
     targets = share * one + (1 - share) * one.flip(0)
-    parts = losses(student, teacher, targets, (1.0, 6.4, 20.0)).tolist()
-    assert parts == pytest.approx([label_loss / 3, logit_loss / 3, ((f - g) ** 2).mean()], rel=1e-5)
-    assert losses(student, teacher, targets, (0.0, 6.4, 0.0)).tolist() == pytest.approx(
-        [0, logit_loss / 3, 0], rel=1e-5
+    parts = losses(student, teacher, targets, (1.0, 6.4, 0.0, 20.0, 0.0)).tolist()
+    assert parts == pytest.approx([label_loss / 3, logit_loss / 3, 0, ((f - g) ** 2).mean(), 0], rel=1e-5)
+    assert losses(student, teacher, targets, (0.0, 6.4, 0.0, 0.0, 0.0)).tolist() == pytest.approx(
+        [0, logit_loss / 3, 0, 0, 0], rel=1e-5
     )
 
 
@@ -143,6 +146,7 @@ def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -
         return result
 
     monkeypatch.setattr(objective, "outputs", spy)
+    monkeypatch.setattr("upvits.toolchain.training.teacher.outputs", spy)
     batches: list[Tensor] = []
 
     def mix(*args: Any) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(distill_module, "mixed", mix)
     train(None, replace(SHORT, epochs=1), source(32))
-    (teacher_training, first), (student_training, second) = seen[-2:]
+    (student_training, first), (teacher_training, second) = seen[-2:]
     assert (teacher_training, student_training) == (False, True)
     assert torch.equal(first, batches[0])
     assert torch.equal(second, batches[0])
@@ -163,7 +167,9 @@ def test_both_models_see_the_same_mixed_image(monkeypatch: pytest.MonkeyPatch) -
 
 def prepare(settings: DistillSettings, **model_options: Any) -> Any:
     student = tiny_vit(1, **model_options)
-    return preparation.prepare(student, tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
+    return preparation.prepare(
+        student, Teacher(tiny_vit(0), preprocess()), source(), preprocess(), settings, torch.device("cpu")
+    )
 
 
 def test_no_decay_on_biases_norms_tokens_and_position() -> None:

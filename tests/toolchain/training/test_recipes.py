@@ -17,6 +17,7 @@ from upvits.calib_data.errors import UserError
 from upvits.calib_data.loading import Augmentation, Preprocess, TrainingBatches
 from upvits.toolchain.training.preparation import autocast_type, prepare
 from upvits.toolchain.training.settings import DistillSettings
+from upvits.toolchain.training.teacher import Teacher
 
 STILL = DistillSettings(epochs=1, batch_size=32, lr=8e-3, warmup_epochs=0, drop_path=None, cutmix=0, ema_decay=0)
 PICTURES = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
@@ -37,7 +38,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 
 def test_rates_fall_from_layer_to_layer() -> None:
     settings = replace(STILL, layer_decay=0.5, weight_decay=0.1)
-    run = prepare(tiny_vit(1), tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
+    run = prepare(
+        tiny_vit(1), Teacher(tiny_vit(0), preprocess()), source(), preprocess(), settings, torch.device("cpu")
+    )
     names = {parameter: name for name, parameter in run.state.learner.named_parameters()}
     scale = {
         names[parameter]: (group["lr_scale"], group["weight_decay"])
@@ -101,11 +104,13 @@ def test_repeated_augmentation_shows_fewer_images_more_often() -> None:
 
 def test_erased_boxes_are_noise_in_a_share_of_the_images() -> None:
     settings = replace(STILL, random_erasing=1.0)
-    run = prepare(tiny_vit(1), tiny_vit(0), source(), preprocess(), settings, torch.device("cpu"))
+    run = prepare(
+        tiny_vit(1), Teacher(tiny_vit(0), preprocess()), source(), preprocess(), settings, torch.device("cpu")
+    )
     images = torch.full((8, 3, 16, 16), 7.0)
     erased = run.erasing(images.clone())
     assert all((picture != 7).any() and (picture == 7).any() for picture in erased)
-    none = prepare(tiny_vit(1), tiny_vit(0), source(), preprocess(), STILL, torch.device("cpu"))
+    none = prepare(tiny_vit(1), Teacher(tiny_vit(0), preprocess()), source(), preprocess(), STILL, torch.device("cpu"))
     assert torch.equal(none.erasing(images.clone()), images)
 
 
