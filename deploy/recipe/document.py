@@ -112,6 +112,13 @@ class DistillRecipe(_Part):
         panel=TRAIN,
         shown="short: what suits the data",
     )
+    teacher: str | None = setting(
+        None,
+        "Who teaches: a model folder, NAME=FILE with timm's name, or such a name.",
+        "--teacher",
+        panel=TRAIN,
+        shown="the dense network",
+    )
     finetuned: str | None = setting(
         None,
         "Weights of the pruned network, trained elsewhere: folder or file.",
@@ -184,13 +191,26 @@ class DistillRecipe(_Part):
         lt=1,
     )
     label_weight: float | None = setting(None, "Weight of the labels' loss.", shown="1", ge=0)
-    logit_weight: float | None = setting(None, "Weight of the KL to the dense network's logits.", shown="6.4", ge=0)
+    logit_weight: float | None = setting(None, "Weight of the KL to the teacher's logits.", shown="6.4", ge=0)
+    temperature: float | None = setting(None, "Of the logits in that KL.", shown="1", gt=0)
+    hard_weight: float | None = setting(None, "Weight of the teacher's first class as a label.", shown="0", ge=0)
     feature_weight: float | None = setting(
         None,
         "Weight of feature distillation.",
         "--feature-weight",
         panel=TRAIN,
         shown="20 for PVTv2 and networks without classes, else 0",
+        ge=0,
+    )
+    map_weight: float | None = setting(
+        None, "Weight of the last tokens, or of the map of the last stage.", shown="0", ge=0
+    )
+    teacher_views: int | None = setting(
+        None,
+        "Keep the teacher's logits on disk, for so many views of an image; 0: none.",
+        "--teacher-views",
+        panel=TRAIN,
+        shown="0",
         ge=0,
     )
     ema_decay: float | None = setting(

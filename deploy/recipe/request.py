@@ -45,6 +45,7 @@ from upvits.toolchain.structure.timm_config import num_classes_of
 from upvits.toolchain.training.distillation import require_shareable
 from upvits.toolchain.training.preparation import autocast_type
 from upvits.toolchain.training.settings import DistillSettings, settings_for
+from upvits.toolchain.training.teacher import Teacher, absolute_teacher, load_teacher, require_same_classes
 
 LATENCY = ("target_latency", "speedup")
 NUMBERS = ("ratio", "target_macs", "target_params")
@@ -70,6 +71,7 @@ class Job:
         deployment: where a latency target is measured; None without one.
         coco: what detectors are trained on, where `--detect` asks for them.
         notes: what was found out about the request, for the report.
+        teacher: who teaches in place of the dense network.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class Job:
     deployment: Deployment | None = None
     coco: CocoData | None = None
     notes: tuple[str, ...] = ()
+    teacher: Teacher | None = None
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -137,6 +140,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         autocast_type(device, settings.amp)
         require_shareable(settings.batch_size, crew().size, settings.accumulation)
         require_whole_batch(recipe.distill.batch_size or 1, len(source.train))
+    teacher = _teacher(recipe, dense, source)
     like = _like_network(recipe, dense, preprocess.input_size[1:])
     may_shorten = _may_shorten(recipe, dense, like)
     plan = _first_plan(recipe, dense, like, preprocess)
@@ -162,6 +166,7 @@ def resolve(recipe: Recipe, out: Path | None = None, *, quiet: bool = True) -> J
         deployment=deployment,
         coco=coco,
         notes=(*source.notes, *found),
+        teacher=teacher,
     )
 
 
@@ -179,7 +184,7 @@ def with_names(recipe: Recipe) -> Recipe:
     model, weights = asked_weights(model, weights)
     if weights not in ("demo", "timm", "random"):
         weights = str(user_path(weights).absolute())
-    finetuned = recipe.distill.finetuned
+    finetuned, teacher = recipe.distill.finetuned, recipe.distill.teacher
     calib = recipe.precision.calib
     precision = recipe.precision.model_copy(update={"calib": calib and _absolute_data(calib)})
     named = recipe.model_copy(
@@ -191,7 +196,10 @@ def with_names(recipe: Recipe) -> Recipe:
             "plan": plan,
             "precision": precision,
             "distill": recipe.distill.model_copy(
-                update={"finetuned": finetuned and str(user_path(finetuned).absolute())}
+                update={
+                    "finetuned": finetuned and str(user_path(finetuned).absolute()),
+                    "teacher": teacher and absolute_teacher(teacher),
+                }
             ),
         }
     )
@@ -328,6 +336,25 @@ def filled_in(recipe: Recipe, model: nn.Module, source: DataSource, device: torc
     return recipe.model_copy(update={"distill": distill, "score": score, "compensate": compensate, "detect": detect})
 
 
+def _teacher(recipe: Recipe, dense: nn.Module, source: DataSource) -> Teacher | None:
+    """Who teaches, where it is not the dense network.
+
+    Raises:
+        UserError: it cannot be read, has other classes, or nothing is trained.
+    """
+    if recipe.distill.teacher is None:
+        return None
+    if recipe.distill.finetuned is not None or not recipe.distill.epochs:
+        raise UserError(
+            "--teacher has nobody to teach.",
+            why="--finetuned brings trained weights." if recipe.distill.finetuned else "--epochs 0 trains nothing.",
+            fix="Leave --teacher out, or let the network be trained.",
+        )
+    teacher = load_teacher(recipe.distill.teacher)
+    require_same_classes(teacher.model, num_classes_of(dense), label_names_of(dense) or source.class_names)
+    return teacher
+
+
 def _like_network(recipe: Recipe, dense: nn.Module, image_size: tuple[int, int]) -> nn.Module | None:
     """The published model whose widths the pruned network gets, or None."""
     if recipe.plan.like is None:
@@ -387,4 +414,5 @@ def plan_arguments(plan: PlanRecipe, preprocess: Preprocess) -> dict[str, Any]:
 
 def distill_settings(recipe: Recipe) -> DistillSettings:
     """The distillation of a resolved recipe."""
-    return DistillSettings(**recipe.distill.model_dump(exclude={"finetuned", "train_recipe"}), seed=recipe.seed)
+    values = recipe.distill.model_dump(exclude={"finetuned", "teacher", "train_recipe"})
+    return DistillSettings(**values, seed=recipe.seed)

@@ -13,7 +13,7 @@ from upvits.deploy.recipe.validation import validated
 from upvits.deploy.store.run_dir import read_toml
 from upvits.toolchain.training.recipes import RECIPES
 
-_NOT_OF_RECIPES = ("train_recipe", "finetuned", "workers", "checkpoint_minutes")
+_NOT_OF_RECIPES = ("train_recipe", "teacher", "finetuned", "workers", "checkpoint_minutes")
 """Settings of a run or of a machine."""
 
 

@@ -70,6 +70,7 @@ class TunedAccuracy(BaseModel):
 
     format_version: Literal[1] = 1
     after_distill: NetworkAccuracy
+    teacher: NetworkAccuracy | None = None  # where it was not the dense network
 
 
 class CompensationRecord(BaseModel):

@@ -94,6 +94,14 @@ def load_teacher(name: str) -> Teacher:
     return _with_file(architecture, user_path(Path(file))) if equals else _from_hub(architecture)
 
 
+def absolute_teacher(name: str) -> str:
+    """The same with an absolute path."""
+    architecture, equals, file = name.partition("=")
+    if user_path(Path(name)).exists():
+        return str(user_path(Path(name)).absolute())
+    return f"{architecture}={user_path(Path(file)).absolute()}" if equals else name
+
+
 def _is_pruned_here(architecture: str) -> bool:
     base = architecture.partition(".")[0]
     return any(base in timm.list_models(module=module) for modules in MODULES.values() for module in modules)

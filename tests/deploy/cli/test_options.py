@@ -33,7 +33,7 @@ RECIPE_ONLY = {
          "distill.mixup", "distill.mix_prob", "distill.label_smoothing", "distill.min_crop", "distill.auto_augment",
          "distill.color_jitter", "distill.random_erasing", "distill.repeated_augmentation", "distill.drop_path",
          "distill.label_weight", "distill.logit_weight", "distill.ema_decay", "distill.clip_grad", "distill.compile",
-         "distill.channels_last"),
+         "distill.temperature", "distill.hard_weight", "distill.map_weight", "distill.channels_last"),
         "a file for --train-recipe has them; its dials are epochs, rate and batch size",
     ),
     **dict.fromkeys(

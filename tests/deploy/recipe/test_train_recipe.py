@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.recipe.document import DistillRecipe, make_recipe
@@ -101,3 +104,24 @@ def test_contradictions_are_refused_before_anything_is_written(
         resolve(make_recipe({**BASE, "distill": distill}), tmp_path / "run")
     assert said in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("distill", "said"),
+    [
+        ({"epochs": 0}, "--epochs 0 trains nothing"),
+        ({"finetuned": "weights.safetensors"}, "--finetuned brings trained weights"),
+        ({}, "The teacher has 5 classes, the network to prune 12"),
+    ],
+)
+def test_teachers_that_cannot_teach_are_refused(distill: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=5)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "weights.safetensors").touch()
+    if "finetuned" in distill:
+        distill = {"finetuned": str(tmp_path / "weights.safetensors")}
+        save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    asked = {**distill, "teacher": f"resnet10t={tmp_path / 'w.safetensors'}"}
+    with pytest.raises(UserError) as caught:
+        resolve(make_recipe({**BASE, "distill": asked}), tmp_path / "run")
+    assert said in str(caught.value)
