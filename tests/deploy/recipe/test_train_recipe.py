@@ -31,7 +31,7 @@ def test_up_has_the_constants_of_the_paper() -> None:
     settings = DistillSettings(**train_values("up", 1_281_167))
     assert (settings.epochs, settings.batch_size, settings.lr, settings.weight_decay) == (200, 256, 1e-3, 1e-3)
     assert (settings.warmup_epochs, settings.drop_path, settings.cutmix) == (2, 0.1, 0.5)
-    assert settings.weights == (1.0, 6.4, 0.0)
+    assert settings.weights == (1.0, 6.4, 0.0, 0.0, 0.0)
 
 
 def test_the_command_line_wins_over_the_recipe_which_wins_over_what_suits_the_data(tmp_path: Path) -> None:
