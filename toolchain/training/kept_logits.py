@@ -22,7 +22,7 @@ class KeptLogits:
 
     Args:
         folder: of the training; the file is made in it, and removed by `clear`.
-        key: of the training: a file of another one is made anew.
+        key: of the training; another one has another file.
         views, steps, images, classes: how much there is to keep.
         share: (rank, processes); the images of a step are this process's.
     """
@@ -35,9 +35,6 @@ class KeptLogits:
         row = np.dtype([("check", "<u4"), ("logits", "<f2", (images, classes))])
         size = row.itemsize * views * steps
         try:
-            for other in folder.glob("teacher-*.logits"):
-                if share[1] == 1 and other != path:
-                    other.unlink()
             with path.open("ab") as file:
                 file.truncate(size)  # a file of zeros takes no room before it is filled
         except OSError as error:
