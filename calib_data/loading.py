@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -84,6 +86,19 @@ def _require_policy(words: str) -> None:
         )
 
 
+def _keep_a_bit(steps: Iterable[Any]) -> None:
+    """Let posterizing keep a bit of every colour: timm may ask for none, which Pillow refuses since version 13."""
+    for step in steps:
+        operations = [*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one, operation.level_fn)
+
+
+def _at_least_one(bits_of: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, bits_of(*level)[0]),)
+
+
 _NUMBER = r"\d+(\.\d+)?"
 _POLICY_PARTS = {
     "rand": rf"(m|n|p|mstd|mmax){_NUMBER}|inc[01]",
@@ -130,19 +145,18 @@ class Preprocess:
     def train_transform(self, augmentation: Augmentation) -> Transform:
         """timm's random crop, flip and colours: PIL image to uint8 [3, H, W], to be normalised in batches."""
         policy = augmentation.auto_augment
-        return cast(
-            Transform,
-            create_transform(
-                self.input_size,
-                is_training=True,
-                scale=(augmentation.min_crop, 1.0),
-                color_jitter=augmentation.color_jitter,
-                auto_augment=None if policy == "none" else policy,
-                interpolation=self.interpolation,
-                mean=self.mean,  # fills what a policy moves into the picture
-                use_prefetcher=True,  # timm's word for it
-            ),
+        transform = create_transform(
+            self.input_size,
+            is_training=True,
+            scale=(augmentation.min_crop, 1.0),
+            color_jitter=augmentation.color_jitter,
+            auto_augment=None if policy == "none" else policy,
+            interpolation=self.interpolation,
+            mean=self.mean,  # fills what a policy moves into the picture
+            use_prefetcher=True,  # timm's word for it
         )
+        _keep_a_bit(transform.transforms)
+        return cast(Transform, transform)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Pixels, uint8 [B, 3, H, W], as the float32 that the model takes."""

@@ -14,7 +14,7 @@ from timm.data.transforms_factory import create_transform
 from upvits.calib_data import DataSource, Images, Preprocess, batches, open_data, proxy_images
 from upvits.calib_data.demo import demo_images
 from upvits.calib_data.errors import UserError
-from upvits.calib_data.loading import TrainingBatches
+from upvits.calib_data.loading import Augmentation, TrainingBatches
 
 PREPROCESS = Preprocess((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 
@@ -96,6 +96,17 @@ def test_all_generators_are_seeded_for_each_picture(monkeypatch: pytest.MonkeyPa
     runs = [all_of(TrainingBatches(images, PREPROCESS, size).epoch(4))[0] for size in (4, 6)]
     assert torch.equal(*runs)
     assert all(len(set(column.tolist())) == 12 for column in runs[0].T)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n6-inc1", "rand-m1-n6-inc0", "augmix-m10", "original", "v0"])
+def test_the_strongest_and_the_weakest_policies_work_on_every_picture(policy: str) -> None:
+    """timm's posterizing asks Pillow for no bits at all at some strengths."""
+    transform = PREPROCESS.train_transform(Augmentation(auto_augment=policy))
+    picture = demo_images("train", 12)[4][0]
+    for seed in range(60):
+        random.seed(seed)
+        np.random.seed(seed)
+        transform(picture)
 
 
 def test_loading_leaves_the_global_generators_alone(images: Images) -> None:
