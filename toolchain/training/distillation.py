@@ -71,13 +71,14 @@ def distill(
     Several processes started by `torchrun` share every batch; all of them return the same weights. With a `folder`,
     checkpoint.safetensors and log.jsonl are replaced there at the end of every epoch, and within epochs every
     `checkpoint_minutes`: the same call, after having been killed at any moment, continues at the last checkpoint, sees
-    the images that were left, and ends with the weights that it would have had (bit-identical on the same CPUs with the
-    same number of threads and processes; on CUDA equal within noise, or bit-identical after
-    `torch.use_deterministic_algorithms(True)` with CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment). Another number of processes continues with the same global batch. Only
-    the first process reads and writes the folder; the others may have disks of their own. A folder with the checkpoint
-    of another student, teacher, data set, preprocessing or of other settings is refused. A finished training returns at
-    once. best.safetensors holds the weights of the epoch that was best on the validation images; the result
-    is the last epoch's, since on few images the best one is a matter of luck.
+    the images that were left, and ends with the weights that it would have had: bit-identical on the same CPUs with the
+    same number of threads and processes; on CUDA equal within noise (PyTorch promises equal bits only after
+    `torch.use_deterministic_algorithms(True)` with CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment). Another number
+    of processes continues with the same global batch. Only the first process reads and writes the folder; the others
+    may have disks of their own. A folder with the checkpoint of another student, teacher, data set, preprocessing or of
+    other settings is refused. A finished training returns at once. best.safetensors holds the weights of the epoch that
+    was best on the validation images; the result is the last epoch's, since on few images the best one is a matter of
+    luck.
 
     Args:
         student, teacher: timm classifiers with the same classes (`forward_features` and `forward_head`); neither is
