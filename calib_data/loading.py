@@ -379,7 +379,7 @@ def require_whole_batch(batch_size: int, images: int) -> None:
         raise UserError(
             f"A batch of {batch_size} is larger than the data, which have {images} training images.",
             why="The learning rate is meant for a batch of that size, and no step would have one.",
-            fix=f"Choose a `batch_size` of {images} at most, or leave it out.",
+            fix=f"Give `batch_size={images}` or less, or leave it out.",
         )
 
 

@@ -133,7 +133,7 @@ def test_incomplete_training_batches_are_dropped(images: Images) -> None:
 def test_batch_that_is_larger_than_the_data_is_refused(images: Images) -> None:
     with pytest.raises(UserError, match="A batch of 41 is larger than the data, which have 40") as caught:
         TrainingBatches(images, PREPROCESS, 41)
-    assert "`batch_size` of 40 at most" in caught.value.fix
+    assert "`batch_size=40` or less" in caught.value.fix
     assert len(list(TrainingBatches(images, PREPROCESS, 40).epoch(0))) == 1
 
 
