@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, ProgressColumn
 
 T = TypeVar("T")
 
 
-def progress_bar(*, quiet: bool) -> Progress:
+def progress_bar(*, quiet: bool, columns: Sequence[ProgressColumn] = ()) -> Progress:
     """A bar on stderr that goes away at the end; none when quiet or when nobody watches."""
     console = Console(stderr=True)
-    return Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
 
 
 def watched(items: Iterable[T], title: str, *, quiet: bool, total: float | None = None) -> Iterator[T]:

@@ -18,8 +18,9 @@ import typer
 from upvits.calib_data.errors import StoppedError, UserError
 from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.arguments import options_of, refuse_empty
-from upvits.deploy.cli.console import console, prepare_streams, print_json
+from upvits.deploy.cli.console import console, prepare_streams, print_json, print_place
 from upvits.deploy.cli.detect import app as detect_app
+from upvits.deploy.cli.distill import distill
 from upvits.deploy.cli.failures import exit_code_of, exit_code_of_output, require_address_space, require_working_folder
 from upvits.deploy.cli.log import show_log
 from upvits.deploy.cli.look import inspect, predict
@@ -68,7 +69,7 @@ def _stage_command(until: str) -> Callable[..., None]:
 
         job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
         run_job(job, until)
-        _print_place(job.folder, quiet=quiet)
+        print_place(job.folder, quiet=quiet)
 
     return command
 
@@ -97,7 +98,7 @@ def build(
         print_json(report.model_dump_json(indent=2))
     else:
         console(quiet=quiet).print(terminal(report))
-        _print_place(job.folder, quiet=quiet)
+        print_place(job.folder, quiet=quiet)
     require_target(report)
 
 
@@ -127,13 +128,13 @@ def plan(
 _STAGES = {
     "score": ("score", "Run up to the importance of every unit."),
     "prune": ("prune", "Run up to the pruned network (before fine-tuning)."),
-    "distill": ("distill", "Run up to the fine-tuned network."),
     "export": ("export", "Run up to the ONNX files, checked against PyTorch."),
     "quantize": ("precision", "Run up to the graphs of every precision, and what each costs."),
     "engine": ("engine", "Run up to the engines."),
 }
 for _name, (_until, _text) in _STAGES.items():
     app.command(_name, help=_text)(_stage_command(_until))
+app.command()(distill)
 
 
 @app.command()
@@ -315,7 +316,7 @@ def package(
     """Make a folder that runs without this tool: model, engines, examples, model card, Triton repository."""
     from upvits.deploy.handover.package import package as make
 
-    _print_place(make(run, output, quiet=quiet), quiet=quiet)
+    print_place(make(run, output, quiet=quiet), quiet=quiet)
 
 
 app.command()(inspect)
@@ -356,10 +357,6 @@ def doctor(json: opt.Json = False, verbose: opt.Verbose = False) -> None:
         print_json(dumps([asdict(check) for check in checks], indent=2))
     else:
         console().print(render(checks))
-
-
-def _print_place(folder: Path, *, quiet: bool) -> None:
-    console(quiet=quiet).print(f"Everything is in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _version(asked: bool) -> None:

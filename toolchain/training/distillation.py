@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from upvits.calib_data import DataSource, Preprocess
 from upvits.calib_data.errors import UserError
-from upvits.calib_data.progress import watched
 from upvits.toolchain.networks.checkpoints import weights_digest
 from upvits.toolchain.networks.models import preprocess_of
 from upvits.toolchain.processes.crew import join_processes
@@ -34,6 +33,7 @@ from upvits.toolchain.training.evaluate import Accuracy, evaluate_images, requir
 from upvits.toolchain.training.kept_logits import clear
 from upvits.toolchain.training.objective import LOSSES, losses, mixed
 from upvits.toolchain.training.preparation import Run, prepare
+from upvits.toolchain.training.progress import TrainingProgress, training_progress
 from upvits.toolchain.training.settings import DistillSettings, settings_for
 from upvits.toolchain.training.state import (
     EpochLog,
@@ -138,12 +138,7 @@ def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bo
     """
     history = run.state.history
     restore_state(None if folder is None else folder / "checkpoint.safetensors", about, run.state)
-    if shared().world_size > 1:
-        # Without a loss on the logits the head gets no gradient, and DDP would wait for it. It gives all processes the
-        # weights of the first one, so it comes after the checkpoint.
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
-        unused = not any(run.fit.weights[:3]) or run.state.learner.two_heads
-        run = replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
+    run = in_all_processes(run)
     reference = _predictions_of_teacher(run)
     if folder is not None and history:
         keep_best(folder / "best.safetensors", run.state)
@@ -152,9 +147,16 @@ def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bo
         if folder is not None:
             save_state(folder / "checkpoint.safetensors", about, run.state)
 
-    with requests_to_stop(listen=folder is not None) as signals:
-        for epoch in range(len(history), run.settings.epochs):
-            history.append(_train_epoch(run, epoch, reference, save, signals, quiet=quiet))
+    epochs, steps, batch = run.settings.epochs, run.steps_per_epoch, run.settings.batch_size
+    done = len(history) * steps + run.state.step
+    with (
+        requests_to_stop(listen=folder is not None) as signals,
+        training_progress(epochs, steps, done, batch, quiet=quiet) as shown,
+    ):
+        for epoch in range(len(history), epochs):
+            history.append(_train_epoch(run, epoch, reference, save, signals, shown))
+            if shown is not None:
+                shown.epoch(epoch + 1, history[-1].loss, history[-1].top1)
             run.state.begin_epoch()
             save()
             if folder is not None:
@@ -166,13 +168,28 @@ def _train(run: Run, about: Mapping[str, str], folder: Path | None, *, quiet: bo
         write_log(folder / "log.jsonl", history)  # a run killed between checkpoint and log lacks the last line
 
 
+def in_all_processes(run: Run) -> Run:
+    """With gradients that several processes average; all of them get the weights of the first one."""
+    if shared().world_size == 1:
+        return run
+    # Without a loss on the logits the head gets no gradient, and DDP would wait for it.
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
+    unused = not any(run.fit.weights[:3]) or run.state.learner.two_heads
+    return replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
+
+
 def _train_epoch(
-    run: Run, epoch: int, reference: Tensor | None, save: Callable[[], None], signals: list[int], *, quiet: bool
+    run: Run,
+    epoch: int,
+    reference: Tensor | None,
+    save: Callable[[], None],
+    signals: list[int],
+    shown: TrainingProgress | None,
 ) -> EpochLog:
     """What is left of a pass over the images, then the moving average on the validation images."""
     settings, state = run.settings, run.state
     start, seen = time.perf_counter(), float(state.sums[-1])
-    _take_steps(run, epoch, save, signals, quiet=quiet)
+    _take_steps(run, epoch, save, signals, shown)
     # The loss of the last step was finite, the weights after it may not be.
     _require_finite(torch.stack([p.detach().sum() for p in state.learner.parameters()]), settings, epoch, state.step)
     sums = state.sums.clone()
@@ -200,23 +217,25 @@ def _train_epoch(
     )
 
 
-def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[int], *, quiet: bool) -> None:
+def _take_steps(
+    run: Run, epoch: int, save: Callable[[], None], signals: list[int], shown: TrainingProgress | None
+) -> None:
     """The steps of an epoch that are left, with checkpoints in between."""
     settings, process, state = run.settings, shared(), run.state
     checkpoints = Checkpoints(settings.checkpoint_minutes, signals)
     view = epoch % settings.teacher_views if settings.teacher_views else epoch
-    loader = run.batches.epoch(view, skip=state.step)
-    title = f"distill {epoch + 1}/{settings.epochs}"
-    for images, labels in watched(loader, title, quiet=quiet, total=run.steps_per_epoch - state.step):
+    for images, labels in run.batches.epoch(view, skip=state.step):
         done = epoch * run.steps_per_epoch + state.step
         run.scheduler.step_update(done)
         with seeded(run.device, settings.seed, view, state.step, process.rank):  # so checkpoints need no random states
-            parts = _train_step(run, images, labels, view)
+            parts = train_step(run, images, labels, view)
         run.ema.update(state.learner.model, done + 1)
         state.sums += torch.cat([parts, parts.new_ones(1)]) * len(images)
         state.step += 1
         if run.device.type == "cpu" or state.step % 50 == 0:  # looking waits for the GPU
             _require_finite(state.sums, settings, epoch, state.step)
+        if shown is not None and shown.due:
+            shown.step(epoch + 1, state.step, _mean_loss(run))
         if checkpoints.is_due() and state.step < run.steps_per_epoch:
             state.all_sums[:] = process.all_of({process.rank: state.sums.tolist()})
             save()
@@ -224,7 +243,13 @@ def _take_steps(run: Run, epoch: int, save: Callable[[], None], signals: list[in
             stop_if_asked(signals, f"in epoch {epoch + 1}, after step {state.step}")
 
 
-def _train_step(run: Run, images: Tensor, labels: Tensor, view: int) -> Tensor:
+def _mean_loss(run: Run) -> float:
+    """Of the epoch so far, over the images of this process."""
+    means: list[float] = (run.state.sums[:-1] / run.state.sums[-1]).tolist()
+    return sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True))
+
+
+def train_step(run: Run, images: Tensor, labels: Tensor, view: int) -> Tensor:
     """Mixes, compares, updates the weights; returns the losses [5], detached."""
     state, passes = run.state, run.settings.accumulation
     images, targets = mixed(run.mixing, images, labels)
