@@ -111,11 +111,7 @@ def test_two_processes_and_the_death_of_one(arguments: list[str], tmp_path: Path
     assert weights[0] == weights[1]
     assert exit_codes(start(alone, tmp_path / "out", processes=1)) == [0]
     plans = [json.loads((tmp_path / name / "2-prune/plan.json").read_text())["keep"] for name in ("2", "1")]
-    for group, kept in plans[1].items():
-        # sums in fp32 round otherwise, and in an untrained network many units of an FFN are worth the same
-        least = 0.75 if group.endswith("mlp") else 1
-        assert len(plans[0][group]) == len(kept)
-        assert len(set(plans[0][group]) & set(kept)) >= least * len(kept), group
+    assert plans[0] == plans[1]
     scores = [load_file(next((tmp_path / name / "1-score").glob("*.safetensors"))) for name in ("2", "1")]
     for name, values in scores[1].items():
         assert torch.allclose(scores[0][name], values, rtol=1e-6, atol=1e-6 * float(values.abs().max())), name

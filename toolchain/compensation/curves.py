@@ -245,8 +245,9 @@ def _sums(
     layers, scores = {}, {module: torch.zeros(g.size, dtype=torch.float64) for module, g in queries.items()}
     for name in names:
         out, inputs = model.get_submodule(name).get_parameter("weight").shape
-        # in fp32, whose rounding is far below RIDGE: these are the largest matrices there are
-        layers[name] = LayerStatistics(*(torch.zeros(n, n, device=device) for n in (inputs + 1, out)))
+        # products are of fp32, whose rounding is far below RIDGE; their sums are the same in one process and in several
+        sizes = (inputs + 1, out)
+        layers[name] = LayerStatistics(*(torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes))
     for part, signs in parts_of(model, images, batch_size, size, "Second moments", seed=seed, quiet=quiet):
         with torch.inference_mode(False):
             leaves = {m: torch.ones(len(part), g.size, device=device, requires_grad=True) for m, g in queries.items()}
