@@ -99,13 +99,14 @@ def _at_least_one(bits_of: Callable[..., tuple[int]], *level: Any) -> tuple[int]
     return (max(1, bits_of(*level)[0]),)
 
 
-_NUMBER = r"\d+(\.\d+)?"
+_NUMBER = r"[0-9]{1,3}(\.[0-9]+)?"
 _POLICY_PARTS = {
-    "rand": rf"(m|n|p|mstd|mmax){_NUMBER}|inc[01]",
-    "augmix": rf"(m|w|d|a|mstd){_NUMBER}|b[01]",
+    "rand": rf"(m|mmax)[0-9]{{1,2}}|n[1-9]|p(0\.[0-9]+|1)|mstd{_NUMBER}|inc[01]",
+    "augmix": rf"m[0-9]{{1,2}}|[wd][1-9]|a(?![0.]+$){_NUMBER}|mstd{_NUMBER}|b[01]",
     **dict.fromkeys(("3a", "original", "originalr", "v0", "v0r"), rf"mstd{_NUMBER}"),
 }
-"""By kind of policy, the parts that may follow it (timm.data.auto_augment)."""
+"""By kind of policy, the parts that may follow it (timm.data.auto_augment). Magnitudes and numbers of layers are whole,
+and small: timm fails at others when it reads the first picture, and a hundred layers take seconds a picture."""
 
 
 @dataclass(frozen=True, slots=True)

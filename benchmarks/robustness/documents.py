@@ -172,6 +172,28 @@ def recipes(ground: Ground, random: Random) -> Iterator[Case]:
         yield _recipe(random.choice(("plan", "recipe", "plan", "score", "sweep")), what, text)
     for what, raw in {**no_documents(content.encode()), **_STRANGE_TOML}.items():
         yield _recipe("plan", what, raw)
+    for what, raw in {**no_documents(b'base = "modern"\nepochs = 2\n'), **_STRANGE_TRAINING}.items():
+        yield _recipe_of_training(what, raw)
+
+
+_STRANGE_TRAINING = {
+    **{f"base = {value}": f"base = {value}\n".encode() for value in (3, '["up"]', '"t.toml"', '""', "{a = 1}")},
+    **{
+        f"auto_augment = {policy}": f'auto_augment = "{policy}"\n'.encode()
+        for policy in ("rand-m9.5", "rand-n1.5", "rand-n1000", "augmix-w100-d100", "augmix-a0", "rand-m\u0663", "-", "")
+    },
+    "a date": b"epochs = 1979-05-27\n", "a table": b"[epochs]\na = 1\n", "a recipe in it": b'train_recipe = "up"\n',
+    "passes that share no batch": b"batch_size = 10\naccumulation = 4\n", "no rate": b"lr = nan\n",
+    "smoothing of no labels": b'base = "modern"\nlabel_weight = 0\n', "5,000 digits": b"epochs = " + b"9" * 5000,
+}  # fmt: skip
+
+
+def _recipe_of_training(what: str, text: bytes) -> Case:
+    def arrange(here: Path) -> Arguments:
+        (here / "t.toml").write_bytes(text)
+        return ["recipe", "--model", "pvtv2_b0", "--ratio", "0.5", "--train-recipe", here / "t.toml"]
+
+    return Case(f"recipe of training: {what}", arrange)
 
 
 _STRANGE_TOML = {

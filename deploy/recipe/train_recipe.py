@@ -39,7 +39,7 @@ def train_values(recipe: str, images: int) -> dict[str, Any]:
         )
     values = read_toml(path)
     base = values.pop("base", "short")
-    if base not in RECIPES:
+    if not isinstance(base, str) or base not in RECIPES:
         raise UserError(f"{path}: base = {base!r} is no recipe.", fix=f"Use one of {', '.join(RECIPES)}.")
     _refuse_unknown(path, values)
     given = validated(DistillRecipe, values, "upvits-deploy distill").model_dump(include=set(values))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -103,6 +104,8 @@ class Crew:
 
 
 _HERE: list[Crew] = []
+_MEETINGS = count()
+"""Numbers the groups of this process: a store keeps what was written for an earlier one."""
 
 
 def crew() -> Crew:
@@ -180,7 +183,8 @@ def _joined() -> Iterator[Process]:
         store, rank, size = _meet()
         # torchrun keeps its store when it starts all processes again: what the dead ones wrote is not for these
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        # and a program may train twice
+        store = dist.PrefixStore(f"attempt {attempt}, meeting {next(_MEETINGS)}", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError, OverflowError) as error:

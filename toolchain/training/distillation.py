@@ -174,7 +174,7 @@ def in_all_processes(run: Run) -> Run:
         return run
     # Without a loss on the logits the head gets no gradient, and DDP would wait for it.
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise convolutions: harmless
-    unused = not any(run.fit.weights[:3]) or run.state.learner.two_heads
+    unused = not any(run.fit.weights[:3])
     return replace(run, module=DistributedDataParallel(run.module, find_unused_parameters=unused))
 
 

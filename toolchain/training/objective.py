@@ -63,11 +63,6 @@ class Learner(nn.Module):
         found = outputs(self.model, images)
         return found._replace(features=self.projection(found.features), maps=self.map_projection(found.maps))
 
-    @property
-    def two_heads(self) -> bool:
-        """Whether the model has a second head, which the teacher teaches."""
-        return hasattr(self.model, "set_distilled_training")
-
     def no_weight_decay(self) -> set[str]:
         """The model's own list, under the names that its parameters have here (timm's optimizer asks for it)."""
         excluded = getattr(self.model, "no_weight_decay", set)
@@ -159,10 +154,11 @@ def losses(
     """
     parts = torch.zeros(len(LOSSES), device=student.features.device)
     label, logit, hard, feature, maps = (weight > 0 for weight in weights)
-    # Without labels the teacher teaches both heads of a student that has two.
-    taught = student.taught if label else (student.logits + student.taught) / 2
+    # What teaches alone, labels or the teacher, teaches both heads of a student that has two.
+    alone = not (label and (logit or hard))
+    first, taught = [(student.logits + student.taught) / 2] * 2 if alone else [student.logits, student.taught]
     if label:
-        parts[0] = F.cross_entropy(student.logits.float(), targets)
+        parts[0] = F.cross_entropy(first.float(), targets)
     if logit:
         log_student = (taught.float() / temperature).log_softmax(1)
         log_teacher = (teacher.logits.float() / temperature).log_softmax(1)

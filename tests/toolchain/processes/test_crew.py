@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests import forked
 from tests.forked import exit_codes
 from tests.toolchain.processes import workers
 from tests.toolchain.processes.workers import cut, scored, start
@@ -83,6 +84,18 @@ def test_processes_that_torchrun_starts_again_do_not_look_for_the_dead_ones(tmp_
     assert codes == [LOST, -signal.SIGKILL], said(tmp_path)
     again = start(workers.fail_alike_and_go_on, tmp_path, more={**agent, "TORCHELASTIC_RESTART_COUNT": "1"})
     assert exit_codes(again, seconds=120) == [0, 0], said(tmp_path)
+
+
+def test_a_program_that_torchrun_started_may_train_twice(tmp_path: Path) -> None:
+    """Its store still has the addresses of the first group."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [forked.start(workers.meet_twice, rank, agent, tmp_path) for rank in range(2)]
+    codes = exit_codes(started, seconds=60)
+    for process in started:
+        process.kill()
+    assert codes == [0, 0], said(tmp_path)
+    assert [(tmp_path / f"sums-{rank}").read_text() for rank in range(2)] == ["3.0 3.0"] * 2
 
 
 @pytest.mark.parametrize("said", ["abc", "0", "-1", "1.5", "\u00b2", "9" * 5000])

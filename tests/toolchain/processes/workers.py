@@ -23,7 +23,7 @@ from tests import forked
 from upvits import toolchain
 from upvits.calib_data.errors import UserError
 from upvits.toolchain.compensation import compensated_curves, compress
-from upvits.toolchain.processes.crew import crew, gathered
+from upvits.toolchain.processes.crew import crew, gathered, join_processes
 from upvits.toolchain.processes.process import shared
 
 
@@ -117,6 +117,18 @@ def run(rank: int, environment: dict[str, str], folder: Path, lead: Callable[[Pa
             traceback.print_exc()
             code = 1
     os._exit(code)
+
+
+def meet_twice(rank: int, environment: dict[str, str], folder: Path) -> None:
+    """A process without a crew that takes part in two groups, one after the other."""
+    os.environ.update({**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    sums = []
+    for _ in range(2):
+        with join_processes() as process:
+            value = torch.tensor([rank + 1.0])
+            process.sum(value)
+            sums.append(value.item())
+    (folder / f"sums-{rank}").write_text(f"{sums[0]} {sums[1]}")
 
 
 def start(
