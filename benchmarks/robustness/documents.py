@@ -184,6 +184,7 @@ _STRANGE_TRAINING = {
     },
     "a date": b"epochs = 1979-05-27\n", "a table": b"[epochs]\na = 1\n", "a recipe in it": b'train_recipe = "up"\n',
     "passes that share no batch": b"batch_size = 10\naccumulation = 4\n", "no rate": b"lr = nan\n",
+    "nothing to learn from": b"label_weight = 0\nlogit_weight = 0\nfeature_weight = 0\n",
     "smoothing of no labels": b'base = "modern"\nlabel_weight = 0\n', "5,000 digits": b"epochs = " + b"9" * 5000,
 }  # fmt: skip
 

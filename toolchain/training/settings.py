@@ -93,6 +93,7 @@ _LIMITS: tuple[tuple[Callable[[DistillSettings], bool], str], ...] = (
     (lambda s: s.lr <= 0 or min(s.weight_decay, s.warmup_epochs, s.clip_grad) < 0, "lr of 0, or a rate below 0"),
     (lambda s: min(s.cutmix, s.mixup, *s.weights) < 0, "cutmix, mixup or a weight below 0"),
     (lambda s: not 0 <= s.ema_decay < 1 or not 0 <= (s.drop_path or 0) < 1, "ema_decay or drop_path not in [0, 1)"),
+    (lambda s: s.epochs > 0 and not any(s.weights), "every weight 0, which leaves nothing to learn from"),
     (lambda s: s.temperature <= 0, "a temperature of 0 or below"),
     (lambda s: s.teacher_views < 0, "teacher_views below 0"),
     (

@@ -90,6 +90,7 @@ def test_a_name_that_is_none_is_refused_with_the_nearest() -> None:
     ("distill", "said"),
     [
         ({"label_smoothing": 0.1, "label_weight": 0.0}, "label_smoothing without label_weight"),
+        ({"label_weight": 0.0, "logit_weight": 0.0, "feature_weight": 0.0}, "nothing to learn from"),
         ({"batch_size": 30, "accumulation": 4}, "no multiple of accumulation"),
         ({"auto_augment": "rand-m9", "color_jitter": 0.3}, "color_jitter has no effect"),
         ({"auto_augment": "rand-x9"}, "is no policy of timm"),
