@@ -22,7 +22,7 @@ def forecast_table(job: Job, found: Forecast, whose: str) -> Table:
         "epochs": f"{found.epochs}, of {found.steps_per_epoch} steps each",
         "batch": f"{found.batch_size} (processes x passes x images: {shares})",
         "rate": f"{recipe.lr:g} at batch 256, {recipe.optimizer}",
-        "a step": f"{found.step_seconds:.3g} s, {found.images_per_s:.0f} images/s (median of {found.measured_steps})",
+        "a step": f"{found.step_seconds:.3g} s, {found.images_per_s:.0f} images/s (mean of {found.measured_steps})",
         "validation": f"{found.evaluation_seconds:.3g} s, {len(job.source.val)} images",
         "in all": str(timedelta(seconds=round(found.seconds))),
         "memory": f"{found.memory_mb / 1e3:.2f} GB at the peak, {'GPU' if job.device.type == 'cuda' else 'resident'}",

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Forecast:
         epochs, steps_per_epoch: how long it is.
         batch_size: images of a step over all processes.
         processes, accumulation: among which, and in how many passes, they are shared.
-        step_seconds: median of the steps that were measured.
+        step_seconds: mean of the steps that were measured.
         evaluation_seconds: of all validation images, once.
         seconds: of the whole training.
         memory_mb: peak of the first process in 10**6 bytes, on the GPU where it trains on one.
@@ -76,6 +76,8 @@ def forecast(
         UserError: as `distill` raises it.
     """
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, preprocess)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with join_processes() as process, sharing(process):
         require_shareable(settings.batch_size, process.world_size, settings.accumulation)
         run = in_all_processes(prepare(student, teacher, data, preprocess, settings, pick_device(device)))
@@ -92,7 +94,7 @@ def forecast(
             enough = len(seconds) >= _WARM_UP + _STEPS or now - started > _SECONDS
             if shared().all_of({shared().rank: enough})[0]:  # all stop when the first one does
                 break
-        step = median(seconds[_WARM_UP:] or seconds)
+        step = fmean(seconds[_WARM_UP:] or seconds)
         validation = _evaluation_seconds(run.state.ema, data, preprocess, settings)
     evaluations = -(-settings.epochs // settings.eval_every)
     return Forecast(
