@@ -122,13 +122,17 @@ def run(rank: int, environment: dict[str, str], folder: Path, lead: Callable[[Pa
 def meet_twice(rank: int, environment: dict[str, str], folder: Path) -> None:
     """A process without a crew that takes part in two groups, one after the other."""
     os.environ.update({**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)})
-    sums = []
-    for _ in range(2):
-        with join_processes() as process:
-            value = torch.tensor([rank + 1.0])
-            process.sum(value)
-            sums.append(value.item())
-    (folder / f"sums-{rank}").write_text(f"{sums[0]} {sums[1]}")
+    first = _summed(rank)
+    time.sleep(2 * (1 - rank))  # the second process looks for the first one before that is there again
+    (folder / f"sums-{rank}").write_text(f"{first} {_summed(rank)}")
+
+
+def _summed(rank: int) -> float:
+    """Nothing holds the group afterwards."""
+    with join_processes() as process:
+        value = torch.tensor([rank + 1.0])
+        process.sum(value)
+    return value.item()
 
 
 def start(
