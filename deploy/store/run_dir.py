@@ -111,7 +111,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is no TOML.
     """
     try:
-        values = tomllib.loads(read_regular(path, fix=_NO_RECIPE, largest=_LARGEST_RECIPE).decode())
+        values = tomllib.loads(read_regular(path, fix=_NO_RECIPE, largest=_LARGEST_RECIPE).decode("utf-8-sig"))
         require_plain(values)
         return values
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, too many digits; lists in lists in lists
