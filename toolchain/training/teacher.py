@@ -80,7 +80,7 @@ def load_teacher(name: str) -> Teacher:
         raise UserError(
             f"Which network is {name}?",
             why="A file of weights does not say whose they are.",
-            fix=f"Give timm's name before it, e.g. `resnet50={name}`.",
+            fix=f"Give timm's name before it, such as resnet50={name}.",
         )
     if not timm.is_model(architecture.partition(".")[0]) or ":" in architecture:
         raise UserError(
@@ -114,7 +114,7 @@ def _from_hub(architecture: str) -> Teacher:
         raise MissingDependencyError(
             f"The pretrained weights of {architecture} cannot be had here ({str(error).splitlines()[0][:200]}).",
             why="timm downloads them from the Hugging Face hub, which this machine does not reach or does not cache.",
-            fix=f"Save its state_dict where there is a network, and give `{architecture}=FILE`.",
+            fix=f"Save its state_dict where there is a network, and give {architecture}=FILE.",
         ) from error
     return _ready(model)
 
@@ -212,7 +212,7 @@ def require_same_classes(teacher: nn.Module, classes: int, names: tuple[str, ...
         raise UserError(
             f"The teacher has {held} classes, the network to prune {classes}.",
             why="The student learns to give the teacher's answers, class by class.",
-            fix="Take a teacher that was trained on the same classes, or leave --teacher out.",
+            fix="Take a teacher that was trained on the same classes, or leave `teacher=` out.",
         )
     known = (getattr(teacher, "pretrained_cfg", None) or {}).get("label_names")
     if known is not None and names is not None and tuple(known) != tuple(names):
