@@ -27,7 +27,7 @@ from upvits.deploy.cli.look import inspect, predict
 from upvits.deploy.cli.quick import leave_out_compiler
 from upvits.deploy.cli.settings import Values, settings_of, split, takes, whole_numbers
 from upvits.deploy.cli.several import follow, is_first, lead
-from upvits.deploy.cli.values import input_shape_of, numbers, recipe_values
+from upvits.deploy.cli.values import asked_job, input_shape_of, numbers, recipe_values
 from upvits.deploy.recipe.document import CUTS, Recipe
 from upvits.deploy.recipe.setting import PLAN, RUN
 from upvits.toolchain.processes.launchers import number_of_processes
@@ -64,10 +64,8 @@ def _stage_command(until: str) -> Callable[..., None]:
         verbose: opt.Verbose = False,
     ) -> None:
         from upvits.deploy.pipeline import run_job
-        from upvits.deploy.recipe.document import make_recipe
-        from upvits.deploy.recipe.request import resolve
 
-        job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+        job = asked_job(given, recipe, output, quiet=quiet)
         run_job(job, until)
         print_place(job.folder, quiet=quiet)
 
@@ -87,11 +85,9 @@ def build(
 ) -> None:
     """The main job: score, prune, distill, export, build engines, measure, report."""
     from upvits.deploy.pipeline import require_target, run_job
-    from upvits.deploy.recipe.document import make_recipe
-    from upvits.deploy.recipe.request import resolve
     from upvits.deploy.report.views import terminal
 
-    job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+    job = asked_job(given, recipe, output, quiet=quiet)
     report = run_job(job, "report")
     assert report is not None
     if json:
@@ -152,11 +148,9 @@ def recipe(
     if schema:
         print_json(dumps(Recipe.model_json_schema(), indent=2))
         return
-    from upvits.deploy.recipe.document import make_recipe
-    from upvits.deploy.recipe.request import resolve
     from upvits.deploy.store.run_dir import recipe_toml
 
-    resolved = resolve(make_recipe(recipe_values(given, recipe)), quiet=quiet).recipe
+    resolved = asked_job(given, recipe, quiet=quiet).recipe
     if json:
         print_json(resolved.model_dump_json(indent=2))
     else:

@@ -11,7 +11,7 @@ import typer
 from upvits.deploy.cli import options as opt
 from upvits.deploy.cli.console import console, print_json, print_place
 from upvits.deploy.cli.settings import Values, settings_of, takes
-from upvits.deploy.cli.values import recipe_values
+from upvits.deploy.cli.values import asked_job
 from upvits.deploy.recipe.document import Recipe
 
 
@@ -31,11 +31,9 @@ def distill(
     """Run up to the fine-tuned network."""
     from upvits.deploy.cli.dry_run_view import forecast_table
     from upvits.deploy.pipeline import run_job
-    from upvits.deploy.recipe.document import make_recipe
-    from upvits.deploy.recipe.request import resolve
     from upvits.deploy.stages.dry_run import dry_run as forecast_of
 
-    job = resolve(make_recipe(recipe_values(given, recipe)), output, quiet=quiet)
+    job = asked_job(given, recipe, output, quiet=quiet)
     if not dry_run:
         run_job(job, "distill")
         print_place(job.folder, quiet=quiet)

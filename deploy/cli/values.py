@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upvits.calib_data.errors import UserError
 from upvits.deploy.choices import whole_number
 from upvits.deploy.cli.settings import Values, split
+
+if TYPE_CHECKING:
+    from upvits.deploy.recipe.request import Job
 
 
 def recipe_values(given: Values, file: Path | None) -> Values:
@@ -28,6 +32,18 @@ def recipe_values(given: Values, file: Path | None) -> Values:
     if "model" not in values:
         raise UserError("Which model?", fix="Give --model, e.g. --model pvtv2_b0 --ratio 0.5.")
     return values
+
+
+def asked_job(given: Values, file: Path | None, output: Path | None = None, *, quiet: bool) -> Job:
+    """The job that a command was given, checked; nothing is written.
+
+    Raises:
+        UserError: as `recipe_values` and `resolve` raise it.
+    """
+    from upvits.deploy.recipe.document import make_recipe
+    from upvits.deploy.recipe.request import resolve  # torch, which --help does without
+
+    return resolve(make_recipe(recipe_values(given, file)), output, quiet=quiet)
 
 
 def numbers(text: str | None, option: str) -> list[float]:

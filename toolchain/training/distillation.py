@@ -14,7 +14,7 @@ batch size. Without labels the first term is left out; without a head only the l
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def _train_epoch(
     return EpochLog(
         epoch=epoch + 1,
         lr=max(group["lr"] for group in state.optimizer.param_groups),
-        loss=sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True)),
+        loss=_weighted(run, means),
         label_loss=means[0],
         logit_loss=means[1],
         hard_loss=means[2],
@@ -245,7 +245,11 @@ def _take_steps(
 
 def _mean_loss(run: Run) -> float:
     """Of the epoch so far, over the images of this process."""
-    means: list[float] = (run.state.sums[:-1] / run.state.sums[-1]).tolist()
+    return _weighted(run, (run.state.sums[:-1] / run.state.sums[-1]).tolist())
+
+
+def _weighted(run: Run, means: Sequence[float]) -> float:
+    """The loss that its parts make."""
     return sum(weight * mean for weight, mean in zip(run.fit.weights, means, strict=True))
 
 

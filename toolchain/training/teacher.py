@@ -17,9 +17,9 @@ from upvits.calib_data import Preprocess
 from upvits.calib_data.documents import read_document
 from upvits.calib_data.errors import MissingDependencyError, UserError
 from upvits.calib_data.files import user_path
-from upvits.toolchain.networks.catalogue import MODULES
 from upvits.toolchain.networks.config_document import PreprocessEntries
 from upvits.toolchain.networks.models import create_model, load, preprocess_of
+from upvits.toolchain.networks.names import candidates
 from upvits.toolchain.networks.weight_files import State, Weights, as_fp32, read_weights, some
 from upvits.toolchain.structure.timm_config import update_config
 from upvits.toolchain.training.objective import Outputs, outputs
@@ -88,7 +88,7 @@ def load_teacher(name: str) -> Teacher:
             why="It is neither a folder nor a network of timm.",
             fix="Give a model folder, NAME=FILE with timm's name, or a name alone for timm's pretrained weights.",
         )
-    if _is_pruned_here(architecture):
+    if _can_be_pruned(architecture):
         model = create_model(architecture, weights=file or "timm")
         return Teacher(model, preprocess_of(model))
     return _with_file(architecture, user_path(Path(file))) if equals else _from_hub(architecture)
@@ -102,9 +102,8 @@ def absolute_teacher(name: str) -> str:
     return f"{architecture}={user_path(Path(file)).absolute()}" if equals else name
 
 
-def _is_pruned_here(architecture: str) -> bool:
-    base = architecture.partition(".")[0]
-    return any(base in timm.list_models(module=module) for modules in MODULES.values() for module in modules)
+def _can_be_pruned(architecture: str) -> bool:
+    return architecture.partition(".")[0] in candidates()
 
 
 def _from_hub(architecture: str) -> Teacher:
@@ -133,7 +132,7 @@ class _Config(BaseModel):
 def _from_folder(folder: Path) -> Teacher:
     config = read_document(folder / "config.json", _Config, fix="Give a folder that timm or this tool saved.")
     named = config.architecture
-    if named is None or not timm.is_model(named) or _is_pruned_here(named):
+    if named is None or not timm.is_model(named) or _can_be_pruned(named):
         model = load(folder)
         return Teacher(model, preprocess_of(model))
     if config.model_args:
